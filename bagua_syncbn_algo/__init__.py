@@ -1,0 +1,67 @@
+"""Synchronized batch normalization as a Bagua algorithm."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
+from .channel import SyncBatchNormError
+from .config import SyncBatchNormConfig
+from .convert import (
+    BatchNormNd,
+    SyncBatchNormAct,
+    convert_sync_batchnorm,
+    register_conversion,
+    revert_sync_batchnorm,
+    sync_batchnorm_layers,
+    tag_sync_batchnorm,
+    tag_table,
+)
+from .layer import SyncBatchNorm, SyncTag
+
+if TYPE_CHECKING:
+    from .algorithm import SyncBatchNormAlgorithm, SyncBatchNormAlgorithmImpl, enable_sync_batchnorm
+    from .host import bagua
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNormNd",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
+    "SyncBatchNormAlgorithm",
+    "SyncBatchNormAlgorithmImpl",
+    "SyncBatchNormConfig",
+    "SyncBatchNormError",
+    "SyncTag",
+    "bagua",
+    "convert_sync_batchnorm",
+    "enable_sync_batchnorm",
+    "register_conversion",
+    "revert_sync_batchnorm",
+    "sync_batchnorm_layers",
+    "tag_sync_batchnorm",
+    "tag_table",
+]
+
+# Resolved at first use (PEP 562): they patch `torch.nn.Module.with_bagua`, and a plain import must not.
+_LAZY = {
+    "SyncBatchNormAlgorithm": "algorithm",
+    "SyncBatchNormAlgorithmImpl": "algorithm",
+    "enable_sync_batchnorm": "algorithm",
+    "bagua": "host",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "bagua":
+        importlib.import_module(f"{__name__}.algorithm")  # registers "sync_batchnorm" with the host
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> List[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,540 @@
+"""The statistics channel: pack a sync point's statistics, exchange them in one all-gather, unpack and check.
+
+A channel owns one communicator that carries nothing else. All its messages have **one length** (gloo ends the process
+when lengths differ, NCCL hangs or corrupts), and each starts with a header that says where its rank is, so that ranks
+that have drifted apart get an error that names their layers instead of a hang or silently wrong statistics.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import time
+import weakref
+from datetime import timedelta
+from typing import Any, ContextManager, Deque, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import SyncBatchNormConfig
+
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "BaguaChannel",
+    "Channel",
+    "Roster",
+    "SINGLE_PROCESS",
+    "SyncBatchNormError",
+    "SyncPoint",
+    "TorchChannel",
+    "channel_of",
+    "sync_point",
+]
+
+FORWARD, BACKWARD = 0, 1
+_PHASES = ("forward", "backward")
+
+# Header of every frame: sync point, phase, flags, payload length in bytes; int64 each, never converted.
+_HEADER_BYTES = 32
+_FAULT = 1  # flag: the payload is the text of an error on the sending rank
+_FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longer than one
+
+_DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,016 float32 channels
+_AUTOPSY_SECONDS = 3.0  # how long a failing rank waits for the others to publish where they are
+
+
+class SyncBatchNormError(RuntimeError):
+    """Ranks could not exchange statistics; the message names the layer and the rank."""
+
+
+class SyncPoint(NamedTuple):
+    """A place in the model where ranks exchange statistics."""
+
+    key: int  # 63 bits derived from the name: equal on all ranks without any registration order
+    name: str
+
+
+def sync_point(name: str) -> SyncPoint:
+    """Returns the sync point for a layer's qualified ``name``."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return SyncPoint(int.from_bytes(digest, "little") >> 1, name)
+
+
+class Roster(NamedTuple):
+    """The layers that share a channel: what all ranks must agree on before the first exchange."""
+
+    layers: Tuple[Tuple[str, int], ...] = ()  # qualified name, num_features; in the model's order
+    itemsize: int = 4  # bytes of one statistic: 8 if any layer keeps float64
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of a message that holds the longest statistics: header, count, mean and m2."""
+        if not self.layers:
+            return _DEFAULT_CAPACITY
+        widest = max(features for _, features in self.layers)
+        return -(-(_HEADER_BYTES + 8 + 2 * widest * self.itemsize) // 64) * 64
+
+    def text(self) -> bytes:
+        """One line a layer, for the comparison between ranks."""
+        return "\n".join(f"{name} with {features} features" for name, features in self.layers).encode()
+
+
+class Channel:
+    """A group of ranks that exchange statistics.
+
+    Subclasses supply the collective; framing, headers, checks and failure reports live here.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __init__(self) -> None:
+        self.rounds = 0  # all-gathers of statistics so far
+        self.capacity = 0  # bytes a message; fixed by `join`
+        self._anonymous = 0
+        self._names: Dict[int, str] = {}
+        self._rosters: Dict[Roster, None] = {}
+        self._headers: Dict[Tuple[Any, ...], Tensor] = {}
+        self._checks: Deque[_DeferredCheck] = collections.deque()
+
+    # -- the collective -------------------------------------------------------------------------------------------
+
+    def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
+        """Returns the uint8 tensor of ``capacity`` bytes that carries this point's statistics."""
+        raise NotImplementedError
+
+    def _all_gather(self, message: Tensor) -> Tensor:
+        """Returns every rank's ``message`` as ``(W, *message.shape)``, in rank order."""
+        raise NotImplementedError
+
+    def _store(self) -> Optional[Any]:
+        """Returns the key-value store through which failing ranks tell each other where they are, if there is one."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where small control messages must lie for this communicator."""
+        return torch.device("cpu")
+
+    # -- public ---------------------------------------------------------------------------------------------------
+
+    def join(self, roster: Roster) -> None:
+        """Agrees with all ranks on the layers that use this channel, and on the message length.
+
+        Args:
+            roster: this rank's layers.
+
+        Raises:
+            SyncBatchNormError: if the ranks' layers differ; names the first difference. All ranks raise.
+
+        Collectives:
+            One all-gather of three int64 (two more all-gathers only to say what differs). Every rank must call.
+        """
+        if roster in self._rosters:
+            return
+        text = roster.text()
+        digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+        mine = torch.tensor([digest, len(text), roster.capacity], device=self.device)
+        rows = self._guarded(mine, "the agreement on the model's layers").tolist()
+        if any(row[0] != digest for row in rows):
+            padded = torch.zeros(max(row[1] for row in rows) or 1, dtype=torch.uint8, device=self.device)
+            if text:
+                padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            texts = self._guarded(padded, "the comparison of the model's layers").cpu()
+            raise SyncBatchNormError(
+                _first_difference([bytes(t[: row[1]].tolist()).decode() for t, row in zip(texts, rows)])
+            )
+        self.capacity = max([self.capacity] + [row[2] for row in rows])
+        self._rosters[roster] = None
+        for name, _ in roster.layers:
+            self.register(sync_point(name))
+
+    def register(self, point: SyncPoint) -> None:
+        """Makes the name of ``point`` known, so that an error on this rank can quote it."""
+        self._names[point.key] = point.name
+
+    def anonymous_name(self, features: int) -> str:
+        """Returns a name for a layer without a tag: by the order of first use, which is the same on every rank."""
+        self._anonymous += 1
+        return f"SyncBatchNorm({features}) number {self._anonymous}"
+
+    def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
+        """Exchanges the statistics of one sync point.
+
+        Args:
+            point: where this rank is.
+            phase: ``FORWARD`` or ``BACKWARD``.
+            parts: 1-D tensors, the ones with the largest elements first (for alignment); same lengths on all ranks.
+
+        Returns:
+            For each part of length ``L`` a tensor ``(W, L)`` of its dtype, ranks in order.
+
+        Raises:
+            SyncBatchNormError: if another rank is elsewhere, sent another length, failed, or did not arrive.
+
+        Collectives:
+            One all-gather of ``capacity`` bytes a rank (one for every ``capacity − 32`` bytes of payload, should the
+            payload be longer). Every rank must call.
+        """
+        payload = torch.cat([part.contiguous().view(torch.uint8) for part in parts])
+        body = self._send(point, phase, 0, payload)
+        result, offset = [], 0
+        for part in parts:
+            length = part.numel() * part.element_size()
+            result.append(body[:, offset : offset + length].view(part.dtype))
+            offset += length
+        return result
+
+    def fail(self, point: SyncPoint, phase: int, error: BaseException) -> None:
+        """Tells the other ranks, who wait at ``point``, that this rank cannot take part because of ``error``.
+
+        Collectives:
+            One all-gather of ``capacity`` bytes a rank, in place of :meth:`exchange`.
+        """
+        text = f"{type(error).__name__}: {error}".encode()[: self.capacity - _HEADER_BYTES]
+        payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
+        try:
+            self._send(point, phase, _FAULT, payload)
+        except SyncBatchNormError:
+            pass  # whatever the others say, this rank's own error is the one to raise
+
+    def flush(self) -> None:
+        """Raises what deferred header checks have found; on CUDA they lag behind by a few rounds."""
+        while self._checks:
+            self._checks.popleft().finish(self)
+
+    # -- frames ---------------------------------------------------------------------------------------------------
+
+    def _send(self, point: SyncPoint, phase: int, flags: int, payload: Tensor) -> Tensor:
+        room = self.capacity - _HEADER_BYTES
+        chunks = payload.split(room)
+        bodies = []
+        for index, chunk in enumerate(chunks):
+            header = self._header(point, phase, flags | index << _FRAME_SHIFT, payload.numel(), payload.device)
+            message = self._message(point, payload.device)
+            torch.cat([header, chunk], out=message[: _HEADER_BYTES + chunk.numel()])
+            self.rounds += 1
+            gathered = self._guarded(message, point.name, phase)
+            self._check(gathered, header, point, phase)
+            bodies.append(gathered[:, _HEADER_BYTES:])
+        return bodies[0] if len(bodies) == 1 else torch.cat(bodies, dim=1)
+
+    def _header(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> Tensor:
+        # Kept per device: building one from Python numbers on CUDA is a copy from pageable memory, i.e. a wait.
+        key = (point.key, phase, flags, length, device)
+        header = self._headers.get(key)
+        if header is None:
+            header = torch.tensor([point.key, phase, flags, length]).view(torch.uint8).to(device)
+            if not flags & _FAULT:
+                self._headers[key] = header
+        return header
+
+    def _check(self, gathered: Tensor, header: Tensor, point: SyncPoint, phase: int) -> None:
+        check = _DeferredCheck(gathered, header, point, phase)
+        if not gathered.is_cuda:
+            check.finish(self)
+            return
+        # Reading headers on the host now would make it wait for the device at every layer, which is what makes
+        # other implementations slow. A mismatch is an error in any case: it may surface a few rounds later.
+        self._checks.append(check)
+        while self._checks and self._checks[0].ready():
+            self._checks.popleft().finish(self)
+
+    def _guarded(self, message: Tensor, name: str, phase: Optional[int] = None) -> Tensor:
+        where = name if phase is None else f"{name} ({_PHASES[phase]})"
+        try:
+            return self._all_gather(message)
+        except RuntimeError as error:
+            raise SyncBatchNormError(self._autopsy(where, error)) from error
+
+    def _autopsy(self, where: str, error: BaseException) -> str:
+        """Says where each rank was when a collective failed, as far as the ranks could still tell."""
+        last = {self.rank: where}
+        try:
+            store = self._store()
+            if store is not None:
+                store.set(f"{self._label()}/{self.rank}", where)
+                missing = set(range(self.world_size)) - {self.rank}
+                deadline = time.monotonic() + _AUTOPSY_SECONDS
+                while missing and time.monotonic() < deadline:
+                    for rank in sorted(missing):
+                        key = f"{self._label()}/{rank}"
+                        if store.check([key]):
+                            last[rank] = store.get(key).decode()
+                            missing.discard(rank)
+                    time.sleep(0.05)
+        except RuntimeError:
+            pass  # the store lived in the rank that died
+        known = ", ".join(f"rank {rank} at {place}" for rank, place in sorted(last.items()))
+        silent = [str(rank) for rank in range(self.world_size) if rank not in last]
+        absent = f"; rank {', '.join(silent)} never arrived: it died or runs other code" if silent else ""
+        return (
+            f"expected all {self.world_size} ranks to exchange statistics at {where} (got {known}{absent}); "
+            f"look at that rank's own output first. The collective said: {error}"
+        )
+
+    def _label(self) -> str:
+        return "bagua_syncbn"
+
+
+class _SingleProcessChannel(Channel):
+    """The null object: one rank, nothing to exchange."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.capacity = _DEFAULT_CAPACITY
+
+    def join(self, roster: Roster) -> None:
+        pass
+
+    def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
+        return [part.unsqueeze(0) for part in parts]
+
+    def fail(self, point: SyncPoint, phase: int, error: BaseException) -> None:
+        pass
+
+
+SINGLE_PROCESS = _SingleProcessChannel()
+
+
+class TorchChannel(Channel):
+    """A channel over a ``torch.distributed`` process group.
+
+    Args:
+        group: the communicator; a group from ``torch.distributed.new_group`` or a bare backend such as
+            ``ProcessGroupGloo``. It must carry nothing but statistics.
+        store: where a failing rank publishes its position; optional.
+    """
+
+    def __init__(self, group: Any, store: Optional[Any] = None) -> None:
+        super().__init__()
+        self.rank, self.world_size = group.rank(), group.size()
+        self._group, self._key_value_store = group, store
+        self._messages: Dict[torch.device, Tensor] = {}
+        self._flat = _backend_name(group) == "nccl"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if self._flat else torch.device("cpu")
+
+    def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
+        message = self._messages.get(device)
+        if message is None or message.numel() < self.capacity:
+            message = self._messages[device] = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+        return message
+
+    def _all_gather(self, message: Tensor) -> Tensor:
+        gathered = message.new_empty((self.world_size,) + message.shape)
+        # The group's own methods: the functional API refuses bare backends and costs 40 µs more a call. gloo has no
+        # flat form before torch 2.4; for NCCL the list form adds a copy for every rank.
+        if self._flat:
+            work = self._group._allgather_base(gathered.view(-1), message.view(-1))
+        else:
+            work = self._group.allgather([list(gathered.unbind(0))], [message])
+        work.wait()
+        return gathered
+
+    def _store(self) -> Optional[Any]:
+        return self._key_value_store
+
+
+class BaguaChannel(Channel):
+    """A channel over a Bagua communicator; each sync point's message is the registered tensor of one Bagua bucket.
+
+    Args:
+        communicator: ``group.get_global_communicator()`` of a Bagua process group made for statistics.
+        streams: orders the communicator's stream against the current one (see ``host.streams``).
+        device: where the messages lie.
+        store: where a failing rank publishes its position; optional.
+    """
+
+    def __init__(self, communicator: Any, streams: Any, device: torch.device, store: Optional[Any] = None) -> None:
+        super().__init__()
+        self.rank, self.world_size = communicator.rank(), communicator.nranks()
+        self._communicator, self._streams, self._device, self._key_value_store = communicator, streams, device, store
+        self._buckets: Dict[int, Any] = {}
+        self._gathered: Dict[Tuple[int, torch.dtype], Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def buckets(self) -> List[Any]:
+        """The Bagua buckets of all sync points."""
+        return list(self._buckets.values())
+
+    def add_bucket(self, point: SyncPoint, bucket: Any) -> None:
+        """Makes ``bucket``'s one tensor (uint8, ``capacity`` bytes) the message of ``point``."""
+        self._buckets[point.key] = bucket
+
+    def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
+        message: Tensor = self._buckets[point.key].tensors[0]
+        return message
+
+    def _all_gather(self, message: Tensor) -> Tensor:
+        key = (message.numel(), message.dtype)
+        gathered = self._gathered.get(key)
+        if gathered is None:
+            gathered = message.new_empty((self.world_size,) + message.shape)
+            self._gathered[key] = gathered.to_bagua_tensor()  # type: ignore[operator]
+        if not message.is_bagua_tensor():  # type: ignore[operator]
+            message = message.to_bagua_tensor()  # type: ignore[operator]
+        receive: Any = self._gathered[key]
+        send: Any = message
+        ordered: ContextManager[None] = self._streams.ordered(self._communicator.cuda_stream)
+        with ordered:
+            self._communicator.allgather(send.bagua_backend_tensor(), receive.bagua_backend_tensor())
+        return self._gathered[key]
+
+    def _store(self) -> Optional[Any]:
+        return self._key_value_store
+
+
+class _DeferredCheck:
+    """Compares all ranks' headers with this rank's, at once on the CPU, once they have arrived on CUDA."""
+
+    def __init__(self, gathered: Tensor, header: Tensor, point: SyncPoint, phase: int) -> None:
+        self._point, self._phase, self._event = point, phase, None
+        if gathered.is_cuda:
+            gathered = gathered.to("cpu", non_blocking=True)
+            header = header.to("cpu", non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._gathered, self._header = gathered, header
+
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def finish(self, channel: Channel) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+        mine: List[int] = self._header.view(torch.int64).tolist()
+        rows: List[List[int]] = self._gathered[:, :_HEADER_BYTES].view(torch.int64).tolist()
+        if all(row == mine for row in rows) and not mine[2] & _FAULT:
+            return
+        name, phase = self._point.name, _PHASES[self._phase]
+        for rank, (_, _, flags, length) in enumerate(rows):
+            if flags & _FAULT and rank != channel.rank:
+                text = bytes(self._gathered[rank, _HEADER_BYTES : _HEADER_BYTES + length].tolist())
+                raise SyncBatchNormError(
+                    f"expected rank {rank} to send statistics at {name} ({phase}) "
+                    f"(got its error: {text.decode(errors='replace')}); mend that rank, the others only waited for it"
+                )
+        if any(row[:2] != mine[:2] for row in rows):
+            places = ", ".join(
+                f"rank {rank} at {channel._names.get(key, 'a layer unknown here')} ({_PHASES[phase_]})"
+                for rank, (key, phase_, _, _) in enumerate(rows)
+            )
+            raise SyncBatchNormError(
+                f"expected every rank to be at the same layer (got {places}); make all ranks run the same "
+                "synchronized layers in the same order, and skip a layer on every rank or on none"
+            )
+        lengths = ", ".join(f"{row[3]} bytes on rank {rank}" for rank, row in enumerate(rows))
+        raise SyncBatchNormError(
+            f"expected statistics of one length at {name} ({phase}) (got {lengths}); "
+            "give every rank the same num_features and input dtype"
+        )
+
+
+def _first_difference(texts: List[str]) -> str:
+    reference = texts[0].splitlines()
+    for rank, text in enumerate(texts):
+        lines = text.splitlines()
+        for index in range(max(len(reference), len(lines))):
+            ours = reference[index] if index < len(reference) else "no such layer"
+            theirs = lines[index] if index < len(lines) else "no such layer"
+            if ours != theirs:
+                return (
+                    f"expected the same synchronized layers on every rank (got {len(reference)} on rank 0, "
+                    f"{len(lines)} on rank {rank}; the first difference is layer {index}: {ours} on rank 0, {theirs} "
+                    f"on rank {rank}); build and convert the same model on every rank"
+                )
+    raise AssertionError("digests differ but texts do not")
+
+
+def _backend_name(group: Any) -> str:
+    try:
+        return str(dist.get_backend(group))
+    except (RuntimeError, ValueError, AssertionError, TypeError, KeyError):
+        return str(group.name())  # a bare backend, unknown to torch.distributed
+
+
+# A channel lives as long as a layer that uses it; the key is the identity of the group it was made for.
+_channels: "weakref.WeakValueDictionary[int, Channel]" = weakref.WeakValueDictionary()
+
+
+def source_group(process_group: Optional[Any]) -> Optional[Any]:
+    """Returns the process group that ``process_group`` means now: itself, or the world's, or ``None`` without one."""
+    if process_group is not None:
+        return process_group
+    if dist.is_available() and dist.is_initialized():
+        return dist.distributed_c10d._get_default_group()
+    return None
+
+
+def channel_of(process_group: Optional[Any]) -> Channel:
+    """Returns the channel for statistics over the ranks of ``process_group``, made at the first call.
+
+    Args:
+        process_group: a ``torch.distributed`` group, a bare backend, or ``None`` for the whole world.
+
+    Returns:
+        :data:`SINGLE_PROCESS` where there is one rank or no initialised group.
+
+    Raises:
+        ValueError: if this rank is not a member of the group.
+
+    Collectives:
+        The first call for a group creates a group of the same ranks (``torch.distributed.new_group``), with the
+        timeout of ``process_group`` or of ``BAGUA_SYNCBN_TIMEOUT``. Every rank of ``process_group`` must call.
+    """
+    source = source_group(process_group)
+    if source is None:
+        return SINGLE_PROCESS
+    if source is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None) or not hasattr(source, "size"):
+        raise ValueError(
+            f"expected a process group that this rank belongs to (got {source!r}); "
+            "pass the group of this rank, or None for all ranks"
+        )
+    if source.size() == 1:
+        return SINGLE_PROCESS
+    channel = _channels.get(id(source))
+    if channel is None:
+        channel = TorchChannel(*_statistics_group(source))
+        channel._source = source  # type: ignore[attr-defined]  # keeps id(source) from being used again
+        _channels[id(source)] = channel
+    return channel
+
+
+def _statistics_group(source: Any) -> Tuple[Any, Optional[Any]]:
+    try:
+        backend = dist.get_backend(source)
+    except (RuntimeError, ValueError, AssertionError, TypeError, KeyError):
+        return source, None  # a bare backend: no registry to make a sibling in
+    arguments: Dict[str, Any] = {"backend": backend}
+    timeout = SyncBatchNormConfig.from_env().timeout
+    limit = _timeout_of(source) if timeout is None else timedelta(seconds=timeout)
+    if limit is not None:
+        arguments["timeout"] = limit
+    store = dist.distributed_c10d._get_default_store()
+    if source is dist.distributed_c10d._get_default_group():
+        return dist.new_group(**arguments), store
+    try:
+        ranks = dist.get_process_group_ranks(source)
+        return dist.new_group(ranks, use_local_synchronization=True, **arguments), store
+    except (AttributeError, TypeError):
+        # Before torch 2.1 only the whole world can make a group; then statistics share the group they were given.
+        return source, store
+
+
+def _timeout_of(group: Any) -> Optional[timedelta]:
+    try:
+        device = torch.device("cuda" if _backend_name(group) == "nccl" else "cpu")
+        timeout: timedelta = group._get_backend(device).options._timeout
+        return timeout
+    except (AttributeError, RuntimeError):
+        return None

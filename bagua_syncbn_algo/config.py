@@ -1,0 +1,77 @@
+"""Configuration as a frozen value; the only reader of ``BAGUA_SYNCBN_*``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Mapping, Optional
+
+__all__ = ["SyncBatchNormConfig"]
+
+_PREFIX = "BAGUA_SYNCBN"
+_SWITCH = {"0": False, "1": True}
+_HOSTS = ("auto", "upstream", "embedded")
+
+
+@dataclass(frozen=True)
+class SyncBatchNormConfig:
+    """How synchronized batch normalization is switched on.
+
+    Raises:
+        ValueError: if a value is not one of those listed.
+    """
+
+    enabled: bool = True  # BAGUA_SYNCBN=0|1: whether `enable_sync_batchnorm` does anything
+    host: str = "auto"  # BAGUA_SYNCBN_HOST=auto|upstream|embedded: which Bagua runs the algorithm
+    timeout: Optional[float] = None  # BAGUA_SYNCBN_TIMEOUT, seconds: how long a rank waits for the others' statistics
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.enabled, bool):
+            raise ValueError(f"expected enabled to be True or False (got {self.enabled!r}); pass a bool")
+        if self.host not in _HOSTS:
+            raise ValueError(f"expected host to be one of {', '.join(_HOSTS)} (got {self.host!r}); choose one of them")
+        if self.timeout is not None and not 0 < self.timeout < float("inf"):
+            raise ValueError(
+                f"expected timeout to be a positive number of seconds (got {self.timeout!r}); "
+                "pass one, or None for the process group's own"
+            )
+
+    @classmethod
+    def from_env(cls, environ: Optional[Mapping[str, str]] = None) -> SyncBatchNormConfig:
+        """Reads the configuration from environment variables; an unset one keeps its default, but for the switch.
+
+        Args:
+            environ: where to read; ``os.environ`` by default.
+
+        Returns:
+            The configuration. ``enabled`` is ``False`` unless ``BAGUA_SYNCBN=1``: a program that asks the environment
+            leaves the decision to it.
+
+        Raises:
+            ValueError: for an unknown variable that starts with ``BAGUA_SYNCBN``, or an unknown value; lists the valid
+                ones.
+        """
+        environ = os.environ if environ is None else environ
+        known = {_PREFIX, f"{_PREFIX}_HOST", f"{_PREFIX}_TIMEOUT"}
+        for name in sorted(environ):
+            if name.startswith(_PREFIX) and name not in known:
+                raise ValueError(
+                    f"expected one of {', '.join(sorted(known))} (got the environment variable {name}); "
+                    "correct its name or unset it"
+                )
+        switch = environ.get(_PREFIX, "0")
+        if switch not in _SWITCH:
+            raise ValueError(f"expected {_PREFIX} to be 0 or 1 (got {switch!r}); set it to 1 to switch on, 0 to off")
+        host = environ.get(f"{_PREFIX}_HOST", "auto")
+        if host not in _HOSTS:
+            raise ValueError(
+                f"expected {_PREFIX}_HOST to be one of {', '.join(_HOSTS)} (got {host!r}); set it to one of them"
+            )
+        text = environ.get(f"{_PREFIX}_TIMEOUT")
+        try:
+            timeout = None if text is None else float(text)
+            return cls(enabled=_SWITCH[switch], host=host, timeout=timeout)
+        except ValueError:
+            raise ValueError(
+                f"expected {_PREFIX}_TIMEOUT to be a positive number of seconds (got {text!r}); set it to, say, 600"
+            ) from None

@@ -1,0 +1,250 @@
+"""The data-parallel module: calls the algorithm's hooks around forward, backward and the optimizer's step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .bucket import BaguaBucket
+from .communication import BaguaProcessGroup, broadcast, broadcast_object, get_backend
+from .env import get_default_bucket_size
+
+__all__ = ["BaguaDistributedDataParallel"]
+
+
+class BaguaDistributedDataParallel:
+    """Trains ``module`` with ``algorithm``; made by ``with_bagua``.
+
+    Attributes:
+        module: the user's module.
+        bagua_algorithm: the live algorithm.
+        bagua_buckets: the gradient buckets, in the order in which they are sent.
+        bagua_train_step_counter: forwards in training mode so far.
+        parameters_to_ignore: names that are neither broadcast nor communicated.
+        require_backward_grad_sync: whether backward communicates; turn off to accumulate gradients locally.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        algorithm: Any,
+        process_group: BaguaProcessGroup,
+        bagua_module_name: str,
+        gradient_as_bucket_view: bool = True,
+    ) -> None:
+        self.module = module
+        self.bagua_optimizers = list(optimizers)
+        self.process_group = process_group
+        self.bagua_module_name = bagua_module_name
+        self.gradient_as_bucket_view = gradient_as_bucket_view
+        self.bagua_algorithm = algorithm.reify(process_group)
+        self.bagua_buckets: List[BaguaBucket] = []
+        self.bagua_train_step_counter = 0
+        self.require_backward_grad_sync = True
+        self.parameters_to_ignore: List[str] = [
+            *getattr(module, "_bagua_params_and_buffers_to_ignore", []),
+            *getattr(module, "_ddp_params_and_buffers_to_ignore", []),
+        ]
+        self._bagua_backend = get_backend(bagua_module_name)
+        self._backward: Optional[int] = None  # the autograd graph task whose gradients are being gathered
+        self._outstanding: Dict[str, nn.Parameter] = {}  # parameters whose gradient this backward has not given yet
+        self._took_part = False  # whether this backward has given any gradient
+        self._parameter_hooks: List[Any] = []
+        self._optimizer_hooks: List[Any] = []
+        previous = module.__dict__.get("bagua_ddp")
+        if isinstance(previous, BaguaDistributedDataParallel):
+            previous._remove_hooks()
+        self._module_hooks = [
+            module.register_forward_pre_hook(self._before_forward),
+            module.register_forward_hook(self._after_forward),
+        ]
+        self._bagua_init_algorithm()
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> BaguaDistributedDataParallel:
+        return self  # a copy of the model (an averaged one, say) is not trained by it: see the hooks' first line
+
+    # -- description ----------------------------------------------------------------------------------------------
+
+    def bagua_build_params(self) -> List[Tuple[str, nn.Parameter]]:
+        """Returns name and parameter of all that are communicated, each once.
+
+        Raises:
+            NotImplementedError: for a module with sparse gradients.
+        """
+        for name, part in self.module.named_modules():
+            if getattr(part, "sparse", False) and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+                raise NotImplementedError(
+                    f"expected dense gradients (got sparse=True at {name or type(part).__name__}); use sparse=False"
+                )
+        return [(name, parameter) for name, parameter in self._parameters() if parameter.requires_grad]
+
+    def _parameters(self) -> List[Tuple[str, nn.Parameter]]:
+        ignored = set(self.parameters_to_ignore)
+        return [(name, p) for name, p in self.module.named_parameters() if name not in ignored]
+
+    # -- going live -----------------------------------------------------------------------------------------------
+
+    def _bagua_init_algorithm(self) -> None:
+        self._bagua_broadcast_parameters()
+        self._bagua_tensors = self.bagua_algorithm.init_tensors(self)
+        self._reset_buckets()
+        self._register_autograd_hooks()
+        self._register_optimizer_hooks()
+
+    def _bagua_broadcast_parameters(self) -> None:
+        """Gives every rank the parameters, frozen ones too, and the optimizer state of rank 0."""
+        communicator = self.process_group.get_global_communicator()
+        for _, parameter in self._parameters():
+            broadcast(parameter.detach(), src=0, comm=communicator)
+        for optimizer in self.bagua_optimizers:
+            is_source = communicator.rank() == 0
+            state = broadcast_object(optimizer.state_dict() if is_source else None, src=0, comm=communicator)
+            if not is_source:
+                optimizer.load_state_dict(state)
+
+    def _reset_buckets(self) -> None:
+        groups = _group_tensors(self._bagua_tensors, get_default_bucket_size())
+        self.bagua_buckets = self.bagua_algorithm.tensors_to_buckets(groups, self.gradient_as_bucket_view)
+        for bucket in self.bagua_buckets:
+            self.bagua_algorithm.init_operations(self, bucket)
+        self._bagua_backend.register_ordered_buckets([bucket.backend_bucket for bucket in self.bagua_buckets])
+
+    def _register_autograd_hooks(self) -> None:
+        _remove_all(self._parameter_hooks)
+        for name, parameter in self.bagua_build_params():
+
+            def hook(*unused: Any, name: str = name, parameter: nn.Parameter = parameter) -> None:
+                self._on_gradient(name, parameter)
+
+            # On the node that accumulates into `parameter.grad`: runs when the gradient is complete.
+            accumulator = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+            handle = accumulator.register_hook(hook)
+            self._parameter_hooks.append(_Kept(handle, accumulator))
+
+    def _register_optimizer_hooks(self) -> None:
+        _remove_all(self._optimizer_hooks)
+        for optimizer in self.bagua_optimizers:
+
+            def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+                self.bagua_algorithm.init_post_optimizer_step_hook(self)(optimizer)
+
+            self._optimizer_hooks.append(optimizer.register_step_post_hook(hook))
+
+    def _remove_hooks(self) -> None:
+        _remove_all(self._module_hooks)
+        _remove_all(self._parameter_hooks)
+        _remove_all(self._optimizer_hooks)
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def _before_forward(self, module: nn.Module, input: Any) -> None:
+        if module is not self.module:
+            return
+        if module.training:
+            self.bagua_train_step_counter += 1
+        if self.bagua_algorithm.need_reset() and module.training:
+            self._bagua_init_algorithm()
+        if module.training:
+            self.bagua_algorithm.init_forward_pre_hook(self)(input)
+
+    def _after_forward(self, module: nn.Module, input: Any, output: Any) -> None:
+        if module is self.module and torch.is_grad_enabled():
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._on_output_gradient)
+
+    def _on_output_gradient(self, gradient: Tensor) -> None:
+        self._begin_backward()
+
+    def _begin_backward(self) -> None:
+        """Arranges for the end of this backward, once.
+
+        From the gradient of the module's output, because that belongs to the outermost backward: a callback queued by a
+        parameter under reentrant checkpointing would run at the end of the inner one, before other gradients are there.
+        """
+        task = _graph_task()
+        if not self.require_backward_grad_sync or self._backward == task:
+            return
+        if self._backward is not None:
+            self._bagua_backend.wait_pending_comm_ops()  # an earlier backward was broken off by an exception
+            self._bagua_backend.reset()
+        self._backward = task
+        self._outstanding = dict(self.bagua_build_params())
+        self._took_part = False
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _on_gradient(self, name: str, parameter: nn.Parameter) -> None:
+        if not self.require_backward_grad_sync:
+            return
+        if self._backward is None:
+            self._begin_backward()  # the module's output held no tensor that was found
+        self._took_part = True
+        self._outstanding.pop(name, None)
+        self.bagua_algorithm.init_backward_hook(self)(name, parameter)
+
+    def _end_backward(self) -> None:
+        try:
+            if not self._took_part:
+                return  # `torch.autograd.grad` for something else: it must leave the parameters' gradients alone
+            # A parameter that took no part on this rank may have on another, and its bucket waits for it.
+            for name, parameter in self._outstanding.items():
+                self.bagua_algorithm.init_backward_hook(self)(name, parameter.bagua_ensure_grad())  # type: ignore[operator]
+            self.bagua_algorithm.init_post_backward_hook(self)()
+        finally:
+            self._backward, self._outstanding = None, {}
+
+
+class _Kept:
+    """A hook's handle, with the autograd node that would otherwise be collected."""
+
+    def __init__(self, handle: Any, node: Any) -> None:
+        self._handle, self._node = handle, node
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+def _remove_all(hooks: List[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+
+
+def _graph_task() -> int:
+    return int(torch._C._current_graph_task_id())
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yields the tensors in a module's output: nested tuples, lists, dictionaries, dataclasses and plain objects."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))
+
+
+def _group_tensors(tensors: Sequence[Any], limit: int) -> List[List[Any]]:
+    """Groups tensors, in order, by dtype and into buckets of at most ``limit`` bytes (one tensor at least)."""
+    open_groups: Dict[torch.dtype, List[Any]] = {}
+    sizes: Dict[torch.dtype, int] = {}
+    groups: List[List[Any]] = []
+    for tensor in tensors:
+        effective = tensor.bagua_getter_closure()
+        dtype, size = effective.dtype, effective.numel() * effective.element_size()
+        if dtype not in open_groups or sizes[dtype] + size > limit:
+            open_groups[dtype] = []
+            sizes[dtype] = 0
+            groups.append(open_groups[dtype])
+        open_groups[dtype].append(tensor)
+        sizes[dtype] += size
+    return groups

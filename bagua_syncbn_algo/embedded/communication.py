@@ -1,0 +1,245 @@
+"""Process groups and collectives under Bagua's names."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from enum import IntEnum
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .core import BaguaCommBackendPy, BaguaSingleCommunicatorPy
+from .env import get_local_rank, get_rank, get_world_size
+from .streams import CpuStreams, CudaStreams
+
+__all__ = [
+    "BaguaProcessGroup",
+    "ReduceOp",
+    "allgather",
+    "allreduce",
+    "allreduce_inplace",
+    "barrier",
+    "broadcast",
+    "broadcast_object",
+    "from_torch_group",
+    "get_backend",
+    "init_process_group",
+    "is_initialized",
+    "new_group",
+]
+
+
+class ReduceOp(IntEnum):
+    """Reductions, with Bagua's numbers."""
+
+    SUM = 0
+    PRODUCT = 1
+    MIN = 2
+    MAX = 3
+    BOR = 7
+    BAND = 8
+    BXOR = 9
+    AVG = 10
+
+
+class BaguaProcessGroup:
+    """A set of ranks and their communicator.
+
+    Attributes:
+        ranks: global ranks, ascending.
+        stream: the stream that its collectives run on; ``None`` on the CPU.
+        group_name: unique name.
+        torch_group: the ``torch.distributed`` group beneath.
+    """
+
+    def __init__(self, ranks: Sequence[int], stream: Any, group_name: str, torch_group: Any) -> None:
+        self.ranks, self.stream, self.group_name, self.torch_group = list(ranks), stream, group_name, torch_group
+        self._communicator = BaguaSingleCommunicatorPy(torch_group, self.ranks, stream, streams())
+
+    def get_global_communicator(self) -> BaguaSingleCommunicatorPy:
+        """Returns the communicator over all ranks of the group."""
+        return self._communicator
+
+
+_default_group: Optional[BaguaProcessGroup] = None
+_default_torch_group: Optional[Any] = None
+_from_torch: Dict[Any, BaguaProcessGroup] = {}
+_group_count = itertools.count()
+
+
+def streams() -> CpuStreams:
+    """Returns how communication is ordered against computation here: on CUDA by streams, on the CPU by the program."""
+    on_cuda = dist.is_initialized() and "nccl" in str(dist.get_backend())
+    return CudaStreams() if on_cuda else CpuStreams()
+
+
+def init_process_group(store: Optional[Any] = None) -> None:
+    """Initialises ``torch.distributed`` (NCCL where CUDA is available, else gloo) and Bagua's default group.
+
+    A process group that is initialised already is used as it is.
+
+    Args:
+        store: key-value store that all ranks reach; ``None`` to meet by the launcher's environment variables.
+
+    Raises:
+        RuntimeError: if called twice.
+
+    Collectives:
+        Every rank must call.
+    """
+    global _default_group, _default_torch_group
+    if is_initialized():
+        raise RuntimeError(
+            "expected init_process_group to be called once (got a second call); "
+            "call torch.distributed.destroy_process_group first to start anew"
+        )
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if store is None:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=store, rank=get_rank(), world_size=get_world_size())
+    _from_torch.clear()
+    _default_torch_group = dist.group.WORLD
+    # Buckets travel on a group of Bagua's own: the default one is the user's.
+    _default_group = new_group()
+
+
+def is_initialized() -> bool:
+    """Whether Bagua's default group exists and its ``torch.distributed`` group has not been destroyed."""
+    return _default_group is not None and dist.is_initialized() and dist.group.WORLD is _default_torch_group
+
+
+def _get_default_group() -> BaguaProcessGroup:
+    if not is_initialized():
+        raise RuntimeError(
+            "expected an initialised process group (got none); call bagua.init_process_group() first, in a process "
+            "started by torchrun or another launcher"
+        )
+    assert _default_group is not None
+    return _default_group
+
+
+def new_group(ranks: Optional[Sequence[int]] = None, stream: Optional[Any] = None) -> BaguaProcessGroup:
+    """Creates a process group.
+
+    Args:
+        ranks: global ranks; ``None`` for all.
+        stream: the CUDA stream for its collectives; ``None`` for one of its own. Ignored on the CPU.
+
+    Raises:
+        ValueError: for a rank outside the world.
+
+    Collectives:
+        Every rank of the world must call, members or not, in the same order.
+    """
+    world = get_world_size()
+    ranks = list(range(world)) if ranks is None else sorted(ranks)
+    for rank in ranks:
+        if not 0 <= rank < world:
+            raise ValueError(f"expected ranks of the world, 0 … {world - 1} (got {rank}); leave the others out")
+    torch_group = dist.new_group(ranks)
+    return BaguaProcessGroup(
+        ranks, streams().new_stream() if stream is None else stream, str(next(_group_count)), torch_group
+    )
+
+
+def from_torch_group(group: Any, stream: Optional[Any] = None) -> BaguaProcessGroup:
+    """Returns the Bagua process group with the communicator of a ``torch.distributed`` group."""
+    if group not in _from_torch:
+        ranks = dist.get_process_group_ranks(group)
+        _from_torch[group] = BaguaProcessGroup(
+            ranks, streams().new_stream() if stream is None else stream, str(next(_group_count)), group
+        )
+    return _from_torch[group]
+
+
+@functools.lru_cache(maxsize=None)
+def get_backend(model_name: str) -> BaguaCommBackendPy:
+    """Returns the backend that schedules the buckets of a model; always the same for one name."""
+    backend = BaguaCommBackendPy(100, device_id=get_local_rank())
+    backend.model_name = model_name
+    return backend
+
+
+def _communicator(comm: Optional[BaguaSingleCommunicatorPy]) -> BaguaSingleCommunicatorPy:
+    return _get_default_group().get_global_communicator() if comm is None else comm
+
+
+def _registered(tensor: Tensor) -> Any:
+    return tensor.to_bagua_tensor().bagua_backend_tensor()  # type: ignore[operator]
+
+
+def broadcast(tensor: Tensor, src: int = 0, comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
+    """Overwrites ``tensor`` on every rank by that of rank ``src`` of the communicator.
+
+    Collectives:
+        One broadcast. Every rank of ``comm`` must call.
+    """
+    comm = _communicator(comm)
+    with comm.streams.ordered(comm.cuda_stream):
+        comm.broadcast(_registered(tensor), src)
+
+
+def broadcast_object(obj: object, src: int = 0, comm: Optional[BaguaSingleCommunicatorPy] = None) -> Any:
+    """Returns rank ``src``'s ``obj`` on every rank, sent by pickle.
+
+    Collectives:
+        Two broadcasts (length and bytes). Every rank of ``comm`` must call.
+    """
+    comm = _communicator(comm)
+    holder = [obj]
+    dist.broadcast_object_list(holder, comm._ranks[src], group=comm._group)
+    return holder[0]
+
+
+def allreduce(
+    send_tensor: Tensor,
+    recv_tensor: Tensor,
+    op: ReduceOp = ReduceOp.SUM,
+    comm: Optional[BaguaSingleCommunicatorPy] = None,
+) -> None:
+    """Writes the reduction of all ranks' ``send_tensor`` into ``recv_tensor`` of the same shape.
+
+    Collectives:
+        One all-reduce. Every rank of ``comm`` must call.
+    """
+    comm = _communicator(comm)
+    with comm.streams.ordered(comm.cuda_stream):
+        comm.allreduce(_registered(send_tensor), _registered(recv_tensor), int(op))
+
+
+def allreduce_inplace(
+    tensor: Tensor, op: ReduceOp = ReduceOp.SUM, comm: Optional[BaguaSingleCommunicatorPy] = None
+) -> None:
+    """Replaces ``tensor`` by its reduction over all ranks.
+
+    Collectives:
+        One all-reduce. Every rank of ``comm`` must call.
+    """
+    comm = _communicator(comm)
+    with comm.streams.ordered(comm.cuda_stream):
+        comm.allreduce_inplace(_registered(tensor), int(op))
+
+
+def allgather(send_tensor: Tensor, recv_tensor: Tensor, comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
+    """Writes all ranks' ``send_tensor`` into ``recv_tensor``, of ``nranks`` times its elements, in rank order.
+
+    Collectives:
+        One all-gather. Every rank of ``comm`` must call.
+    """
+    comm = _communicator(comm)
+    with comm.streams.ordered(comm.cuda_stream):
+        comm.allgather(_registered(send_tensor), _registered(recv_tensor))
+
+
+def barrier(comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
+    """Waits until every rank is here.
+
+    Collectives:
+        One barrier. Every rank of ``comm`` must call.
+    """
+    _communicator(comm).barrier()

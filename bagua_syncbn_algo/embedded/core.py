@@ -1,0 +1,260 @@
+"""The part of Bagua that is native code upstream: communicators, buckets, and the backend that schedules them.
+
+Names follow ``bagua_core`` 0.9.2; the collectives are those of ``torch.distributed``.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from concurrent.futures import Future
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .streams import CpuStreams
+
+__all__ = ["BaguaBucketPy", "BaguaCommBackendPy", "BaguaSingleCommunicatorPy", "BaguaTensorPy"]
+
+logger = logging.getLogger(__name__)
+
+# Bagua's numbers for the operations (those of its native library), and torch's for the same.
+_REDUCE_OPS = {
+    0: dist.ReduceOp.SUM,
+    1: dist.ReduceOp.PRODUCT,
+    2: dist.ReduceOp.MIN,
+    3: dist.ReduceOp.MAX,
+    7: dist.ReduceOp.BOR,
+    8: dist.ReduceOp.BAND,
+    9: dist.ReduceOp.BXOR,
+}
+_AVG = 10
+
+
+class BaguaTensorPy:
+    """A registered tensor: a name and the proxy through which the tensor worked on is found."""
+
+    def __init__(self, name: str, torch_tensor: Tensor) -> None:
+        self.name, self._proxy = name, torch_tensor
+
+    def effective(self) -> Tensor:
+        """Returns the tensor that is communicated now: what the getter closure gives for the proxy."""
+        tensor: Tensor = self._proxy.bagua_getter_closure()  # type: ignore[operator]
+        return tensor
+
+    def data_ptr(self) -> int:
+        """Returns the address of the effective tensor."""
+        return self.effective().data_ptr()
+
+    def num_elements(self) -> int:
+        """Returns the number of elements of the effective tensor."""
+        return self.effective().numel()
+
+    def num_elements_allocated(self) -> int:
+        """Returns the same: nothing is padded here."""
+        return self.effective().numel()
+
+
+class BaguaSingleCommunicatorPy:
+    """Collectives over one process group.
+
+    On the CPU each call returns when the result is there. On CUDA it is enqueued on the current stream. Ranks of roots
+    are ranks within the communicator.
+    """
+
+    def __init__(self, group: Any, ranks: Sequence[int], stream: Any, streams: CpuStreams) -> None:
+        self._group, self._ranks = group, list(ranks)
+        self.cuda_stream, self.streams = stream, streams
+
+    def rank(self) -> int:
+        """Returns this process's rank in the communicator."""
+        return dist.get_rank(self._group)
+
+    def nranks(self) -> int:
+        """Returns the number of ranks of the communicator."""
+        return len(self._ranks)
+
+    def barrier(self) -> None:
+        """Waits until every rank of the communicator is here."""
+        dist.barrier(self._group)
+
+    def broadcast(self, tensor: BaguaTensorPy, root: int) -> None:
+        """Overwrites ``tensor`` on every rank by that of ``root``."""
+        with torch.no_grad():
+            dist.broadcast(tensor.effective().detach(), self._ranks[root], group=self._group)
+
+    def allreduce_inplace(self, tensor: BaguaTensorPy, op: int) -> None:
+        """Replaces ``tensor`` by its reduction over all ranks."""
+        self._allreduce(tensor.effective(), op)
+
+    def allreduce(self, send: BaguaTensorPy, recv: BaguaTensorPy, op: int) -> None:
+        """Writes the reduction of ``send`` over all ranks into ``recv``."""
+        with torch.no_grad():
+            recv.effective().copy_(send.effective())
+        self._allreduce(recv.effective(), op)
+
+    def allgather(self, send: BaguaTensorPy, recv: BaguaTensorPy) -> None:
+        """Writes every rank's ``send`` into ``recv``, in rank order."""
+        source = send.effective().detach()
+        rows = list(recv.effective().detach().view((self.nranks(),) + tuple(source.shape)).unbind(0))
+        dist.all_gather(rows, source, group=self._group)
+
+    def _allreduce(self, tensor: Tensor, op: int) -> None:
+        if op != _AVG and op not in _REDUCE_OPS:
+            raise ValueError(f"expected a ReduceOp (got {op!r}); use bagua.ReduceOp.SUM, AVG, MIN, MAX, ...")
+        with torch.no_grad():
+            tensor = tensor.detach()
+            if op == _AVG:
+                # Divided before the sum, as torch's DDP does: half-precision gradients do not overflow.
+                tensor.div_(self.nranks())
+            dist.all_reduce(tensor, _REDUCE_OPS[0 if op == _AVG else op], group=self._group)
+
+
+class BaguaBucketPy:
+    """Tensors that are communicated together, and the operations to run once all of them are ready."""
+
+    def __init__(self, name: str, tensors: Sequence[BaguaTensorPy]) -> None:
+        self.name, self.tensors = name, list(tensors)
+        self._operations: List[Callable[[Sequence[Any]], None]] = []
+
+    def clear_ops(self) -> None:
+        """Removes all operations."""
+        self._operations.clear()
+
+    def append_centralized_synchronous_op(
+        self,
+        communicator_internode: BaguaSingleCommunicatorPy,
+        communicator_intranode: Optional[BaguaSingleCommunicatorPy] = None,
+        hierarchical: bool = False,
+        average: bool = True,
+        scattergather: bool = False,
+        compression: Optional[str] = None,
+    ) -> None:
+        """Appends a sum or average of the bucket over all ranks of the first communicator."""
+        if compression is not None or scattergather:
+            raise NotImplementedError(
+                f"expected an uncompressed all-reduce on the embedded host (got scattergather={scattergather}, "
+                f"compression={compression!r}); use upstream Bagua for compression"
+            )
+        if hierarchical:
+            logger.info("bucket %s: hierarchical communication runs flat on the embedded host", self.name)
+        communicator = communicator_internode
+
+        def operation(events: Sequence[Any]) -> None:
+            with communicator.streams.after(communicator.cuda_stream, events), torch.no_grad():
+                tensors = [tensor.effective() for tensor in self.tensors]
+                flat = _flat_view(tensors)
+                whole = torch.cat([t.reshape(-1) for t in tensors]) if flat is None else flat
+                communicator._allreduce(whole, _AVG if average else 0)
+                if flat is None:
+                    for tensor, part in zip(tensors, whole.split([t.numel() for t in tensors])):
+                        tensor.copy_(part.view(tensor.shape))
+
+        self._operations.append(operation)
+
+    def run(self, events: Sequence[Any]) -> None:
+        """Runs all operations, in order, after ``events``."""
+        for operation in self._operations:
+            operation(events)
+
+
+class BaguaCommBackendPy:
+    """Runs buckets in their registered order, each as soon as its tensors are ready, on a thread of its own.
+
+    The order is the same on every rank whatever the order in which gradients appear; that is what keeps the ranks'
+    collectives matched.
+    """
+
+    def __init__(self, schedule_channel_cap: int = 100, device_id: int = 0) -> None:
+        self.model_name = ""
+        self._buckets: List[BaguaBucketPy] = []
+        self._owner: Dict[int, int] = {}
+        self._jobs: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
+        self._worker: Optional[threading.Thread] = None
+        self._pending: List["Future[None]"] = []
+        self._device_id = device_id
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets which tensors are ready, for a new round; what was launched is still awaited."""
+        self._ready: List[Set[int]] = [set() for _ in self._buckets]
+        self._events: List[List[Any]] = [[] for _ in self._buckets]
+        self._front = 0
+
+    def register_ordered_buckets(self, buckets: Sequence[BaguaBucketPy]) -> None:
+        """Sets the buckets and their order; replaces earlier ones."""
+        self.wait_pending_comm_ops()
+        self._buckets = list(buckets)
+        self._owner = {id(tensor): index for index, bucket in enumerate(buckets) for tensor in bucket.tensors}
+        self.reset()
+
+    def mark_communication_ready(self, tensor: BaguaTensorPy, event: Any) -> None:
+        """Marks a tensor ready; launches the front buckets that this completes.
+
+        Raises:
+            RuntimeError: if the tensor's bucket was already sent in this round.
+        """
+        index = self._owner.get(id(tensor))
+        if index is None:
+            raise RuntimeError(
+                f"expected a tensor of a registered bucket (got {tensor.name!r}); "
+                "return it from init_tensors, or register its bucket"
+            )
+        if index < self._front:
+            raise RuntimeError(
+                f"expected one gradient a backward for {tensor.name} (got a second one after its bucket was sent); "
+                "checkpoint shared parameters with use_reentrant=False"
+            )
+        self._ready[index].add(id(tensor))
+        self._events[index].append(event)
+        while self._front < len(self._buckets) and self._is_full(self._front):
+            self._launch(self._buckets[self._front], self._events[self._front])
+            self._front += 1
+        if self._front == len(self._buckets):
+            self.reset()
+
+    def wait_pending_comm_ops(self) -> int:
+        """Waits for all launched buckets and raises the first error of one; returns their number."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+        return len(pending)
+
+    def _is_full(self, index: int) -> bool:
+        tensors = self._buckets[index].tensors
+        return all(id(t) in self._ready[index] or t.name.startswith("bagua_padding_tensor") for t in tensors)
+
+    def _launch(self, bucket: BaguaBucketPy, events: Sequence[Any]) -> None:
+        if self._worker is None:
+            # A daemon: a rank that ends on an error must not wait here for ranks that will never come.
+            self._worker = threading.Thread(target=self._work, name=f"bagua {self.model_name}", daemon=True)
+            self._worker.start()
+        future: "Future[None]" = Future()
+        self._pending.append(future)
+        self._jobs.put((bucket, list(events), future))
+
+    def _work(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self._device_id)
+        while True:
+            bucket, events, future = self._jobs.get()
+            try:
+                bucket.run(events)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+
+def _flat_view(tensors: Sequence[Tensor]) -> Optional[Tensor]:
+    """Returns one flat tensor over the memory of all ``tensors`` where they lie one behind the other, else ``None``."""
+    first, offset = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or tensor.storage_offset() != offset or not tensor.is_contiguous() or tensor.dtype != first.dtype:
+            return None
+        offset += tensor.numel()
+    return first.detach().as_strided((offset - first.storage_offset(),), (1,), first.storage_offset())

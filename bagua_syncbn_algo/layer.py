@@ -1,0 +1,234 @@
+"""The SyncBatchNorm layer: modes, buffers, errors."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, channel_of, source_group, sync_point
+from .functional import sync_batch_norm
+from .moments import GlobalMoments
+from .records import Records, inside_backward
+
+__all__ = ["SyncBatchNorm", "SyncTag"]
+
+
+class SyncTag(NamedTuple):
+    """How a layer is known to the algorithm and to the other ranks."""
+
+    name: str  # qualified name in the model
+    order: int  # position among the model's synchronized layers
+    group: Optional[Tuple[int, ...]]  # global ranks that it normalizes over; None: all of them
+    roster: Roster  # all layers tagged together
+
+
+class SyncBatchNorm(_BatchNorm):
+    r"""Batch normalization over the batches of all ranks together.
+
+    In training, mean and variance are those of the concatenation of all ranks' inputs (exactly, not an average of
+    per-rank statistics; ranks may hold different numbers of samples, some none). In evaluation it is
+    ``torch.nn.BatchNorm*d`` and never communicates. The output keeps the input's dtype and memory format.
+
+    Works on CPU and CUDA, by itself under any data parallelism (``DistributedDataParallel`` included) or bound to Bagua
+    communication by :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm`. With one rank, or without an initialised process
+    group, it is a plain BatchNorm.
+
+    Args:
+        num_features: channels ``C`` of the input ``(N, C, ...)``, 2-D or more.
+        eps: added to the variance.
+        momentum: weight of the new value in the running statistics; ``None`` for the cumulative average.
+        affine: whether to have ``weight`` and ``bias``.
+        track_running_stats: whether to keep running statistics. Without them evaluation normalizes with the statistics
+            of this rank's batch.
+        process_group: the ranks to normalize over; ``None`` for all.
+        device, dtype: of the parameters and buffers.
+
+    Raises:
+        ValueError: at a forward whose input has fewer than 2 dimensions, another channel count or no floating dtype, or
+            where the whole group holds at most one value per channel.
+        SyncBatchNormError: if another rank failed, is elsewhere or did not arrive.
+
+    Collectives:
+        In training, one all-gather in forward (``8 + 2C·itemsize`` payload bytes a rank; itemsize 4, for float64 input
+        8) and one in backward (``2C·itemsize``). The first training forward also creates the statistics group. Every
+        rank of the group must call.
+    """
+
+    process_group: Optional[Any]
+    tag: Optional[SyncTag]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Optional[Any] = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self._adopt(process_group)
+
+    def _adopt(self, process_group: Optional[Any]) -> None:
+        """Sets what this class has beyond BatchNorm; also how the converter turns a BatchNorm's state into this."""
+        self.process_group = process_group
+        self.tag = None
+        self._go_unbound()
+
+    def _go_unbound(self) -> None:
+        self._channel: Optional[Channel] = None
+        self._channel_source: Optional[Any] = None
+        self._point: SyncPoint = sync_point("")
+        self._records = Records()
+
+    # -- binding --------------------------------------------------------------------------------------------------
+
+    @property
+    def sync_name(self) -> str:
+        """The name of this layer in errors and tables."""
+        return self._point.name if self.tag is None else self.tag.name
+
+    def bind(self, channel: Channel, point: SyncPoint) -> None:
+        """Makes this layer exchange its statistics at ``point`` of ``channel``; the algorithm calls it."""
+        self._channel, self._point, self._channel_source = channel, point, source_group(self.process_group)
+        channel.register(point)
+
+    def _bound_channel(self) -> Channel:
+        source = source_group(self.process_group)
+        if source is None:
+            return SINGLE_PROCESS
+        if self._channel is None or self._channel_source is not source:
+            channel = channel_of(self.process_group)
+            channel.join(Roster() if self.tag is None else self.tag.roster)
+            name = channel.anonymous_name(self.num_features) if self.tag is None else self.tag.name
+            self.bind(channel, sync_point(name))
+        assert self._channel is not None
+        return self._channel
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(
+                f"expected at least 2D input (N, C, ...) at {self.sync_name or 'SyncBatchNorm'} (got {input.dim()}D "
+                f"input of shape {tuple(input.shape)}); add the missing dimensions"
+            )
+
+    def _check_input(self, input: Tensor) -> None:
+        self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels in dimension 1 at {self.sync_name or 'SyncBatchNorm'} "
+                f"(got input of shape {tuple(input.shape)}); make num_features and the input agree"
+            )
+        if not input.is_floating_point():
+            raise ValueError(
+                f"expected floating-point input at {self.sync_name or 'SyncBatchNorm'} (got {input.dtype}); "
+                "convert it, e.g. input.float()"
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            self._check_input(input)
+            return self._local_batch_norm(input, self.running_mean is None and self.running_var is None)
+        channel = self._bound_channel()
+        try:
+            self._check_input(input)
+        except ValueError as error:
+            channel.fail(self._point, FORWARD, error)
+            raise
+        if channel.world_size == 1:
+            # A forward inside a backward recomputes an earlier one, which has updated the statistics.
+            return self._local_batch_norm(input, True, update=not inside_backward())
+        output, merged = sync_batch_norm(input, self.weight, self.bias, self.eps, channel, self._point, self._records)
+        if merged is not None:
+            self._update_running_statistics(merged)
+        return output
+
+    def _local_batch_norm(self, input: Tensor, batch_statistics: bool, update: bool = False) -> Tensor:
+        """Normalizes with this rank's batch or the running statistics, by PyTorch's own kernels."""
+        if batch_statistics and input.numel() <= input.shape[1]:
+            raise ValueError(
+                f"expected more than 1 value per channel at {self.sync_name or 'SyncBatchNorm'} (got input of shape "
+                f"{tuple(input.shape)} on one rank); use a larger batch or eval()"
+            )
+        tracks = update and self.track_running_stats and self.running_mean is not None
+        momentum = 0.0
+        if tracks:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        keeps = tracks or not batch_statistics
+        return F.batch_norm(
+            input,
+            self.running_mean if keeps else None,
+            self.running_var if keeps else None,
+            self.weight,
+            self.bias,
+            batch_statistics,
+            momentum,
+            self.eps,
+        )
+
+    @torch.no_grad()
+    def _update_running_statistics(self, merged: GlobalMoments) -> None:
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        mean, variance = merged.mean, merged.unbiased_variance
+        weight: Any = self.momentum
+        if weight is None:  # the cumulative average; stays on the device
+            weight = self.num_batches_tracked.to(mean.dtype).reciprocal()
+        # The arithmetic is the statistics', the storage the buffer's own: a half-precision buffer is rounded once.
+        self.running_mean.copy_(torch.lerp(self.running_mean.to(mean.dtype), mean, weight))
+        self.running_var.copy_(torch.lerp(self.running_var.to(mean.dtype), variance, weight))
+
+    def extra_repr(self) -> str:
+        group = "" if self.process_group is None else f", process_group={self.process_group}"
+        return super().extra_repr() + group
+
+    # -- copies ---------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> Dict[str, Any]:
+        state = self.__dict__.copy()
+        for live in ("_channel", "_channel_source", "_point", "_records"):
+            state.pop(live, None)
+        if self.process_group is not None:
+            state["process_group"] = _GroupReference(self.process_group, self.sync_name)
+        return state
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if isinstance(self.process_group, _GroupReference):
+            self.process_group = self.process_group.group
+        self._go_unbound()
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Optional[Any] = None) -> torch.nn.Module:
+        """Converts ``module``'s BatchNorm layers; see :func:`bagua_syncbn_algo.convert_sync_batchnorm`."""
+        from .convert import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module, process_group)
+
+
+class _GroupReference:
+    """Lets a layer with a process group be deep-copied, and refuses to pickle a live group."""
+
+    def __init__(self, group: Any, name: str) -> None:
+        self.group, self._name = group, name
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> _GroupReference:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"expected a layer over all ranks to pickle (got {self._name or 'SyncBatchNorm'} with a process group, "
+            "which lives in this process only); save state_dict(), or set process_group = None first"
+        )
