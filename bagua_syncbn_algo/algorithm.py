@@ -45,21 +45,20 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
     """
 
     def __init__(self, inner: Union[str, Any, None] = None, **inner_arguments: Any) -> None:
-        if inner is None:
-            inner = "gradient_allreduce"
-        if isinstance(inner, str):
-            inner = Algorithm.init(inner, **inner_arguments)
+        algorithm: Any = "gradient_allreduce" if inner is None else inner
+        if isinstance(algorithm, str):
+            algorithm = Algorithm.init(algorithm, **inner_arguments)
         elif inner_arguments:
             raise TypeError(
                 f"expected no further arguments with an algorithm instance (got {', '.join(sorted(inner_arguments))}); "
                 "give them to the inner algorithm, or name it by its registered name"
             )
-        if not hasattr(inner, "reify"):
+        if not hasattr(algorithm, "reify"):
             raise TypeError(
-                f"expected inner to be a Bagua algorithm or a registered name (got {inner!r}); pass an instance such "
-                "as GradientAllReduceAlgorithm()"
+                f"expected inner to be a Bagua algorithm or a registered name (got {algorithm!r}); pass an "
+                "instance such as GradientAllReduceAlgorithm()"
             )
-        self.inner = inner
+        self.inner = algorithm
 
     def reify(self, process_group: Any) -> SyncBatchNormAlgorithmImpl:
         """Returns the live algorithm on ``process_group``.

@@ -8,6 +8,7 @@ that have drifted apart get an error that names their layers instead of a hang o
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import time
 import weakref
@@ -107,7 +108,7 @@ class Channel:
         raise NotImplementedError
 
     def _all_gather(self, message: Tensor) -> Tensor:
-        """Returns every rank's ``message`` as ``(W, *message.shape)``, in rank order."""
+        """Returns every rank's ``message`` as ``(W, *message.shape)``, in rank order; valid until the next call."""
         raise NotImplementedError
 
     def _store(self) -> Optional[Any]:
@@ -196,10 +197,8 @@ class Channel:
         """
         text = f"{type(error).__name__}: {error}".encode()[: self.capacity - _HEADER_BYTES]
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
-        try:
+        with contextlib.suppress(SyncBatchNormError):  # this rank's own error is the one to raise
             self._send(point, phase, _FAULT, payload)
-        except SyncBatchNormError:
-            pass  # whatever the others say, this rank's own error is the one to raise
 
     def flush(self) -> None:
         """Raises what deferred header checks have found; on CUDA they lag behind by a few rounds."""
@@ -219,7 +218,8 @@ class Channel:
             self.rounds += 1
             gathered = self._guarded(message, point.name, phase)
             self._check(gathered, header, point, phase)
-            bodies.append(gathered[:, _HEADER_BYTES:])
+            body = gathered[:, _HEADER_BYTES:]
+            bodies.append(body if len(chunks) == 1 else body.clone())  # the next frame may be received in its place
         return bodies[0] if len(bodies) == 1 else torch.cat(bodies, dim=1)
 
     def _header(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> Tensor:
@@ -327,7 +327,7 @@ class TorchChannel(Channel):
         return message
 
     def _all_gather(self, message: Tensor) -> Tensor:
-        gathered = message.new_empty((self.world_size,) + message.shape)
+        gathered = message.new_empty((self.world_size, *message.shape))
         # The group's own methods: the functional API refuses bare backends and costs 40 µs more a call. gloo has no
         # flat form before torch 2.4; for NCCL the list form adds a copy for every rank.
         if self._flat:
@@ -376,19 +376,18 @@ class BaguaChannel(Channel):
         return message
 
     def _all_gather(self, message: Tensor) -> Tensor:
-        key = (message.numel(), message.dtype)
-        gathered = self._gathered.get(key)
-        if gathered is None:
-            gathered = message.new_empty((self.world_size,) + message.shape)
-            self._gathered[key] = gathered.to_bagua_tensor()  # type: ignore[operator]
-        if not message.is_bagua_tensor():  # type: ignore[operator]
-            message = message.to_bagua_tensor()  # type: ignore[operator]
-        receive: Any = self._gathered[key]
         send: Any = message
+        if not send.is_bagua_tensor():
+            send = send.to_bagua_tensor()
+        key = (message.numel(), message.dtype)
+        if key not in self._gathered:
+            self._gathered[key] = message.new_empty((self.world_size, *message.shape)).to_bagua_tensor()  # type: ignore[attr-defined]
+        receive: Any = self._gathered[key]
         ordered: ContextManager[None] = self._streams.ordered(self._communicator.cuda_stream)
         with ordered:
             self._communicator.allgather(send.bagua_backend_tensor(), receive.bagua_backend_tensor())
-        return self._gathered[key]
+        gathered: Tensor = receive
+        return gathered
 
     def _store(self) -> Optional[Any]:
         return self._key_value_store
@@ -464,7 +463,7 @@ def _backend_name(group: Any) -> str:
 
 
 # A channel lives as long as a layer that uses it; the key is the identity of the group it was made for.
-_channels: "weakref.WeakValueDictionary[int, Channel]" = weakref.WeakValueDictionary()
+_channels: weakref.WeakValueDictionary[int, Channel] = weakref.WeakValueDictionary()
 
 
 def source_group(process_group: Optional[Any]) -> Optional[Any]:

@@ -61,8 +61,8 @@ def register_conversion(source: Type[_BatchNorm], target: Type[SyncBatchNorm]) -
 
     Args:
         source: the class to convert (exactly this class, not its subclasses).
-        target: what to convert it to: a subclass of :class:`SyncBatchNorm` whose ``forward`` does what ``source``'s does
-            beyond normalizing. It receives the whole state of the converted layer, custom attributes included.
+        target: what to convert it to: a subclass of :class:`SyncBatchNorm` whose ``forward`` does what ``source``'s
+            does beyond normalizing. It receives the whole state of the converted layer, custom attributes included.
 
     Raises:
         TypeError: if ``target`` is no subclass of SyncBatchNorm.
@@ -139,7 +139,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
             reverted = original.__new__(original)
             reverted.__dict__.update(layer.__dict__)
             live = ["_channel", "_channel_source", "_point", "_records", "_converted_from", "tag"]
-            for attribute in live if original is nn.SyncBatchNorm else live + ["process_group"]:
+            for attribute in live if issubclass(original, nn.SyncBatchNorm) else [*live, "process_group"]:
                 reverted.__dict__.pop(attribute, None)
             replacements[id(layer)] = reverted
     return _replace(module, replacements)
@@ -215,7 +215,8 @@ def _refuse_wrapped(module: nn.Module) -> None:
 
 def _target_of(name: str, layer: _BatchNorm) -> Type[SyncBatchNorm]:
     kind = type(layer)
-    if any(is_lazy(tensor) for tensor in list(layer._parameters.values()) + list(layer._buffers.values())):
+    tensors = [tensor for tensor in (*layer._parameters.values(), *layer._buffers.values()) if tensor is not None]
+    if any(is_lazy(tensor) for tensor in tensors):
         raise ValueError(
             f"expected layers whose shapes are known (got {name}, an unmaterialised {kind.__name__}); "
             "run one batch through the model before converting"
@@ -245,7 +246,8 @@ def _is_act_style(layer: _BatchNorm) -> bool:
     layer.eval()  # no random dropout, no update of the running statistics
     try:
         line = torch.linspace(-2, 2, 4 * layer.num_features, dtype=reference.dtype, device=reference.device)
-        probe = line.view(4, layer.num_features, 1, 1)
+        inner = 1 if isinstance(layer, nn.BatchNorm1d) else 3 if isinstance(layer, nn.BatchNorm3d) else 2
+        probe = line.view(4, layer.num_features, *[1] * inner)
         plain = nn.functional.batch_norm(
             probe,
             layer.running_mean,

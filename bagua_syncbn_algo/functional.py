@@ -40,7 +40,8 @@ def sync_batch_norm(
 
     Args:
         input: shape ``(N, C, ...)``, floating point; ``N`` may be 0 on some ranks.
-        weight, bias: shape ``(C,)``, or ``None``.
+        weight: shape ``(C,)``, or ``None``.
+        bias: shape ``(C,)``, or ``None``.
         eps: added to the variance.
         channel: the ranks to normalize over.
         point: names this call to the other ranks.
@@ -77,11 +78,12 @@ def sync_batch_norm(
             local = LocalMoments(detached.numel() // max(detached.shape[1], 1), merged.mean, merged.variance)
             recomputed = True
     call = _Call(local, merged, eps, channel, point, records, record)
-    return _SyncBatchNorm.apply(input, weight, bias, call), None if recomputed else merged
+    output: Tensor = _SyncBatchNorm.apply(input, weight, bias, call)  # type: ignore[no-untyped-call]
+    return output, None if recomputed else merged
 
 
 class _Call(NamedTuple):
-    local: LocalMoments
+    local: Optional[LocalMoments]
     merged: GlobalMoments
     eps: float
     channel: Channel
@@ -101,6 +103,7 @@ class _SyncBatchNorm(Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         if input.numel() == 0:
             return torch.empty_like(input)
+        assert call.local is not None
         return normalize(input, call.local, mean, invstd, weight, bias)
 
     @staticmethod

@@ -34,8 +34,8 @@ class SyncBatchNorm(_BatchNorm):
     ``torch.nn.BatchNorm*d`` and never communicates. The output keeps the input's dtype and memory format.
 
     Works on CPU and CUDA, by itself under any data parallelism (``DistributedDataParallel`` included) or bound to Bagua
-    communication by :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm`. With one rank, or without an initialised process
-    group, it is a plain BatchNorm.
+    communication by :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm`. With one rank, or without an initialised
+    process group, it is a plain BatchNorm.
 
     Args:
         num_features: channels ``C`` of the input ``(N, C, ...)``, 2-D or more.
@@ -192,7 +192,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         group = "" if self.process_group is None else f", process_group={self.process_group}"
-        return super().extra_repr() + group
+        return f"{super().extra_repr()}{group}"  # type: ignore[no-untyped-call]
 
     # -- copies ---------------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class SyncBatchNorm(_BatchNorm):
         return state
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if isinstance(self.process_group, _GroupReference):
             self.process_group = self.process_group.group
         self._go_unbound()

@@ -46,7 +46,7 @@ class GlobalMoments(NamedTuple):
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which the statistics of an input of ``dtype`` are kept: float64 for float64, else float32."""
+    """Returns the dtype of the statistics of an input of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

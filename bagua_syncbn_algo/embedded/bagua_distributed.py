@@ -51,7 +51,7 @@ class BaguaDistributedDataParallel:
         ]
         self._bagua_backend = get_backend(bagua_module_name)
         self._backward: Optional[int] = None  # the autograd graph task whose gradients are being gathered
-        self._outstanding: Dict[str, nn.Parameter] = {}  # parameters whose gradient this backward has not given yet
+        self._outstanding: Dict[str, Any] = {}  # parameters whose gradient this backward has not given yet
         self._took_part = False  # whether this backward has given any gradient
         self._parameter_hooks: List[Any] = []
         self._optimizer_hooks: List[Any] = []
@@ -121,7 +121,8 @@ class BaguaDistributedDataParallel:
                 self._on_gradient(name, parameter)
 
             # On the node that accumulates into `parameter.grad`: runs when the gradient is complete.
-            accumulator = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+            node: Any = parameter.expand_as(parameter).grad_fn
+            accumulator = node.next_functions[0][0]
             handle = accumulator.register_hook(hook)
             self._parameter_hooks.append(_Kept(handle, accumulator))
 
@@ -192,7 +193,7 @@ class BaguaDistributedDataParallel:
                 return  # `torch.autograd.grad` for something else: it must leave the parameters' gradients alone
             # A parameter that took no part on this rank may have on another, and its bucket waits for it.
             for name, parameter in self._outstanding.items():
-                self.bagua_algorithm.init_backward_hook(self)(name, parameter.bagua_ensure_grad())  # type: ignore[operator]
+                self.bagua_algorithm.init_backward_hook(self)(name, parameter.bagua_ensure_grad())
             self.bagua_algorithm.init_post_backward_hook(self)()
         finally:
             self._backward, self._outstanding = None, {}

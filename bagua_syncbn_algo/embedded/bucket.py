@@ -95,7 +95,8 @@ class BaguaBucket:
         Args:
             hierarchical: accepted; on the embedded host it runs flat and logs so.
             average: whether to average rather than sum.
-            scattergather, compression: not on the embedded host.
+            scattergather: not on the embedded host.
+            compression: not on the embedded host.
             group: ``None`` for the default group.
 
         Raises:

@@ -157,7 +157,7 @@ def from_torch_group(group: Any, stream: Optional[Any] = None) -> BaguaProcessGr
     return _from_torch[group]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def get_backend(model_name: str) -> BaguaCommBackendPy:
     """Returns the backend that schedules the buckets of a model; always the same for one name."""
     backend = BaguaCommBackendPy(100, device_id=get_local_rank())
@@ -169,8 +169,8 @@ def _communicator(comm: Optional[BaguaSingleCommunicatorPy]) -> BaguaSingleCommu
     return _get_default_group().get_global_communicator() if comm is None else comm
 
 
-def _registered(tensor: Tensor) -> Any:
-    return tensor.to_bagua_tensor().bagua_backend_tensor()  # type: ignore[operator]
+def _registered(tensor: Any) -> Any:
+    return tensor.to_bagua_tensor().bagua_backend_tensor()
 
 
 def broadcast(tensor: Tensor, src: int = 0, comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:

@@ -42,7 +42,8 @@ class BaguaTensorPy:
 
     def effective(self) -> Tensor:
         """Returns the tensor that is communicated now: what the getter closure gives for the proxy."""
-        tensor: Tensor = self._proxy.bagua_getter_closure()  # type: ignore[operator]
+        proxy: Any = self._proxy
+        tensor: Tensor = proxy.bagua_getter_closure()
         return tensor
 
     def data_ptr(self) -> int:
@@ -99,7 +100,7 @@ class BaguaSingleCommunicatorPy:
     def allgather(self, send: BaguaTensorPy, recv: BaguaTensorPy) -> None:
         """Writes every rank's ``send`` into ``recv``, in rank order."""
         source = send.effective().detach()
-        rows = list(recv.effective().detach().view((self.nranks(),) + tuple(source.shape)).unbind(0))
+        rows = list(recv.effective().detach().view((self.nranks(), *source.shape)).unbind(0))
         dist.all_gather(rows, source, group=self._group)
 
     def _allreduce(self, tensor: Tensor, op: int) -> None:
@@ -172,9 +173,9 @@ class BaguaCommBackendPy:
         self.model_name = ""
         self._buckets: List[BaguaBucketPy] = []
         self._owner: Dict[int, int] = {}
-        self._jobs: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._worker: Optional[threading.Thread] = None
-        self._pending: List["Future[None]"] = []
+        self._pending: List[Future[None]] = []
         self._device_id = device_id
         self.reset()
 
@@ -232,7 +233,7 @@ class BaguaCommBackendPy:
             # A daemon: a rank that ends on an error must not wait here for ranks that will never come.
             self._worker = threading.Thread(target=self._work, name=f"bagua {self.model_name}", daemon=True)
             self._worker.start()
-        future: "Future[None]" = Future()
+        future: Future[None] = Future()
         self._pending.append(future)
         self._jobs.put((bucket, list(events), future))
 

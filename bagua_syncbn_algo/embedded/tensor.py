@@ -6,7 +6,7 @@ parameter's gradient, say), a setter closure replaces it.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ Setter = Callable[[Tensor, Tensor], None]
 
 class BaguaTensor:
     """The methods; importing this module puts them on ``torch.Tensor``."""
+
+    bagua_tensor_name: str
+    bagua_module_name: Optional[str]
 
     def is_bagua_tensor(self) -> bool:
         """Whether this tensor is registered."""
@@ -119,10 +122,12 @@ class BaguaTensor:
         with torch.no_grad():
             effective = self.bagua_getter_closure()
             if self._bagua_setter_closure is None:
-                effective.set_(storage, storage_offset, effective.shape)
+                effective.set_(storage, storage_offset, effective.shape, _contiguous_strides(effective))
             else:
                 moved = torch.empty(0, dtype=effective.dtype, device=effective.device)
-                self.bagua_setter_closure(moved.set_(storage, storage_offset, effective.shape))
+                self.bagua_setter_closure(
+                    moved.set_(storage, storage_offset, effective.shape, _contiguous_strides(effective))
+                )
 
     def _bagua_mark(self, event: Any) -> None:
         if self.bagua_backend is None:
@@ -131,6 +136,10 @@ class BaguaTensor:
                 "model.bagua_module_name"
             )
         self.bagua_backend.mark_communication_ready(self._bagua_backend_tensor, event)
+
+
+def _contiguous_strides(tensor: Tensor) -> Tuple[int, ...]:
+    return torch.empty(tensor.shape, device="meta").stride()
 
 
 for _name, _method in list(vars(BaguaTensor).items()):

@@ -1,0 +1,51 @@
+"""Shared set-up: one thread per rank, fixed seeds, and multi-rank tests that may not be skipped."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Dict, Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+_multirank: Dict[str, str] = {}
+
+
+@pytest.fixture(autouse=True)
+def _clean_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fixed random numbers, and no configuration from the developer's own environment."""
+    for name in [name for name in os.environ if name.startswith("BAGUA_SYNCBN")]:
+        monkeypatch.delenv(name)
+    torch.manual_seed(0)
+    yield
+
+
+def pytest_collection_modifyitems(items: Any) -> None:
+    for item in items:
+        if item.get_closest_marker("multirank"):
+            _multirank[item.nodeid] = "did not run"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Any:
+    outcome = yield
+    report = outcome.get_result()
+    if item.nodeid in _multirank:
+        if report.skipped:
+            report.outcome = "failed"
+            report.longrepr = "a multi-rank test must not be skipped"
+        if report.when == "call" or report.failed:
+            _multirank[item.nodeid] = report.outcome
+
+
+def pytest_deselected(items: Any) -> None:
+    for item in items:
+        _multirank.pop(item.nodeid, None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    passed = sum(state == "passed" for state in _multirank.values())
+    left = sum(state == "did not run" for state in _multirank.values())
+    terminalreporter.write_line(f"multi-rank tests: {passed} passed, {left} did not run")
