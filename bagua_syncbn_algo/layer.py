@@ -158,22 +158,17 @@ class SyncBatchNorm(_BatchNorm):
                 f"expected more than 1 value per channel at {self.sync_name or 'SyncBatchNorm'} (got input of shape "
                 f"{tuple(input.shape)} on one rank); use a larger batch or eval()"
             )
-        tracks = update and self.track_running_stats and self.running_mean is not None
-        momentum = 0.0
-        if tracks:
+        running_mean, running_var, momentum = self.running_mean, self.running_var, 0.0
+        if self.training and running_mean is not None and running_var is not None:
             assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        keeps = tracks or not batch_statistics
+            if update:
+                self.num_batches_tracked.add_(1)
+                momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            else:
+                # Copies, not None: checkpointing counts the tensors that a recomputation saves.
+                running_mean, running_var = running_mean.clone(), running_var.clone()
         return F.batch_norm(
-            input,
-            self.running_mean if keeps else None,
-            self.running_var if keeps else None,
-            self.weight,
-            self.bias,
-            batch_statistics,
-            momentum,
-            self.eps,
+            input, running_mean, running_var, self.weight, self.bias, batch_statistics, momentum, self.eps
         )
 
     @torch.no_grad()

@@ -1,0 +1,262 @@
+"""The statistics channel: exchange, headers, faults, frames, agreement, late and dead ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, List, Optional
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_processes, run_threads
+from torch import Tensor
+
+from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError
+from bagua_syncbn_algo.channel import (
+    BACKWARD,
+    FORWARD,
+    SINGLE_PROCESS,
+    Roster,
+    SyncPoint,
+    TorchChannel,
+    channel_of,
+    sync_point,
+)
+
+A, B = sync_point("model.layer2.0.bn1"), sync_point("model.layer2.0.bn2")
+
+
+def channel_for(group: Any, features: int = 4, store: Optional[Any] = None) -> TorchChannel:
+    channel = TorchChannel(group, store)
+    channel.join(Roster(((A.name, features), (B.name, features))))
+    return channel
+
+
+def messages(failures: List[Optional[BaseException]]) -> List[str]:
+    assert all(isinstance(failure, SyncBatchNormError) for failure in failures), failures
+    return [str(failure) for failure in failures]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [4, 5, 4000])
+def test_exchange_returns_every_rank_in_order(dtype: torch.dtype, features: int) -> None:
+    """Catches misaligned views, ranks out of order, a count that went through a float, and lost frames.
+
+    4000 features over a channel made for 4 need many frames; 2²⁴ + 1 is no float32.
+    """
+
+    def body(rank: int, group: Any) -> Any:
+        channel = channel_for(group)
+        parts = [torch.tensor([2**24 + 1 + rank]), torch.arange(features, dtype=dtype) + 1000 * rank]
+        return channel.exchange(A, FORWARD, parts), channel.rounds, channel.capacity
+
+    for (counts, values), rounds, capacity in run_threads(3, body):
+        assert counts.tolist() == [[2**24 + 1], [2**24 + 2], [2**24 + 3]]
+        assert torch.equal(values, torch.stack([torch.arange(features, dtype=dtype) + 1000 * r for r in range(3)]))
+        payload = 8 + features * torch.empty(0, dtype=dtype).element_size()
+        assert rounds == -(-payload // (capacity - 32))
+
+
+@pytest.mark.multirank
+def test_every_message_has_one_length() -> None:
+    """Catches messages as long as their payload: gloo ends the process when ranks' lengths differ."""
+    lengths = []
+
+    class Recording(TorchChannel):
+        def _all_gather(self, message: Tensor) -> Tensor:
+            lengths.append(message.numel())
+            return super()._all_gather(message)
+
+    def body(rank: int, group: Any) -> None:
+        channel = Recording(group)
+        channel.join(Roster(((A.name, 16), (B.name, 4))))
+        lengths.clear()
+        for point, features in ((A, 16), (B, 4)):
+            channel.exchange(point, FORWARD, [torch.tensor([1]), torch.zeros(2 * features)])
+            channel.exchange(point, BACKWARD, [torch.zeros(2 * features)])
+
+    run_threads(1, body)
+    assert len(lengths) == 4 and set(lengths) == {Roster(((A.name, 16),)).capacity}
+
+
+@pytest.mark.multirank
+def test_ranks_at_different_layers_name_both() -> None:
+    """Catches a rank that skipped a layer and merges another layer's statistics in silence."""
+
+    def body(rank: int, group: Any) -> None:
+        channel_for(group).exchange(A if rank == 0 else B, FORWARD, [torch.zeros(4)])
+
+    for text in messages(run_threads(2, body, errors=True)):
+        assert "rank 0 at model.layer2.0.bn1 (forward)" in text
+        assert "rank 1 at model.layer2.0.bn2 (forward)" in text
+
+
+@pytest.mark.multirank
+def test_ranks_in_different_phases_are_told() -> None:
+    """Catches a backward that is paired with another rank's forward of the same layer."""
+
+    def body(rank: int, group: Any) -> None:
+        channel_for(group).exchange(A, FORWARD if rank == 0 else BACKWARD, [torch.zeros(4)])
+
+    for text in messages(run_threads(2, body, errors=True)):
+        assert "rank 0 at model.layer2.0.bn1 (forward), rank 1 at model.layer2.0.bn1 (backward)" in text
+
+
+@pytest.mark.multirank
+def test_unknown_layer_of_another_rank() -> None:
+    """Catches a KeyError in place of the message when the other rank is at a layer that this one never saw."""
+
+    def body(rank: int, group: Any) -> None:
+        channel = channel_for(group)
+        channel.exchange(A if rank == 0 else SyncPoint(123, "elsewhere"), FORWARD, [torch.zeros(4)])
+
+    assert "rank 1 at a layer unknown here" in messages(run_threads(2, body, errors=True))[0]
+
+
+@pytest.mark.multirank
+def test_payloads_of_different_lengths_are_told() -> None:
+    """Catches float64 input on one rank and float32 on another, merged as garbage."""
+
+    def body(rank: int, group: Any) -> None:
+        dtype = torch.float32 if rank == 0 else torch.float64
+        channel_for(group).exchange(A, FORWARD, [torch.zeros(2, dtype=dtype)])
+
+    for text in messages(run_threads(2, body, errors=True)):
+        assert "got 8 bytes on rank 0, 16 bytes on rank 1" in text and "same num_features and input dtype" in text
+
+
+@pytest.mark.multirank
+def test_frames_of_different_number_do_not_hang() -> None:
+    """Catches a rank that waits for a second frame which the other never sends: the first header tells."""
+
+    def body(rank: int, group: Any) -> None:
+        channel_for(group).exchange(A, FORWARD, [torch.zeros(4 if rank == 0 else 4000)])
+
+    for text in messages(run_threads(2, body, errors=True)):
+        assert "got 16 bytes on rank 0, 16000 bytes on rank 1" in text
+
+
+@pytest.mark.multirank
+def test_a_fault_on_one_rank_reaches_all() -> None:
+    """Catches ranks that wait for a timeout because another refused its input."""
+    layers = [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)]
+
+    def body(rank: int, group: Any) -> None:
+        SyncBatchNorm(3, process_group=group)(layers[rank])
+
+    good, bad = run_threads(2, body, errors=True)
+    assert isinstance(bad, ValueError) and "expected 3 channels in dimension 1" in str(bad)
+    assert isinstance(good, SyncBatchNormError)
+    assert "expected rank 1 to send statistics at SyncBatchNorm(3) number 1 (forward)" in str(good)
+    assert "expected 3 channels" in str(good)
+
+
+@pytest.mark.multirank
+def test_a_fault_in_backward_reaches_all(mocker: Any) -> None:
+    """Catches a backward that fails on one rank and leaves the others waiting."""
+    import bagua_syncbn_algo.functional as functional
+
+    x = torch.randn(2, 2, 3, 4, 4)
+    original = functional.gradient_sums
+
+    def faulty(grad_output: Tensor, input: Tensor, *rest: Any) -> Any:
+        if torch.equal(input, x[1]):
+            raise MemoryError("no memory left")
+        return original(grad_output, input, *rest)
+
+    mocker.patch.object(functional, "gradient_sums", faulty)
+
+    def body(rank: int, group: Any) -> None:
+        SyncBatchNorm(3, process_group=group)(x[rank].requires_grad_()).sum().backward()
+
+    x = x.clone()
+    good, bad = run_threads(2, body, errors=True)
+    assert isinstance(bad, MemoryError)
+    assert isinstance(good, SyncBatchNormError) and "(backward) (got its error: MemoryError: no memory left)" in str(good)
+
+
+@pytest.mark.multirank
+def test_different_layers_are_refused_at_the_start() -> None:
+    """Catches ranks that built different models and find out by a hang in the middle of a step."""
+
+    def body(rank: int, group: Any) -> None:
+        names = [("net.bn1", 4), ("net.bn2", 8)] + ([] if rank == 0 else [("net.bn3", 8)])
+        TorchChannel(group).join(Roster(tuple(names)))
+
+    for text in messages(run_threads(2, body, errors=True)):
+        assert "got 2 on rank 0, 3 on rank 1" in text
+        assert "layer 2: no such layer on rank 0, net.bn3 with 8 features on rank 1" in text
+
+
+@pytest.mark.multirank
+def test_the_longest_message_of_any_rank_is_taken() -> None:
+    """Catches ranks that fix different lengths because only one keeps float64."""
+
+    def body(rank: int, group: Any) -> int:
+        channel = TorchChannel(group)
+        channel.join(Roster((("net.bn", 100),), itemsize=4 if rank == 0 else 8))
+        return channel.capacity
+
+    assert run_threads(2, body) == [Roster((("net.bn", 100),), itemsize=8).capacity] * 2
+
+
+@pytest.mark.multirank
+def test_a_rank_that_never_arrives_is_named() -> None:
+    """Catches a timeout that says nothing: the error names the layer, and the rank that was not there."""
+    store = dist.HashStore()
+
+    def body(rank: int, group: Any) -> None:
+        channel = channel_for(group, store=store)
+        channel.exchange(A, FORWARD, [torch.zeros(4)])
+        if rank == 2:
+            time.sleep(3)
+            return
+        channel.exchange(B, BACKWARD, [torch.zeros(4)])
+
+    first, second, third = run_threads(3, body, errors=True, timeout=2.0)
+    assert third is None
+    for text in messages([first, second]):
+        assert "rank 0 at model.layer2.0.bn2 (backward), rank 1 at model.layer2.0.bn2 (backward)" in text
+        assert "rank 2 never arrived" in text
+
+
+def _die_in_the_middle(rank: int) -> str:
+    dist.init_process_group("gloo")
+    layer = SyncBatchNorm(3)
+    layer(torch.randn(2, 3, 4, 4))
+    if rank == 1:
+        os._exit(3)
+    try:
+        layer(torch.randn(2, 3, 4, 4))
+    except SyncBatchNormError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.multirank
+def test_a_dead_rank_ends_the_others() -> None:
+    """Catches a hang after a rank has died; needs real processes, since threads do not die alone."""
+    first, second = run_processes(2, _die_in_the_middle, errors=True)
+    assert first is None
+    assert second == "rank 1 gave no result: it hung or died"
+
+
+def test_without_a_process_group_there_is_one_rank() -> None:
+    """Catches a collective in a program that never initialised one."""
+    assert channel_of(None) is SINGLE_PROCESS
+    parts = SINGLE_PROCESS.exchange(A, FORWARD, [torch.tensor([3]), torch.ones(2)])
+    assert [part.tolist() for part in parts] == [[[3]], [[1.0, 1.0]]]
+
+
+def test_a_group_that_this_rank_is_not_in_is_refused() -> None:
+    """Catches an AttributeError deep in a forward for `new_group`'s result on a rank outside of it."""
+    with pytest.raises(ValueError, match="expected a process group that this rank belongs to"):
+        channel_of(object())
+
+
+def test_sync_points_do_not_depend_on_order() -> None:
+    """Catches keys from `hash`, which differ between processes, or from registration order."""
+    assert sync_point("model.layer1.bn").key == 1929391674102249119
+    assert sync_point("a").key != sync_point("b").key

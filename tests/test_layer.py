@@ -1,0 +1,342 @@
+"""The layer: modes, bad input, recomputation under checkpointing, copies, one-rank behaviour."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_threads
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, convert_sync_batchnorm
+from bagua_syncbn_algo.channel import Channel
+
+
+def rounds(layer: SyncBatchNorm) -> int:
+    channel = layer._channel
+    assert isinstance(channel, Channel)
+    return channel.rounds
+
+
+# -- one rank ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_rank_is_plain_batch_norm(options: Any, training: bool) -> None:
+    """Catches any difference, to the bit, from nn.BatchNorm2d in a program with one rank."""
+    x = torch.randn(4, 3, 5, 5)
+    layers = [nn.BatchNorm2d(3, **options), SyncBatchNorm(3, **options)]
+    results = []
+    for layer in layers:
+        leaf = x.clone().requires_grad_()
+        layer.train()
+        layer(leaf)
+        layer.train(training)
+        y = layer(leaf)
+        y.pow(2).sum().backward()
+        results.append((y, leaf.grad, *layer.buffers(), *(p.grad for p in layer.parameters())))
+    for plain, synchronized in zip(*results):
+        assert torch.equal(plain, synchronized)
+
+
+def test_batches_tracked_is_updated_in_place() -> None:
+    """Catches `self.num_batches_tracked = … + 1`, which breaks buffers held elsewhere (an averaged model, DDP)."""
+    layer = SyncBatchNorm(3)
+    held = layer.num_batches_tracked
+    layer(torch.randn(2, 3, 4))
+    assert held is not None and held.item() == 1
+
+
+def test_evaluation_of_an_empty_batch() -> None:
+    """Catches a crash on a last, empty evaluation batch."""
+    assert SyncBatchNorm(3).eval()(torch.randn(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("input", "message"),
+    [
+        (torch.randn(3), r"expected at least 2D input \(N, C, \.\.\.\) at SyncBatchNorm \(got 1D input of shape \(3,\)"),
+        (torch.randn(2, 4, 5), r"expected 3 channels in dimension 1 at SyncBatchNorm \(got input of shape \(2, 4, 5\)"),
+        (torch.ones(2, 3, dtype=torch.int64), r"expected floating-point input at SyncBatchNorm \(got torch.int64\)"),
+        (torch.randn(1, 3), r"expected more than 1 value per channel at SyncBatchNorm \(got input of shape \(1, 3\)"),
+        (torch.randn(0, 3, 2, 2), r"expected more than 1 value per channel at SyncBatchNorm"),
+    ],
+)
+def test_bad_input_on_one_rank(input: Tensor, message: str) -> None:
+    """Catches a bad input that reaches a native kernel, and an update of the buffers before the refusal."""
+    layer = SyncBatchNorm(3)
+    with pytest.raises(ValueError, match=message):
+        layer(input)
+    assert layer.num_batches_tracked is not None and layer.num_batches_tracked.item() == 0
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(
+    ("input", "message"),
+    [
+        (torch.randn(3), "expected at least 2D input"),
+        (torch.randn(2, 4, 5), "expected 3 channels in dimension 1"),
+        (torch.ones(2, 3, dtype=torch.int64), "expected floating-point input"),
+    ],
+)
+def test_bad_input_on_all_ranks(input: Tensor, message: str) -> None:
+    """Catches ranks that report each other's fault in place of their own."""
+    failures = run_threads(2, lambda rank, group: SyncBatchNorm(3, process_group=group)(input), errors=True)
+    for failure in failures:
+        assert isinstance(failure, ValueError) and message in str(failure)
+
+
+@pytest.mark.multirank
+def test_one_value_per_channel_in_the_whole_world() -> None:
+    """Catches a variance over zero degrees of freedom, i.e. NaN in running_var, with one sample in the world."""
+    shards = [torch.randn(1, 3), torch.randn(0, 3)]
+
+    def body(rank: int, group: Any) -> None:
+        SyncBatchNorm(3, process_group=group)(shards[rank])
+
+    for failure in run_threads(2, body, errors=True):
+        assert isinstance(failure, ValueError)
+        assert "expected more than 1 value per channel in the whole group" in str(failure)
+
+
+# -- modes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("track", [True, False])
+def test_evaluation_never_communicates(track: bool) -> None:
+    """Catches a collective in evaluation: a rank that evaluates alone, as rank 0 does everywhere, would hang."""
+    x = torch.randn(2, 4, 3, 2, 2)
+
+    def body(rank: int, group: Any) -> Any:
+        layer = SyncBatchNorm(3, track_running_stats=track, process_group=group)
+        layer(x[rank])
+        before = rounds(layer)
+        layer.eval()
+        y = layer(x[rank]) if rank == 0 else None
+        return before, rounds(layer), y, layer
+
+    (before, after, y, layer), _ = run_threads(2, body)
+    assert before == after == 1
+    plain = nn.BatchNorm2d(3, track_running_stats=track).eval()
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(y, plain(x[0]))
+
+
+@pytest.mark.multirank
+def test_frozen_layers() -> None:
+    """Catches rounds or updates of a layer in eval(), and gradients for parameters that ask for none."""
+    x = torch.randn(2, 4, 3, 2, 2)
+
+    def body(rank: int, group: Any) -> Any:
+        model = nn.Sequential(SyncBatchNorm(3, process_group=group), SyncBatchNorm(3, process_group=group))
+        model[0].eval()
+        for parameter in model[1].parameters():
+            parameter.requires_grad_(False)
+        leaf = x[rank].clone().requires_grad_()
+        model(leaf).pow(3).sum().backward()
+        return model, leaf.grad
+
+    for model, gradient in run_threads(2, body):
+        assert model[0]._channel is None
+        assert model[0].num_batches_tracked.item() == 0 and model[1].num_batches_tracked.item() == 1
+        assert model[0].weight.grad is not None and model[1].weight.grad is None
+        assert rounds(model[1]) == 2 and gradient.abs().sum() > 0
+
+
+# -- recomputation ----------------------------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """A block whose one normalization layer runs twice, on inputs of different statistics."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(3, 3), nn.Linear(3, 3), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.second(torch.relu(self.norm(self.first(x)))) * 3 + 1)
+        return y
+
+
+class Nested(nn.Module):
+    """A checkpoint inside a checkpoint: the inner layer's forward runs three times."""
+
+    def __init__(self, norm: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.linear, self.norm, self.reentrant = nn.Linear(3, 3), norm, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(lambda h: self.norm(self.linear(h)).tanh(), x * 2, use_reentrant=self.reentrant)
+        return y
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["once", "twice", "nested", "two_regions", "stale"])
+def test_checkpointing_neither_communicates_nor_updates_again(kind: str, reentrant: bool) -> None:
+    """Catches a second round (a deadlock against a rank without one) and a second update of the running statistics.
+
+    ``stale``: forwards without a backward before must not be mistaken for the one that is recomputed.
+    """
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    noise = torch.randn(3, 2, 5, 3, dtype=torch.float64) * 4 + 2
+
+    def body(rank: int, group: Any, checkpointed: bool) -> Any:
+        norm = SyncBatchNorm(3, process_group=group)
+        block: Any
+        if kind == "twice":
+            block = Twice(norm)
+        elif kind == "nested":
+            block = Nested(norm, reentrant)
+        else:
+            block = nn.Sequential(nn.Linear(3, 3), norm, nn.Tanh())
+        block = block.double()
+        linears = [part for part in block.modules() if isinstance(part, nn.Linear)]
+        with torch.no_grad():
+            for number, linear in enumerate(linears):  # not drawn: the threads share one generator
+                linear.weight.copy_(torch.arange(9.0).add(number).cos().view(3, 3))
+                linear.bias.zero_()
+        if kind == "stale":
+            with torch.no_grad():
+                for shard in noise[:, rank]:
+                    block(shard)
+            block(noise[0, rank])  # with a graph that is dropped
+        leaf = x[rank].clone().requires_grad_()
+
+        def run(h: Tensor) -> Tensor:
+            y: Tensor = checkpoint(block, h, use_reentrant=reentrant) if checkpointed else block(h)
+            return y
+
+        y = run(leaf)
+        if kind == "two_regions":
+            y = run(y * 2 + 1)
+        y.pow(3).sum().backward()
+        values = [y.detach(), leaf.grad, norm.running_mean, norm.running_var, norm.weight.grad]
+        values += [linear.weight.grad for linear in linears]
+        return rounds(norm), norm.num_batches_tracked.item(), values
+
+    for plain, again in zip(run_threads(2, body, False), run_threads(2, body, True)):
+        assert again[:2] == plain[:2]
+        for expected, value in zip(plain[2], again[2]):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.multirank
+def test_a_second_backward_of_a_checkpointed_graph() -> None:
+    """Catches a record that is forgotten at the first of two backwards: the second would exchange moments again."""
+    x = torch.randn(2, 5, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        norm = SyncBatchNorm(3, process_group=group)
+        leaf = x[rank].clone().requires_grad_()
+        loss = checkpoint(lambda h: norm(h).tanh(), leaf, use_reentrant=False).pow(3).sum()
+        loss.backward(retain_graph=True)
+        once = leaf.grad.clone()
+        loss.backward()
+        return rounds(norm), norm.num_batches_tracked.item(), once, leaf.grad
+
+    for count, batches, once, twice in run_threads(2, body):
+        assert (count, batches) == (3, 1)
+        torch.testing.assert_close(twice, 2 * once)
+
+
+@pytest.mark.multirank
+def test_records_do_not_pile_up() -> None:
+    """Catches memory held for forwards that never see a backward, and records left after an ordinary step."""
+    x = torch.randn(2, 5, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        norm = SyncBatchNorm(3, process_group=group)
+        norm(x[rank].requires_grad_()).sum().backward()
+        after_a_step = len(norm._records)
+        with torch.no_grad():
+            for _ in range(20):
+                norm(x[rank])
+        return after_a_step, len(norm._records)
+
+    assert run_threads(2, body) == [(0, 8), (0, 8)]
+
+
+def test_one_rank_checkpointing_updates_once() -> None:
+    """Catches what nn.BatchNorm does under checkpointing: its running statistics move twice a step."""
+    norm = SyncBatchNorm(3)
+    x = torch.randn(4, 3, requires_grad=True)
+    checkpoint(norm, x, use_reentrant=False).pow(2).sum().backward()
+    assert norm.num_batches_tracked is not None and norm.num_batches_tracked.item() == 1
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.multirank
+def test_deepcopy_of_a_bound_layer_trains_on_its_own() -> None:
+    """Catches a copy (an averaged model's) that shares live state, or that cannot be made once the layer has run."""
+    x = torch.randn(2, 4, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        layer = SyncBatchNorm(3, process_group=group)
+        layer(x[rank])
+        twin = copy.deepcopy(layer)
+        assert twin.process_group is group and twin._channel is None and twin._records is not layer._records
+        layer(x[rank])
+        twin(x[rank])
+        return layer.running_mean, twin.running_mean
+
+    for mine, copied in run_threads(2, body):
+        assert torch.equal(mine, copied)
+
+
+def test_pickle_and_state_dict() -> None:
+    """Catches live objects in a saved model, and state_dict keys that other BatchNorms do not have."""
+    model = convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    model(torch.randn(2, 3, 4, 4))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert loaded[1].tag == model[1].tag
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    assert list(SyncBatchNorm(4).state_dict()) == list(nn.BatchNorm2d(4).state_dict())
+    nn.SyncBatchNorm(4).load_state_dict(model[1].state_dict())
+
+
+@pytest.mark.multirank
+def test_a_layer_with_a_process_group_is_not_pickled_in_silence() -> None:
+    """Catches a group that is lost by saving: the loaded layer would normalize over other ranks."""
+
+    def body(rank: int, group: Any) -> None:
+        pickle.dumps(SyncBatchNorm(3, process_group=group))
+
+    for failure in run_threads(2, body, errors=True):
+        assert isinstance(failure, TypeError) and "expected a layer over all ranks to pickle" in str(failure)
+
+
+@pytest.mark.multirank
+def test_a_skipped_layer_is_an_error_on_all_ranks() -> None:
+    """Catches layer-drop on one rank only: its ranks would mix two layers' statistics."""
+    x = torch.randn(2, 4, 3)
+
+    def body(rank: int, group: Any) -> None:
+        first, second = SyncBatchNorm(3, process_group=group), SyncBatchNorm(3, process_group=group)
+        for layer in (first, second):
+            layer._bound_channel()
+        y = first(x[rank]) if rank == 0 else x[rank]
+        second(y)
+
+    for failure in run_threads(2, body, errors=True):
+        assert isinstance(failure, SyncBatchNormError)
+        assert "rank 0 at SyncBatchNorm(3) number 1 (forward)" in str(failure)
+        assert "rank 1 at SyncBatchNorm(3) number 2 (forward)" in str(failure)
+
+
+def test_repr_shows_the_options() -> None:
+    """Catches a layer that prints without its configuration."""
+    assert repr(SyncBatchNorm(3, eps=0.5)) == repr(nn.BatchNorm2d(3, eps=0.5)).replace("BatchNorm2d", "SyncBatchNorm")

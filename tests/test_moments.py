@@ -1,0 +1,161 @@
+"""The pure mathematics: local moments, merge, normalization, gradients; on the CPU's kernels and on CUDA's."""
+
+from __future__ import annotations
+
+from typing import Any, Tuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bagua_syncbn_algo import moments
+from bagua_syncbn_algo.channel import SINGLE_PROCESS, sync_point
+from bagua_syncbn_algo.functional import sync_batch_norm
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1e2, 1e4])
+def test_local_moments_keep_their_digits(layout: torch.memory_format, ratio: float) -> None:
+    """Catches cancellation, even where the mean is 10⁴ standard deviations.
+
+    Channels-first the moments are right to float32's last digits. ATen's channels-last kernel, which nn.BatchNorm2d
+    uses as well, sums in float32: its mean is right to 1e-6, and m2 is off by the square of that error in σ.
+    """
+    x = (torch.randn(8, 5, 13, 11) + ratio).contiguous(memory_format=layout)
+    local = moments.local_moments(x)
+    exact_mean, exact_m2 = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), unbiased=False) * 8 * 13 * 11
+    assert local.elements == 8 * 13 * 11
+    assert ((local.mean - exact_mean).abs() / (exact_mean.abs() + 1)).max() < 1e-6
+    tolerance = 1e-6 if layout == torch.contiguous_format or ratio < 1e4 else 1e-4
+    assert ((local.m2 - exact_m2) / exact_m2).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_constant_channels_have_no_negative_m2(layout: torch.memory_format) -> None:
+    """Catches Σc² − (Σc)²/n falling below zero by rounding: rsqrt would give NaN for eps = 0."""
+    x = torch.full((4, 3, 5, 5), 0.1).contiguous(memory_format=layout)
+    assert (moments.local_moments(x).m2 >= 0).all()
+    assert moments.local_moments(x).m2.max() < 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(lambda c: sum(c) >= 2),
+    mean=st.floats(-1e3, 1e3),
+    seed=st.integers(0, 99),
+)
+def test_merge_is_that_of_the_concatenation(counts: "list[int]", mean: float, seed: int) -> None:
+    """Catches a mean of means, a forgotten n_r(m_r − M)² and any trouble with empty ranks; 1e-12 is float64 rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    shards = [torch.randn(n, 2, generator=generator, dtype=torch.float64) + mean * (i + 1) for i, n in enumerate(counts)]
+    zero = torch.zeros(2, dtype=torch.float64)
+    means = torch.stack([shard.mean(0) if len(shard) else zero for shard in shards])
+    m2s = torch.stack([shard.var(0, unbiased=False) * len(shard) if len(shard) else zero for shard in shards])
+    merged = moments.merge_moments(torch.tensor([[n] for n in counts]), means, m2s)
+    whole = torch.cat(shards)
+    assert int(merged.elements) == len(whole)
+    torch.testing.assert_close(merged.mean, whole.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(merged.variance, whole.var(0, unbiased=False), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(merged.unbiased_variance, whole.var(0), rtol=1e-9, atol=1e-12)
+
+
+def test_merge_keeps_large_counts_exact() -> None:
+    """Catches counts in float32: 2²⁴ + 1 elements on one rank and 1 on another have variance n₁n₂/N², not a rounding."""
+    counts = torch.tensor([[2**24 + 1], [1]])
+    merged = moments.merge_moments(counts, torch.tensor([[0.0], [1.0]]), torch.zeros(2, 1))
+    total = 2**24 + 2
+    assert int(merged.elements) == total
+    assert merged.mean.item() == pytest.approx(1 / total, rel=1e-6)
+    assert merged.variance.item() == pytest.approx((total - 1) / total**2, rel=1e-6)
+
+
+def test_statistics_dtypes() -> None:
+    """Catches half-precision statistics and float64 input that is rounded to float32."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert moments.statistics_dtype(dtype) == torch.float32
+    assert moments.statistics_dtype(torch.float64) == torch.float64
+
+
+# What CUDA's kernels compute, by their documentation and torch.nn.SyncBatchNorm's use of them. The kernels themselves
+# cannot run here; what is checked is that they are called with the right arguments and that their results are
+# understood (sums against means, invstd against variance).
+def _stats(x: Tensor, eps: float) -> Tuple[Tensor, Tensor]:
+    dims = [d for d in range(x.dim()) if d != 1]
+    variance = x.var(dims, unbiased=False)
+    return x.mean(dims), (variance + eps).rsqrt()
+
+
+def _elemt(x: Tensor, weight: Any, bias: Any, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    s = (1, -1) + (1,) * (x.dim() - 2)
+    y = (x - mean.view(s)) * invstd.view(s)
+    y = y if weight is None else y * weight.view(s)
+    return y if bias is None else y + bias.view(s)
+
+
+def _backward_reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, *mask: bool) -> Any:
+    s = (1, -1) + (1,) * (x.dim() - 2)
+    dims = [d for d in range(x.dim()) if d != 1]
+    assert mask == (True, False, False)
+    return dy.sum(dims), (dy * (x - mean.view(s))).sum(dims), None, None
+
+
+def _backward_elemt(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, sum_dy: Tensor, sum_dy_xmu: Tensor, count: Tensor
+) -> Tensor:
+    s = (1, -1) + (1,) * (x.dim() - 2)
+    assert count.dtype == torch.int32
+    total = count.sum()
+    scale = invstd if weight is None else invstd * weight
+    centred = x - mean.view(s)
+    return (
+        dy - (sum_dy / total).view(s) - centred * (invstd.square() * sum_dy_xmu / total).view(s)
+    ) * scale.view(s)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_cuda_kernels_are_called_as_they_want(mocker: Any, affine: bool) -> None:
+    """Catches sums taken for means, a variance for invstd, or a wrong argument order on CUDA."""
+    mocker.patch.object(torch, "batch_norm_stats", _stats, create=True)
+    mocker.patch.object(torch, "batch_norm_elemt", _elemt, create=True)
+    mocker.patch.object(torch, "batch_norm_backward_reduce", _backward_reduce, create=True)
+    mocker.patch.object(torch, "batch_norm_backward_elemt", _backward_elemt, create=True)
+    x = torch.randn(4, 3, 5, 2, dtype=torch.float64)
+    dy = torch.randn_like(x)
+    weight, bias = (torch.rand(3).double(), torch.rand(3).double()) if affine else (None, None)
+
+    def run() -> Any:
+        leaves = [t.clone().requires_grad_() if t is not None else None for t in (x, weight, bias)]
+        y, merged = sync_batch_norm(*leaves, 1e-5, SINGLE_PROCESS, sync_point("test"))
+        y.backward(dy)
+        return y.detach(), merged.unbiased_variance, [leaf.grad for leaf in leaves if leaf is not None]
+
+    expected = run()
+    mocker.patch.object(moments, "_kernels", lambda input: moments._CudaKernels)
+    torch.testing.assert_close(run(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 4), (2, 3, 2, 2), (2, 2, 2, 1, 2)])
+def test_gradcheck(shape: Any, affine: bool) -> None:
+    """Catches a wrong term in the input's, weight's or bias's gradient."""
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    affines = [torch.rand(shape[1], dtype=torch.float64, requires_grad=True) for _ in range(2)] if affine else []
+
+    def f(x: Tensor, *affine: Tensor) -> Tensor:
+        weight, bias = affine or (None, None)
+        return sync_batch_norm(x, weight, bias, 1e-3, SINGLE_PROCESS, sync_point("test"))[0]
+
+    assert torch.autograd.gradcheck(f, (x, *affines))
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Catches a gradient penalty that would silently miss the terms through the statistics."""
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    y, _ = sync_batch_norm(x, None, None, 1e-3, SINGLE_PROCESS, sync_point("test"))
+    (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
