@@ -145,8 +145,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         channel = BaguaChannel(communicator, streams(), device, _default_store())
         # Also where this rank has no layers: another rank may, and both must learn of it.
-        roster = layers[0].tag.roster if layers and layers[0].tag is not None else Roster()
-        channel.join(roster)
+        channel.join(layers[0].roster if layers else Roster())
         _broadcast_buffers(layers, communicator)
         if not layers or communicator.nranks() == 1:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
@@ -155,14 +156,7 @@ def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
     prefix = type(module).__name__
     # The class name tells apart the layers of several models in one job, a generator's and a discriminator's, say.
     names = [f"{prefix}.{name}" if name else prefix for name, _ in named]
-    doubles = any(
-        tensor is not None and tensor.dtype == torch.float64
-        for _, layer in named
-        for tensor in (layer.weight, layer.running_mean)
-    )
-    roster = Roster(
-        tuple((name, layer.num_features) for name, (_, layer) in zip(names, named)), itemsize=8 if doubles else 4
-    )
+    roster = Roster(tuple((name, layer.num_features) for name, (_, layer) in zip(names, named)))
     for order, (name, (_, layer)) in enumerate(zip(names, named)):
         layer._go_unbound()
         layer.tag = SyncTag(name, order, _global_ranks(layer.process_group), roster)
@@ -237,17 +231,30 @@ def _target_of(name: str, layer: _BatchNorm) -> Type[SyncBatchNorm]:
 def _is_act_style(layer: _BatchNorm) -> bool:
     """Whether the layer's own forward is normalization, then ``drop``, then ``act``: by trying, not by its name."""
     drop, act = layer._modules.get("drop"), layer._modules.get("act")
-    reference = layer.weight if layer.weight is not None else layer.running_mean
-    if drop is None or act is None or reference is None:
+    if drop is None or act is None:
         return False
-    if reference.is_meta:
-        return True
     modes = {part: part.training for part in layer.modules()}
-    layer.eval()  # no random dropout, no update of the running statistics
+    parameters, buffers = dict(layer._parameters), dict(layer._buffers)
+    features = layer.num_features
+    like = next((tensor for tensor in (layer.weight, layer.running_mean) if tensor is not None), torch.empty(0))
+    if like.is_meta:
+        return True  # nothing can be tried without values
+
+    def line(low: float, high: float, *shape: int) -> Tensor:
+        return torch.linspace(low, high, math.prod(shape), dtype=like.dtype, device=like.device).view(shape)
+
     try:
-        line = torch.linspace(-2, 2, 4 * layer.num_features, dtype=reference.dtype, device=reference.device)
+        layer.eval()  # no random dropout, no update of the running statistics
+        # For the trial it gets a state that is far from the identity, or a new layer could not be told from one that
+        # activates before it normalizes.
+        for name, low, high in (("weight", 0.5, 2.0), ("bias", -1.0, 1.0)):
+            if parameters.get(name) is not None:
+                layer._parameters[name] = nn.Parameter(line(low, high, features))
+        for name, low, high in (("running_mean", -0.5, 1.0), ("running_var", 0.5, 3.0)):
+            if buffers.get(name) is not None:
+                layer._buffers[name] = line(low, high, features)
         inner = 1 if isinstance(layer, nn.BatchNorm1d) else 3 if isinstance(layer, nn.BatchNorm3d) else 2
-        probe = line.view(4, layer.num_features, *[1] * inner)
+        probe = line(-2, 2, 4, features, *[1] * inner)
         plain = nn.functional.batch_norm(
             probe,
             layer.running_mean,
@@ -259,8 +266,12 @@ def _is_act_style(layer: _BatchNorm) -> bool:
             layer.eps,
         )
         own: Tensor = type(layer).forward(layer, probe)
-        return torch.allclose(own.float(), act(drop(plain)).float(), rtol=1e-3, atol=1e-3)
+        return torch.allclose(own.float(), act(drop(plain)).float(), rtol=1e-2, atol=1e-2)
+    except (RuntimeError, ValueError):
+        return False  # a forward that wants something else than an input of the usual kind
     finally:
+        layer._parameters.update(parameters)
+        layer._buffers.update(buffers)
         for part, training in modes.items():
             part.training = training
 

@@ -94,6 +94,13 @@ class SyncBatchNorm(_BatchNorm):
         """The name of this layer in errors and tables."""
         return self._point.name if self.tag is None else self.tag.name
 
+    @property
+    def roster(self) -> Roster:
+        """The layers tagged together with this one; the size of a statistic by this layer's dtype now."""
+        doubles = any(t is not None and t.dtype == torch.float64 for t in (self.weight, self.running_mean))
+        roster = Roster() if self.tag is None else self.tag.roster
+        return roster._replace(itemsize=8 if doubles else 4)
+
     def bind(self, channel: Channel, point: SyncPoint) -> None:
         """Makes this layer exchange its statistics at ``point`` of ``channel``; the algorithm calls it."""
         self._channel, self._point, self._channel_source = channel, point, source_group(self.process_group)
@@ -105,7 +112,7 @@ class SyncBatchNorm(_BatchNorm):
             return SINGLE_PROCESS
         if self._channel is None or self._channel_source is not source:
             channel = channel_of(self.process_group)
-            channel.join(Roster() if self.tag is None else self.tag.roster)
+            channel.join(self.roster)
             name = channel.anonymous_name(self.num_features) if self.tag is None else self.tag.name
             self.bind(channel, sync_point(name))
         assert self._channel is not None
@@ -158,7 +165,9 @@ class SyncBatchNorm(_BatchNorm):
                 f"expected more than 1 value per channel at {self.sync_name or 'SyncBatchNorm'} (got input of shape "
                 f"{tuple(input.shape)} on one rank); use a larger batch or eval()"
             )
-        running_mean, running_var, momentum = self.running_mean, self.running_var, 0.0
+        momentum = 0.0
+        tracks = self.track_running_stats or not self.training
+        running_mean, running_var = (self.running_mean, self.running_var) if tracks else (None, None)
         if self.training and running_mean is not None and running_var is not None:
             assert self.num_batches_tracked is not None
             if update:

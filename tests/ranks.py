@@ -6,6 +6,7 @@ Both end all ranks within a time limit, and raise the first rank's error.
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import threading
 import time
@@ -20,7 +21,9 @@ import torch.multiprocessing as mp
 TIMEOUT = 20.0
 
 
-def run_threads(world: int, body: Callable[..., Any], *args: Any, errors: bool = False, timeout: float = TIMEOUT) -> Any:
+def run_threads(
+    world: int, body: Callable[..., Any], *args: Any, errors: bool = False, timeout: float = TIMEOUT
+) -> Any:
     """Runs ``body(rank, group, *args)`` on ``world`` threads, each with a gloo backend of its own.
 
     Random numbers are shared between threads: draw them before.
@@ -102,7 +105,7 @@ def run_processes(
         while len(outcomes) < world and time.monotonic() < deadline:
             while not results.empty():
                 rank, value, failure = results.get()
-                outcomes[rank] = (value, failure)
+                outcomes[rank] = (pickle.loads(value), failure)
             if len(outcomes) < world and all(not process.is_alive() for process in processes) and results.empty():
                 break
             time.sleep(0.02)
@@ -138,6 +141,7 @@ def _process_main(
         value = body(rank, *args)
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-    results.put((rank, value, failure))
+    # Bytes, not tensors: those would be shared memory of a process that is about to end.
+    results.put((rank, pickle.dumps(value), failure))
     if dist.is_initialized():
         dist.destroy_process_group()

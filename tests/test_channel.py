@@ -174,7 +174,9 @@ def test_a_fault_in_backward_reaches_all(mocker: Any) -> None:
     x = x.clone()
     good, bad = run_threads(2, body, errors=True)
     assert isinstance(bad, MemoryError)
-    assert isinstance(good, SyncBatchNormError) and "(backward) (got its error: MemoryError: no memory left)" in str(good)
+    assert isinstance(good, SyncBatchNormError) and "(backward) (got its error: MemoryError: no memory left)" in str(
+        good
+    )
 
 
 @pytest.mark.multirank

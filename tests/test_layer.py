@@ -61,7 +61,10 @@ def test_evaluation_of_an_empty_batch() -> None:
 @pytest.mark.parametrize(
     ("input", "message"),
     [
-        (torch.randn(3), r"expected at least 2D input \(N, C, \.\.\.\) at SyncBatchNorm \(got 1D input of shape \(3,\)"),
+        (
+            torch.randn(3),
+            r"expected at least 2D input \(N, C, \.\.\.\) at SyncBatchNorm \(got 1D input of shape \(3,\)",
+        ),
         (torch.randn(2, 4, 5), r"expected 3 channels in dimension 1 at SyncBatchNorm \(got input of shape \(2, 4, 5\)"),
         (torch.ones(2, 3, dtype=torch.int64), r"expected floating-point input at SyncBatchNorm \(got torch.int64\)"),
         (torch.randn(1, 3), r"expected more than 1 value per channel at SyncBatchNorm \(got input of shape \(1, 3\)"),

@@ -51,7 +51,9 @@ def test_constant_channels_have_no_negative_m2(layout: torch.memory_format) -> N
 def test_merge_is_that_of_the_concatenation(counts: "list[int]", mean: float, seed: int) -> None:
     """Catches a mean of means, a forgotten n_r(m_r − M)² and any trouble with empty ranks; 1e-12 is float64 rounding."""
     generator = torch.Generator().manual_seed(seed)
-    shards = [torch.randn(n, 2, generator=generator, dtype=torch.float64) + mean * (i + 1) for i, n in enumerate(counts)]
+    shards = [
+        torch.randn(n, 2, generator=generator, dtype=torch.float64) + mean * (i + 1) for i, n in enumerate(counts)
+    ]
     zero = torch.zeros(2, dtype=torch.float64)
     means = torch.stack([shard.mean(0) if len(shard) else zero for shard in shards])
     m2s = torch.stack([shard.var(0, unbiased=False) * len(shard) if len(shard) else zero for shard in shards])
@@ -111,9 +113,7 @@ def _backward_elemt(
     total = count.sum()
     scale = invstd if weight is None else invstd * weight
     centred = x - mean.view(s)
-    return (
-        dy - (sum_dy / total).view(s) - centred * (invstd.square() * sum_dy_xmu / total).view(s)
-    ) * scale.view(s)
+    return (dy - (sum_dy / total).view(s) - centred * (invstd.square() * sum_dy_xmu / total).view(s)) * scale.view(s)
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -251,9 +251,7 @@ def test_half_precision_input_keeps_float32_statistics(dtype: torch.dtype, param
         return y.detach(), leaf.grad, layer
 
     (y0, g0, layer), (y1, g1, _) = run_threads(2, body)
-    expected = reference(
-        case, [[x[:3].double(), x[3:].double()]], [[dy[:3].double(), dy[3:].double()]], torch.float64
-    )
+    expected = reference(case, [[x[:3].double(), x[3:].double()]], [[dy[:3].double(), dy[3:].double()]], torch.float64)
     eps = torch.finfo(dtype).eps
     weight_eps = eps if params == "same" else torch.finfo(torch.float32).eps
     for actual, value in ((torch.cat([y0, y1]), expected.outputs), (torch.cat([g0, g1]), expected.input_gradients)):

@@ -1,0 +1,54 @@
+"""Configuration: the environment's values, good and bad, and where they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from bagua_syncbn_algo import SyncBatchNormConfig
+
+
+def test_defaults_and_environment() -> None:
+    """Catches a switch that is on without being asked for, and a variable that is not read."""
+    assert SyncBatchNormConfig() == SyncBatchNormConfig(enabled=True, host="auto", timeout=None)
+    assert SyncBatchNormConfig.from_env({}) == SyncBatchNormConfig(enabled=False)
+    environ = {"BAGUA_SYNCBN": "1", "BAGUA_SYNCBN_HOST": "embedded", "BAGUA_SYNCBN_TIMEOUT": "2.5", "OTHER": "x"}
+    assert SyncBatchNormConfig.from_env(environ) == SyncBatchNormConfig(True, "embedded", 2.5)
+    assert not SyncBatchNormConfig.from_env({"BAGUA_SYNCBN": "0"}).enabled
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"BAGUA_SYNCBN": "yes"}, r"expected BAGUA_SYNCBN to be 0 or 1 \(got 'yes'\)"),
+        ({"BAGUA_SYNCBN_HOST": "horovod"}, r"HOST to be one of auto, upstream, embedded \(got 'horovod'\)"),
+        ({"BAGUA_SYNCBN_TIMEOUT": "soon"}, r"TIMEOUT to be a positive number of seconds \(got 'soon'\)"),
+        ({"BAGUA_SYNCBN_TIMEOUT": "-1"}, r"TIMEOUT to be a positive number of seconds \(got '-1'\)"),
+        ({"BAGUA_SYNCBN_HOSTS": "auto"}, r"expected one of BAGUA_SYNCBN, .*\(got the environment variable BAGUA_SYN"),
+    ],
+)
+def test_unknown_values_are_refused(environ: "dict[str, str]", message: str) -> None:
+    """Catches a typing error in a job script that changes nothing and says nothing."""
+    with pytest.raises(ValueError, match=message):
+        SyncBatchNormConfig.from_env(environ)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"enabled": "1"}, "expected enabled to be True or False"),
+        ({"host": "here"}, "expected host to be one of auto, upstream, embedded"),
+        ({"timeout": 0.0}, "expected timeout to be a positive number of seconds"),
+    ],
+)
+def test_constructor_refuses_too(values: "dict[str, object]", message: str) -> None:
+    """Catches a configuration in code that the environment would refuse."""
+    with pytest.raises(ValueError, match=message):
+        SyncBatchNormConfig(**values)  # type: ignore[arg-type]
+
+
+def test_frozen() -> None:
+    """Catches a configuration that changes while it is in use."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SyncBatchNormConfig().enabled = False  # type: ignore[misc]

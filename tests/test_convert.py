@@ -1,0 +1,279 @@
+"""The converter: what is replaced, what is kept, what is refused, and the tags."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_threads
+from torch import Tensor, nn
+
+from bagua_syncbn_algo import (
+    BatchNormNd,
+    SyncBatchNorm,
+    SyncBatchNormAct,
+    convert_sync_batchnorm,
+    register_conversion,
+    revert_sync_batchnorm,
+    sync_batchnorm_layers,
+    tag_table,
+)
+from bagua_syncbn_algo import convert as convert_module
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """In timm's style: dropout and activation after the norm."""
+
+    def __init__(self, features: int, act: nn.Module, drop: nn.Module) -> None:
+        super().__init__(features)
+        self.drop, self.act = drop, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+class ActBatchNorm2d(BatchNormAct2d):
+    """Has the same parts, but activates first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, self.act(x))
+
+
+class GatedBatchNorm2d(nn.BatchNorm2d):
+    """A forward of its own that nobody knows."""
+
+    gate = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gate
+
+
+class SyncGatedBatchNorm(SyncBatchNorm):
+    gate = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gate
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As in detection libraries: no BatchNorm by class."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(features))
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4, eps=1e-3, momentum=0.2),
+        nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4, affine=False)),
+    )
+
+
+def test_keeps_parameters_buffers_and_settings_by_identity() -> None:
+    """Catches copies: an optimizer built before the conversion would train parameters that nobody uses."""
+    original = model()
+    original[1].weight.requires_grad_(False)
+    original[1].eval()
+    original[1].custom, original[1].qconfig = "kept", "q"
+    before = {**dict(original.named_parameters()), **dict(original.named_buffers())}
+    keys = list(original.state_dict())
+    converted = convert_sync_batchnorm(original)
+    assert converted is original
+    after = {**dict(converted.named_parameters()), **dict(converted.named_buffers())}
+    assert list(converted.state_dict()) == keys
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+    layer: Any = converted[1]
+    assert type(layer) is SyncBatchNorm and (layer.eps, layer.momentum) == (1e-3, 0.2)
+    assert (layer.training, layer.custom, layer.qconfig) == (False, "kept", "q")
+    assert not layer.weight.requires_grad and layer.bias.requires_grad
+    assert converted[2][1].weight is None and converted[2][1].training
+
+
+def test_optimizer_built_before_stays_valid() -> None:
+    """Catches an optimizer that steps the old layer's parameters."""
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    convert_sync_batchnorm(net)
+    before = net[1].weight.detach().clone()
+    net(torch.randn(2, 3, 4, 4)).pow(2).sum().backward()
+    optimizer.step()
+    assert not torch.equal(net[1].weight, before)
+
+
+def test_hooks_fire_and_can_be_removed() -> None:
+    """Catches hooks that are lost, and handles that refer to the old layer's dictionary."""
+    net = model()
+    fired = []
+    handles = [
+        net[1].register_forward_pre_hook(lambda m, i: fired.append("pre")),
+        net[1].register_forward_hook(lambda m, i, o: fired.append("post")),
+    ]
+    convert_sync_batchnorm(net)
+    net(torch.randn(2, 3, 4, 4))
+    assert fired == ["pre", "post"]
+    for handle in handles:
+        handle.remove()
+    net(torch.randn(2, 3, 4, 4))
+    assert fired == ["pre", "post"]
+
+
+def test_a_layer_used_in_several_places_is_converted_once() -> None:
+    """Catches two layers in place of one: their running statistics would part."""
+    shared = nn.BatchNorm2d(3)
+    net = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
+    convert_sync_batchnorm(net)
+    assert net["a"][0] is net["b"] and isinstance(net["b"], SyncBatchNorm)
+    assert len(sync_batchnorm_layers(net)) == 1
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormNd])
+def test_a_layer_itself_becomes_a_new_layer_and_back(kind: Any) -> None:
+    """Catches a root that is returned unconverted, and a class that is lost on the way back."""
+    layer = kind(3)
+    converted = convert_sync_batchnorm(layer)
+    assert type(converted) is SyncBatchNorm and converted is not layer and converted.weight is layer.weight
+    reverted = revert_sync_batchnorm(converted)
+    assert type(reverted) is kind and reverted.weight is layer.weight
+    assert set(vars(reverted)) == set(vars(layer))
+
+
+def test_the_class_method_converts_too() -> None:
+    """Catches a contract of upstream's and PyTorch's layer that is not kept."""
+    assert isinstance(SyncBatchNorm.convert_sync_batchnorm(model())[1], SyncBatchNorm)
+
+
+def test_round_trip_through_evaluation() -> None:
+    """Catches a revert that changes results: export and deployment want plain layers."""
+    net = model()
+    x = torch.randn(2, 3, 4, 4)
+    convert_sync_batchnorm(net)(x)
+    synchronized = net.eval()(x)
+    assert torch.equal(revert_sync_batchnorm(net)(x), synchronized)
+    assert not sync_batchnorm_layers(net)
+
+
+@pytest.mark.multirank
+def test_torch_sync_batchnorm_keeps_its_group() -> None:
+    """Catches a layer over a subset of ranks that silently widens to all."""
+
+    def body(rank: int, group: Any) -> Any:
+        net = nn.Sequential(nn.SyncBatchNorm(3, process_group=group), nn.BatchNorm1d(3))
+        convert_sync_batchnorm(net)
+        layer: Any = net[0]
+        assert layer.process_group is group and net[1].process_group is None
+        reverted: Any = revert_sync_batchnorm(net)[0]
+        assert type(reverted) is nn.SyncBatchNorm and reverted.process_group is group
+        return layer.tag.group
+
+    assert run_threads(2, body) == [(0, 1), (0, 1)]
+
+
+@pytest.mark.parametrize("drop", [nn.Identity(), nn.Dropout(0.5)])
+def test_fused_activation_is_kept(drop: nn.Module) -> None:
+    """Catches an activation that vanishes with the layer that held it."""
+    net = nn.Sequential(BatchNormAct2d(3, nn.ReLU(), drop))
+    plain = copy.deepcopy(net).eval()
+    state = copy.deepcopy(net.state_dict())
+    convert_sync_batchnorm(net)
+    layer: Any = net[0]
+    assert type(layer) is SyncBatchNormAct and layer.training
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(net.eval()(x), plain(x)) and (plain(x) >= 0).all()
+    assert type(revert_sync_batchnorm(net)[0]) is BatchNormAct2d
+
+
+@pytest.mark.parametrize("layer", [GatedBatchNorm2d(3), ActBatchNorm2d(3, nn.Sigmoid(), nn.Identity())])
+def test_an_unknown_forward_is_refused_and_nothing_converted(layer: nn.Module) -> None:
+    """Catches a silently stripped forward, and a model left half converted; the parts alone prove no style."""
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(layer))
+    with pytest.raises(TypeError, match=r"got 1\.0, a .*BatchNorm2d with a forward of its own.*register_conversion"):
+        convert_sync_batchnorm(net)
+    assert type(net[0]) is nn.BatchNorm2d
+
+
+def test_registered_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an extension point that loses the class's own behaviour or state."""
+    monkeypatch.setattr(convert_module, "_conversions", dict(convert_module._conversions))
+    register_conversion(GatedBatchNorm2d, SyncGatedBatchNorm)
+    net = nn.Sequential(GatedBatchNorm2d(3))
+    net[0].gate = 5.0
+    x = torch.randn(4, 3, 2, 2)
+    expected = net(x).detach()
+    net[0].reset_running_stats()
+    assert torch.equal(convert_sync_batchnorm(net)(x), expected)
+    assert type(revert_sync_batchnorm(net)[0]) is GatedBatchNorm2d
+    with pytest.raises(TypeError, match="expected a subclass of SyncBatchNorm"):
+        register_conversion(GatedBatchNorm2d, nn.BatchNorm2d)  # type: ignore[arg-type]
+
+
+def test_a_subclass_without_its_own_forward_is_converted() -> None:
+    """Catches refusing (or missing) a class that only adds a check."""
+
+    class Checked(nn.BatchNorm2d):
+        def _check_input_dim(self, input: Tensor) -> None:
+            super()._check_input_dim(input)
+
+    assert type(convert_sync_batchnorm(Checked(3))) is SyncBatchNorm
+
+
+def test_lazy_layers() -> None:
+    """Catches an unmaterialised layer that is converted without a shape; a materialised one is a BatchNorm."""
+    net = nn.Sequential(nn.LazyBatchNorm2d())
+    with pytest.raises(ValueError, match=r"got 0, an unmaterialised LazyBatchNorm2d.*run one batch"):
+        convert_sync_batchnorm(net)
+    net(torch.randn(2, 3, 4, 4))
+    assert isinstance(convert_sync_batchnorm(net)[0], SyncBatchNorm)
+
+
+def test_others_stay() -> None:
+    """Catches conversion of layers that do not normalize over the batch."""
+    net = nn.Sequential(nn.InstanceNorm2d(3), FrozenBatchNorm2d(3), nn.GroupNorm(1, 3))
+    kinds = [type(layer) for layer in net]
+    convert_sync_batchnorm(net)
+    assert [type(layer) for layer in net] == kinds
+
+
+def test_checkpoints_load_both_ways() -> None:
+    """Catches state_dict keys or shapes that differ from BatchNorm's and torch's SyncBatchNorm's."""
+    for source in (nn.BatchNorm2d(3), nn.SyncBatchNorm(3)):
+        layer = SyncBatchNorm(3)
+        source.running_mean.fill_(3.0)
+        layer.load_state_dict(source.state_dict())
+        assert layer.running_mean is not None and layer.running_mean[0] == 3.0
+        source.load_state_dict(layer.state_dict())
+
+
+def test_dtype_and_device_are_kept() -> None:
+    """Catches a new layer built with defaults."""
+    layer = convert_sync_batchnorm(nn.BatchNorm2d(3, dtype=torch.float64, device="meta"))
+    assert layer.weight.dtype == torch.float64 and layer.weight.device.type == "meta"  # type: ignore[union-attr]
+
+
+def test_tags_and_their_table() -> None:
+    """Catches names, order or groups that differ from the model's."""
+    net = convert_sync_batchnorm(model())
+    tags = [layer.tag for layer in sync_batchnorm_layers(net)]
+    assert [(tag.name, tag.order, tag.group) for tag in tags if tag] == [
+        ("Sequential.1", 0, None),
+        ("Sequential.2.1", 1, None),
+    ]
+    assert tag_table(net).splitlines() == [
+        "order  layer           features  normalizes over",
+        "    0  Sequential.1           4  all ranks",
+        "    1  Sequential.2.1         4  all ranks",
+    ]
+
+
+def test_convert_after_with_bagua_is_refused() -> None:
+    """Catches layers replaced behind Bagua's back: their hooks and buckets would refer to the old ones."""
+    net = model()
+    net.bagua_ddp = object()  # type: ignore[assignment]  # what with_bagua leaves on the module
+    for change in (convert_sync_batchnorm, revert_sync_batchnorm):
+        with pytest.raises(RuntimeError, match="before with_bagua"):
+            change(nn.ModuleList([net]))

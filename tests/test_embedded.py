@@ -1,0 +1,473 @@
+"""The embedded host: Bagua's API over torch.distributed, against torch's own DistributedDataParallel."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any, Dict, List, Tuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_processes
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bagua_syncbn_algo import bagua
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def batch(step: int, rank: int) -> Tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(4, 6, generator=generator), torch.randint(3, (4,), generator=generator)
+
+
+def gradient_allreduce(**options: Any) -> Any:
+    return bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm(**options)
+
+
+def ulps(a: Tensor, b: Tensor) -> int:
+    """The largest distance in units in the last place."""
+    order = [t.detach().contiguous().view(torch.int32).long() for t in (a, b)]
+    order = [torch.where(t < 0, -(2**31) - t, t) for t in order]
+    return int((order[0] - order[1]).abs().max())
+
+
+# -- against DistributedDataParallel ----------------------------------------------------------------------------------
+
+
+def _five_steps(rank: int, optimizer_name: str, set_to_none: bool) -> Any:
+    bagua.init_process_group()
+    make = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    }[optimizer_name]
+    ours, theirs = net(seed=rank), net(seed=0)  # ours must take rank 0's parameters by itself
+    our_optimizer, their_optimizer = make(ours.parameters()), make(theirs.parameters())
+    ours.with_bagua([our_optimizer], gradient_allreduce())
+    ddp = nn.parallel.DistributedDataParallel(theirs)
+    for step in range(5):
+        x, target = batch(step, rank)
+        for model, optimizer in ((ours, our_optimizer), (ddp, their_optimizer)):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            nn.functional.cross_entropy(model(x), target).backward()
+            optimizer.step()
+    return max(ulps(a, b) for a, b in zip(ours.parameters(), theirs.parameters())), len(ours.bagua_buckets)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_five_steps_equal_ddp(optimizer: str, set_to_none: bool) -> None:
+    """Catches gradients summed for averaged, parameters not broadcast, a gradient outside of its bucket's memory."""
+    for distance, buckets in run_processes(
+        2, _five_steps, optimizer, set_to_none, env={"BAGUA_DEFAULT_BUCKET_SIZE": "600"}
+    ):
+        assert distance <= 1
+        assert buckets > 2
+
+
+# -- semantics --------------------------------------------------------------------------------------------------------
+
+
+class Recorder(bagua.algorithms.AlgorithmImpl):  # type: ignore[misc, name-defined]
+    """Averages gradients, and writes down the order of its hooks."""
+
+    def __init__(self, process_group: Any) -> None:
+        super().__init__(process_group)
+        self.events: List[str] = []
+
+    def need_reset(self) -> bool:
+        self.events.append("need_reset")
+        return False
+
+    def init_tensors(self, bagua_ddp: Any) -> Any:
+        self.events.append("init_tensors")
+        return super().init_tensors(bagua_ddp)
+
+    def tensors_to_buckets(self, tensors: Any, do_flatten: bool) -> Any:
+        self.events.append("tensors_to_buckets")
+        return super().tensors_to_buckets(tensors, do_flatten)
+
+    def init_operations(self, bagua_ddp: Any, bucket: Any) -> None:
+        self.events.append("init_operations")
+        bucket.append_centralized_synchronous_op(group=self.process_group)
+
+    def init_forward_pre_hook(self, bagua_ddp: Any) -> Any:
+        return lambda input: self.events.append(f"forward {bagua_ddp.bagua_train_step_counter}")
+
+    def init_backward_hook(self, bagua_ddp: Any) -> Any:
+        mark = super().init_backward_hook(bagua_ddp)
+
+        def hook(name: str, parameter: Any) -> None:
+            self.events.append(f"gradient {name}")
+            mark(name, parameter)
+
+        return hook
+
+    def init_post_backward_hook(self, bagua_ddp: Any) -> Any:
+        wait = super().init_post_backward_hook(bagua_ddp)
+
+        def hook() -> None:
+            self.events.append("post_backward")
+            wait()
+
+        return hook
+
+    def init_post_optimizer_step_hook(self, bagua_ddp: Any) -> Any:
+        return lambda optimizer: self.events.append("post_step")
+
+
+class RecorderAlgorithm(bagua.algorithms.Algorithm):  # type: ignore[misc, name-defined]
+    def reify(self, process_group: Any) -> Recorder:
+        return Recorder(process_group)
+
+
+class RootParameter(nn.Module):
+    """A parameter on the root, one that is never used, and one that is only used where asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+        self.unused = nn.Parameter(torch.ones(2))
+        self.sometimes = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: Tensor, use: bool = True) -> Dict[str, Any]:
+        y = x * self.w
+        return {"out": [self.sometimes(y) if use else y]}
+
+
+def _semantics(rank: int) -> Any:
+    bagua.init_process_group()
+    report: Dict[str, Any] = {}
+    ranks = (bagua.get_rank(), bagua.get_world_size(), bagua.get_local_rank(), bagua.get_local_size())
+    report["ranks"] = ranks
+
+    # collectives
+    t = torch.arange(3.0) + rank
+    out = torch.empty(3)
+    bagua.allreduce(t, out)
+    report["allreduce"] = (t.tolist(), out.tolist())
+    for name in ("AVG", "MAX", "MIN", "PRODUCT"):
+        t = torch.tensor([2.0 + rank])
+        bagua.allreduce_inplace(t, getattr(bagua.ReduceOp, name))
+        report[name] = t.item()
+    t = torch.tensor([float(rank)])
+    bagua.broadcast(t, src=1)
+    report["broadcast"] = t.item()
+    out = torch.empty(4)
+    bagua.allgather(torch.tensor([1.0, 2.0]) + 10 * rank, out)
+    report["allgather"] = out.tolist()
+    report["object"] = bagua.communication.broadcast_object({"rank": rank}, src=1)
+    bagua.barrier()
+    alone = bagua.communication.new_group([1])
+    pair = bagua.communication.new_group()
+    report["group"] = (alone.ranks, pair.ranks, pair.get_global_communicator().nranks())
+    try:
+        bagua.communication.new_group([0, 2])
+    except ValueError as error:
+        report["bad group"] = str(error)
+    try:
+        bagua.init_process_group()
+    except RuntimeError as error:
+        report["twice"] = str(error)
+
+    # hooks in order, evaluation without them, a no-op autograd.grad
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.with_bagua([optimizer], RecorderAlgorithm())
+    x, _ = batch(0, rank)
+    model(x).sum().backward()
+    optimizer.step()
+    report["events"] = list(model.bagua_algorithm.events)
+    model.bagua_algorithm.events.clear()
+    model.eval()(x)
+    model.train()
+    torch.autograd.grad(model(x.requires_grad_()).sum(), x)
+    report["quiet events"] = list(model.bagua_algorithm.events)
+
+    # re-wrapping removes the first algorithm's hooks
+    first = model.bagua_algorithm
+    first.events.clear()
+    model.with_bagua([optimizer], gradient_allreduce())
+    model.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+    report["re-wrapped"] = (first.events, model[0].weight.grad.clone())
+
+    # a parameter on the root, one unused everywhere, one unused on rank 1
+    root = RootParameter()
+    root.with_bagua([], gradient_allreduce(average=False))
+    root(torch.ones(2, 3) * (1 + rank), use=rank == 0)["out"][0].sum().backward()
+    report["root"] = (root.w.grad.clone(), root.unused.grad.clone(), root.sometimes.weight.grad.clone())
+    report["root weight"] = root.sometimes.weight.detach().clone()
+
+    # two forwards, then two backwards; accumulation without communication
+    model = net()
+    model.with_bagua([], gradient_allreduce())
+    xs = [batch(step, rank)[0] for step in range(2)]
+    losses = [model(x).pow(2).sum() for x in xs]
+    for loss in losses:
+        loss.backward()
+    report["two backwards"] = model[0].weight.grad.clone()
+    model.zero_grad()
+    model.bagua_ddp.require_backward_grad_sync = False
+    model(xs[0]).pow(2).sum().backward()
+    report["local"] = model[0].weight.grad.clone()
+    model.bagua_ddp.require_backward_grad_sync = True
+    model(xs[1]).pow(2).sum().backward()
+    report["accumulated"] = model[0].weight.grad.clone()
+    twin = copy.deepcopy(model)
+    twin(xs[0])
+    report["copy counts"] = model.bagua_ddp.bagua_train_step_counter
+    report["dist"] = dist.is_initialized()
+    return report
+
+
+@pytest.fixture(scope="module")
+def semantics() -> Any:
+    return run_processes(2, _semantics, env={"BAGUA_DEFAULT_BUCKET_SIZE": "600"})
+
+
+@pytest.mark.multirank
+def test_collectives(semantics: Any) -> None:
+    """Catches a reduction, a root or an order that differs from upstream's."""
+    for rank, report in enumerate(semantics):
+        assert report["ranks"] == (rank, 2, rank, 2)
+        assert report["allreduce"] == ([0.0 + rank, 1.0 + rank, 2.0 + rank], [1.0, 3.0, 5.0])
+        assert [report[name] for name in ("AVG", "MAX", "MIN", "PRODUCT")] == [2.5, 3.0, 2.0, 6.0]
+        assert report["broadcast"] == 1.0 and report["object"] == {"rank": 1}
+        assert report["allgather"] == [1.0, 2.0, 11.0, 12.0]
+        assert report["group"] == ([1], [0, 1], 2)
+        assert "expected ranks of the world, 0 … 1 (got 2)" in report["bad group"]
+        assert "expected init_process_group to be called once" in report["twice"]
+
+
+@pytest.mark.multirank
+def test_hooks_run_in_upstreams_order(semantics: Any) -> None:
+    """Catches a hook that is missing, doubled, or at another place than an algorithm written for upstream expects."""
+    for report in semantics:
+        events = report["events"]
+        assert events[:2] == ["init_tensors", "tensors_to_buckets"]
+        assert set(events[2 : events.index("need_reset")]) == {"init_operations"}
+        step = events[events.index("need_reset") :]
+        assert step[:2] == ["need_reset", "forward 1"] and step[-2:] == ["post_backward", "post_step"]
+        gradients = [event.split()[1] for event in step[2:-2]]
+        assert [name[0] for name in gradients] == ["4", "4", "2", "2", "0", "0"]  # as backward reaches the layers
+        assert sorted(gradients) == sorted(name for name, _ in net().named_parameters())
+
+
+@pytest.mark.multirank
+def test_no_hooks_where_nothing_trains(semantics: Any) -> None:
+    """Catches forward hooks in evaluation, and gradients that `torch.autograd.grad` overwrites by communicating."""
+    for report in semantics:
+        assert report["quiet events"] == ["need_reset", "need_reset", "forward 2"]
+
+
+@pytest.mark.multirank
+def test_wrapping_again(semantics: Any) -> None:
+    """Catches two algorithms at work after a second `with_bagua`: gradients averaged twice, or never."""
+    reference = net()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    x = torch.cat([batch(0, rank)[0] for rank in range(2)])
+    for _ in range(2):
+        optimizer.zero_grad()
+        (reference(x).sum() / 2).backward()
+        expected = reference[0].weight.grad
+        optimizer.step()
+    for report in semantics:
+        events, gradient = report["re-wrapped"]
+        assert events == []
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.multirank
+def test_unused_parameters_do_not_stall(semantics: Any) -> None:
+    """Catches a bucket that waits for a gradient that never comes: upstream then sends nothing and raises nothing."""
+    weight = semantics[0]["root weight"]
+    for report in semantics:
+        w, unused, sometimes = report["root"]
+        # rank 0: Σ over 2 samples of column sums of the linear; rank 1 (inputs of 2): 2 · 2
+        torch.testing.assert_close(w, 2 * weight.sum(0) + 4)
+        assert torch.equal(unused, torch.zeros(2))
+        torch.testing.assert_close(sometimes, torch.full((3, 3), 2.0))
+
+
+@pytest.mark.multirank
+def test_several_backwards(semantics: Any) -> None:
+    """Catches a backward that nobody waits for, and accumulation that averages what is still local."""
+    reference = net()
+    losses = []
+    for step in range(2):
+        x = torch.cat([batch(step, rank)[0] for rank in range(2)])
+        losses.append(reference(x).pow(2).sum() / 2)
+    (first,) = torch.autograd.grad(losses[0], [reference[0].weight], retain_graph=True)
+    expected = torch.autograd.grad(sum(losses), [reference[0].weight])[0]
+    for report in semantics:
+        torch.testing.assert_close(report["two backwards"], expected)
+        torch.testing.assert_close(report["accumulated"], expected)
+        assert report["copy counts"] == 4
+    assert not torch.equal(semantics[0]["local"], semantics[1]["local"])
+    torch.testing.assert_close((semantics[0]["local"] + semantics[1]["local"]) / 2, first)
+
+
+# -- checkpointing ----------------------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.head, self.body, self.reentrant = nn.Linear(6, 6), nn.Linear(6, 6), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.body, self.head(x).tanh(), use_reentrant=self.reentrant)
+        return y
+
+
+def _checkpointing(rank: int, reentrant: bool) -> Any:
+    bagua.init_process_group()
+    torch.manual_seed(0)
+    model = Checkpointed(reentrant)
+    model.with_bagua([], gradient_allreduce())
+    x, _ = batch(0, rank)
+    model(x).pow(2).sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_waits_for_all_gradients(reentrant: bool) -> None:
+    """Catches the end of a reentrant inner backward taken for the end: gradients before it would stay local."""
+    torch.manual_seed(0)
+    reference = Checkpointed(reentrant)
+    x = torch.cat([batch(0, rank)[0] for rank in range(2)])
+    (reference(x).pow(2).sum() / 2).backward()
+    for gradients in run_processes(2, _checkpointing, reentrant):
+        for gradient, parameter in zip(gradients, reference.parameters()):
+            torch.testing.assert_close(gradient, parameter.grad)
+
+
+# -- state and settings -----------------------------------------------------------------------------------------------
+
+
+def _starting_state(rank: int) -> Any:
+    bagua.init_process_group()
+    model = net(seed=rank)
+    model[2].weight.requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1 if rank == 0 else 0.5)
+    if rank == 0:  # as after loading a checkpoint on rank 0 only
+        model(batch(0, 0)[0]).sum().backward()
+        optimizer.step()
+    ignored = model[4].bias.detach().clone()
+    model._bagua_params_and_buffers_to_ignore = ["4.bias"]
+    model.with_bagua([optimizer], gradient_allreduce(hierarchical=True))
+    state = optimizer.state_dict()
+    model(batch(1, rank)[0]).sum().backward()
+    return (
+        [p.detach() for p in model.parameters()],
+        (state["param_groups"][0]["lr"], state["state"][0]["exp_avg"]),
+        torch.equal(model[4].bias, ignored),
+        model[4].bias.grad,
+    )
+
+
+@pytest.mark.multirank
+def test_parameters_and_optimizer_state_come_from_rank_0() -> None:
+    """Catches frozen parameters, learning rates or moments that differ from rank to rank for the whole training."""
+    (p0, state0, same0, bias0), (p1, state1, same1, bias1) = run_processes(2, _starting_state)
+    for index, (a, b) in enumerate(zip(p0, p1)):
+        assert torch.equal(a, b) == (index != 5), index  # 5 is the ignored bias
+    assert state0[0] == state1[0] == 0.1 and torch.equal(state0[1], state1[1])
+    assert same0 and same1
+    assert bias0 is not None and bias1 is not None
+
+
+def _errors(rank: int) -> Any:
+    texts = {}
+
+    def expect(name: str, call: Any) -> None:
+        try:
+            call()
+        except Exception as error:
+            texts[name] = f"{type(error).__name__}: {error}"
+
+    model = net()
+    expect("not initialised", lambda: model.with_bagua([], gradient_allreduce()))
+    bagua.init_process_group()
+    expect("no algorithm", lambda: model.with_bagua([], "gradient_allreduce"))
+    expect("no list", lambda: model.with_bagua(torch.optim.SGD(model.parameters(), lr=1.0), gradient_allreduce()))
+    expect("unknown", lambda: bagua.algorithms.Algorithm.init("gradient_allredcue"))
+    sparse = nn.Embedding(3, 2, sparse=True)
+    expect("sparse", lambda: sparse.with_bagua([], gradient_allreduce()))
+    t = torch.zeros(2).ensure_bagua_tensor("t")
+    expect("mark", t.bagua_mark_communication_ready)
+    expect("rename", lambda: t.ensure_bagua_tensor("u"))
+    expect("setter", lambda: torch.zeros(2).ensure_bagua_tensor("v", setter_closure=lambda p, g: None))
+    double = torch.zeros(2, dtype=torch.float64).ensure_bagua_tensor("d")
+    expect("dtypes", lambda: bagua.bucket.BaguaBucket([t, double], "b", flatten=False))
+    bucket = bagua.bucket.BaguaBucket([t], "b", flatten=False)
+    expect("compression", lambda: bucket.append_centralized_synchronous_op(compression="MinMaxUInt8"))
+    expect("taken", lambda: bagua.algorithms.GlobalAlgorithmRegistry.register("sync_batchnorm", object))
+    model.with_bagua([], gradient_allreduce())
+    parameter = model[4].weight
+    for p in reversed(list(model.parameters())):
+        p.bagua_mark_communication_ready()
+    model.bagua_ddp._bagua_backend.wait_pending_comm_ops()
+    model[4].bias.bagua_mark_communication_ready()
+    parameter.bagua_mark_communication_ready()
+    expect("second", parameter.bagua_mark_communication_ready)
+    return texts
+
+
+@pytest.mark.multirank
+def test_errors_say_what_was_expected() -> None:
+    """Catches errors that surface as an AttributeError, an assertion or a hang."""
+    (texts,) = run_processes(1, _errors, env={"BAGUA_DEFAULT_BUCKET_SIZE": "1"})
+    for name, start in {
+        "not initialised": "RuntimeError: expected an initialised process group (got none)",
+        "no algorithm": "TypeError: expected a Bagua algorithm (got 'gradient_allreduce')",
+        "no list": "TypeError: expected a list of optimizers (got SGD)",
+        "unknown": 'KeyError: "expected one of the algorithms gradient_allreduce, sync_batchnorm (got',
+        "sparse": "NotImplementedError: expected dense gradients (got sparse=True at Embedding)",
+        "mark": "RuntimeError: expected 't' to be registered with a module_name",
+        "rename": "ValueError: expected a registered tensor to keep its name",
+        "setter": "ValueError: expected a getter_closure with the setter_closure",
+        "dtypes": "ValueError: expected tensors of one module and one dtype in bucket 'b'",
+        "compression": "NotImplementedError: expected an uncompressed all-reduce",
+        "taken": "ValueError: expected a new algorithm name (got 'sync_batchnorm'",
+        "second": "RuntimeError: expected one gradient a backward for 4.weight",
+    }.items():
+        assert texts.get(name, "no error").startswith(start), (name, texts.get(name))
+
+
+def _broken_backward(rank: int) -> Any:
+    bagua.init_process_group()
+    model = net()
+    model.with_bagua([], gradient_allreduce())
+    x, _ = batch(0, rank)
+    y = model(x)
+
+    def explode(gradient: Tensor) -> None:
+        raise MemoryError("in the middle of backward")
+
+    handle = model[0].weight.register_hook(explode)
+    with pytest.raises(MemoryError):
+        y.sum().backward()
+    handle.remove()
+    model.zero_grad()
+    model(x).sum().backward()
+    return model[0].weight.grad, os.environ["RANK"]
+
+
+@pytest.mark.multirank
+def test_a_step_after_a_broken_backward() -> None:
+    """Catches a queue that is left in the middle by an exception: the next step would send the wrong buckets."""
+    reference = net()
+    x = torch.cat([batch(0, rank)[0] for rank in range(2)])
+    (reference(x).sum() / 2).backward()
+    for gradient, _ in run_processes(2, _broken_backward, env={"BAGUA_DEFAULT_BUCKET_SIZE": "1"}):
+        torch.testing.assert_close(gradient, reference[0].weight.grad)

@@ -1,0 +1,114 @@
+"""The house: imports only descend, importing has no side effects, the environment is read in one place."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Iterator, List, Tuple
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "bagua_syncbn_algo"
+
+# Each file may import from those before it.
+ORDER = [
+    "config",
+    "moments",
+    "records",
+    "channel",
+    "functional",
+    "layer",
+    "convert",
+    "embedded.env",
+    "embedded.streams",
+    "embedded.core",
+    "embedded.communication",
+    "embedded.tensor",
+    "embedded.bucket",
+    "embedded.algorithms.base",
+    "embedded.algorithms.gradient_allreduce",
+    "embedded.algorithms",
+    "embedded.bagua_distributed",
+    "embedded.distributed",
+    "embedded",
+    "host",
+    "algorithm",
+    "",
+]
+
+# The contract of the original has the converter as a class method of the layer.
+ALLOWED_ASCENTS = {("layer", "convert")}
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def internal_imports(path: Path) -> Iterator[str]:
+    name = module_name(path)
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    package = [part for part in package if part]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            if node.module:
+                yield ".".join([*base, node.module])
+            else:
+                for alias in node.names:
+                    yield ".".join([*base, alias.name])
+
+
+def files() -> List[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_imports_descend() -> None:
+    """Catches a file that reaches up, from mathematics to communication, say: then neither can be read alone."""
+    seen: List[Tuple[str, str]] = []
+    for path in files():
+        name = module_name(path)
+        assert name in ORDER, f"give {name} its place in the order"
+        for target in internal_imports(path):
+            if ORDER.index(target) >= ORDER.index(name):
+                seen.append((name, target))
+    assert set(seen) == ALLOWED_ASCENTS
+
+
+def test_only_the_configuration_reads_its_variables() -> None:
+    """Catches a second reader of BAGUA_SYNCBN_*, which would not refuse unknown values."""
+    for path in files():
+        if module_name(path) != "config":
+            assert not re.search(r"(environ|getenv)[\[.(].*BAGUA_SYNCBN", path.read_text()), path
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=PACKAGE.parent
+    ).stdout.strip()
+
+
+def test_importing_patches_nothing_until_bagua_is_touched() -> None:
+    """Catches an import that changes torch for a user who only wants the layer."""
+    code = "import torch, bagua_syncbn_algo as b; before = hasattr(torch.nn.Module, 'with_bagua'); b.SyncBatchNorm(3);"
+    assert run(code + "b.bagua; print(before, hasattr(torch.nn.Module, 'with_bagua'))") == "False True"
+    assert run(code + "b.SyncBatchNormAlgorithm; print(before, hasattr(torch.nn.Module, 'with_bagua'))") == "False True"
+
+
+def test_touching_bagua_registers_the_algorithm() -> None:
+    """Catches a registry entry that appears only after another import."""
+    code = "from bagua_syncbn_algo import bagua; print(sorted(bagua.algorithms.GlobalAlgorithmRegistry))"
+    assert run(code) == "['gradient_allreduce', 'sync_batchnorm']"
+
+
+def test_public_names_resolve() -> None:
+    """Catches a name in __all__ that does not exist, and an unknown one that does not fail."""
+    import bagua_syncbn_algo
+
+    for name in bagua_syncbn_algo.__all__:
+        assert getattr(bagua_syncbn_algo, name) is not None and name in dir(bagua_syncbn_algo)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        bagua_syncbn_algo.nonsense  # noqa: B018
