@@ -136,6 +136,7 @@ def _ddp(rank: int, how: str) -> Any:
             model, broadcast_buffers=False, process_group=half, find_unused_parameters=how == "unused"
         )
     train(model, rank % 2, 4, optimizer, ddp)
+    dist.barrier()  # rank 0 holds the store through which the other pair meets
     return state(model), model[1]._channel.rounds, model[1].tag.group
 
 

@@ -28,7 +28,7 @@ def test_defaults_and_environment() -> None:
         ({"BAGUA_SYNCBN_HOSTS": "auto"}, r"expected one of BAGUA_SYNCBN, .*\(got the environment variable BAGUA_SYN"),
     ],
 )
-def test_unknown_values_are_refused(environ: "dict[str, str]", message: str) -> None:
+def test_unknown_values_are_refused(environ: dict[str, str], message: str) -> None:
     """Catches a typing error in a job script that changes nothing and says nothing."""
     with pytest.raises(ValueError, match=message):
         SyncBatchNormConfig.from_env(environ)
@@ -42,7 +42,7 @@ def test_unknown_values_are_refused(environ: "dict[str, str]", message: str) -> 
         ({"timeout": 0.0}, "expected timeout to be a positive number of seconds"),
     ],
 )
-def test_constructor_refuses_too(values: "dict[str, object]", message: str) -> None:
+def test_constructor_refuses_too(values: dict[str, object], message: str) -> None:
     """Catches a configuration in code that the environment would refuse."""
     with pytest.raises(ValueError, match=message):
         SyncBatchNormConfig(**values)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from bagua_syncbn_algo import host
 ROOT = Path(__file__).parent.parent
 
 
-def run(code: str, env: Dict[str, str]) -> "subprocess.CompletedProcess[str]":
+def run(code: str, env: Dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}
     )

@@ -48,8 +48,8 @@ def test_constant_channels_have_no_negative_m2(layout: torch.memory_format) -> N
     mean=st.floats(-1e3, 1e3),
     seed=st.integers(0, 99),
 )
-def test_merge_is_that_of_the_concatenation(counts: "list[int]", mean: float, seed: int) -> None:
-    """Catches a mean of means, a forgotten n_r(m_r − M)² and any trouble with empty ranks; 1e-12 is float64 rounding."""
+def test_merge_is_that_of_the_concatenation(counts: list[int], mean: float, seed: int) -> None:
+    """Catches a mean of means, a forgotten n_r(m_r − M)² and trouble with empty ranks; 1e-12 is float64's rounding."""
     generator = torch.Generator().manual_seed(seed)
     shards = [
         torch.randn(n, 2, generator=generator, dtype=torch.float64) + mean * (i + 1) for i, n in enumerate(counts)
@@ -66,7 +66,7 @@ def test_merge_is_that_of_the_concatenation(counts: "list[int]", mean: float, se
 
 
 def test_merge_keeps_large_counts_exact() -> None:
-    """Catches counts in float32: 2²⁴ + 1 elements on one rank and 1 on another have variance n₁n₂/N², not a rounding."""
+    """Catches counts in float32: 2²⁴ + 1 elements on one rank and 1 on another have variance n₁n₂/N²."""
     counts = torch.tensor([[2**24 + 1], [1]])
     merged = moments.merge_moments(counts, torch.tensor([[0.0], [1.0]]), torch.zeros(2, 1))
     total = 2**24 + 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from types import MappingProxyType
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ class Case(NamedTuple):
     samples: Optional[Sequence[int]] = None  # per rank; by default 2 each
     layout: Callable[[Tensor], Tensor] = lambda x: x
     steps: int = 1
-    options: Dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def non_contiguous(x: Tensor) -> Tensor:
@@ -211,10 +212,8 @@ def test_variance_survives_a_large_mean(world: int, layout: torch.memory_format)
         assert layer.running_var is not None
         return layer.running_var
 
-    if world == 1:
-        variances = [sync_single(x.contiguous(memory_format=layout))]
-    else:
-        variances = run_threads(world, body)
+    alone = [sync_single(x.contiguous(memory_format=layout))]
+    variances = alone if world == 1 else run_threads(world, body)
     for variance in variances:
         assert ((variance - exact) / exact).abs().max() < 1e-3
 
