@@ -44,6 +44,7 @@ _FAULT = 1  # flag: the payload is the text of an error on the sending rank
 _FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longer than one
 
 _DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,016 float32 channels
+_STORE_PREFIX = "bagua_syncbn"
 _AUTOPSY_SECONDS = 3.0  # how long a failing rank waits for the others to publish where they are
 
 
@@ -253,21 +254,17 @@ class Channel:
     def _autopsy(self, where: str, error: BaseException) -> str:
         """Says where each rank was when a collective failed, as far as the ranks could still tell."""
         last = {self.rank: where}
-        try:
+        # Whatever happens here must not hide the error itself: the store may have lived in the rank that died.
+        with contextlib.suppress(Exception):
             store = self._store()
             if store is not None:
-                store.set(f"{self._label()}/{self.rank}", where)
-                missing = set(range(self.world_size)) - {self.rank}
+                store.set(f"{_STORE_PREFIX}/{self.rank}", where)
                 deadline = time.monotonic() + _AUTOPSY_SECONDS
-                while missing and time.monotonic() < deadline:
-                    for rank in sorted(missing):
-                        key = f"{self._label()}/{rank}"
-                        if store.check([key]):
-                            last[rank] = store.get(key).decode()
-                            missing.discard(rank)
-                    time.sleep(0.05)
-        except RuntimeError:
-            pass  # the store lived in the rank that died
+                for rank in set(range(self.world_size)) - {self.rank}:
+                    key = f"{_STORE_PREFIX}/{rank}"
+                    with contextlib.suppress(RuntimeError):  # not there in time
+                        store.wait([key], timedelta(seconds=max(0.05, deadline - time.monotonic())))
+                        last[rank] = store.get(key).decode()
         known = ", ".join(f"rank {rank} at {place}" for rank, place in sorted(last.items()))
         silent = [str(rank) for rank in range(self.world_size) if rank not in last]
         absent = f"; rank {', '.join(silent)} never arrived: it died or runs other code" if silent else ""
@@ -275,9 +272,6 @@ class Channel:
             f"expected all {self.world_size} ranks to exchange statistics at {where} (got {known}{absent}); "
             f"look at that rank's own output first. The collective said: {error}"
         )
-
-    def _label(self) -> str:
-        return "bagua_syncbn"
 
 
 class _SingleProcessChannel(Channel):

@@ -186,7 +186,7 @@ class SyncBatchNorm(_BatchNorm):
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        mean, variance = merged.mean, merged.unbiased_variance
+        mean, variance = merged.mean, merged.unbiased_variance()
         weight: Any = self.momentum
         if weight is None:  # the cumulative average; stays on the device
             weight = self.num_batches_tracked.to(mean.dtype).reciprocal()

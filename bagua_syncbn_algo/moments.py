@@ -42,7 +42,10 @@ class GlobalMoments(NamedTuple):
     elements: Tensor  # int64 scalar, per channel
     mean: Tensor  # (C,)
     variance: Tensor  # (C,) biased, m2 / elements: what normalizes
-    unbiased_variance: Tensor  # (C,) m2 / (elements - 1): what running_var takes
+
+    def unbiased_variance(self) -> Tensor:
+        """Returns ``m2 / (elements − 1)``, what running_var takes."""
+        return self.variance * (self.elements / (self.elements - 1).double()).to(self.variance.dtype)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -94,12 +97,14 @@ def merge_moments(counts: Tensor, means: Tensor, m2s: Tensor) -> GlobalMoments:
     Returns:
         Moments in the dtype of ``means``.
     """
-    dtype = means.dtype
-    weights, means, m2s = counts.double(), means.double(), m2s.double()
-    total = weights.sum()
-    mean = (weights * means).sum(0) / total
-    m2 = (m2s + weights * (means - mean).square()).sum(0)
-    return GlobalMoments(counts.sum(), mean.to(dtype), (m2 / total).to(dtype), (m2 / (total - 1)).to(dtype))
+    total = counts.sum()
+    if counts.shape[0] == 1:
+        return GlobalMoments(total, means[0], m2s[0] / total)
+    shares = counts / total.double()
+    doubles = means.double()
+    mean = (shares * doubles).sum(0)
+    variance = (m2s / total.double() + shares * (doubles - mean).square()).sum(0)
+    return GlobalMoments(total, mean.to(means.dtype), variance.to(means.dtype))
 
 
 def normalize(
@@ -172,6 +177,17 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view((1, -1) + (1,) * (like.dim() - 2))
 
 
+def _scale_and_shift_(tensor: Tensor, scale: Tensor, offset: Optional[Tensor]) -> Tensor:
+    """Computes ``tensor · scale + offset`` per channel, in place."""
+    if offset is None:
+        return tensor.mul_(_per_channel(scale, tensor))
+    scale, offset = _per_channel(scale, tensor), _per_channel(offset, tensor)
+    if tensor.is_contiguous():
+        return tensor.mul_(scale).add_(offset)
+    # One pass for two; channels-first the same operator is not vectorized, and slower than both above.
+    return torch.addcmul(offset, tensor, scale, out=tensor)
+
+
 class _CpuKernels:
     """Also right, if not fast, on any other device that runs ATen's operators."""
 
@@ -221,10 +237,7 @@ class _CpuKernels:
         else:
             output, offset = local.centred, (local.shift - mean) * scale
             offset = offset if bias is None else offset + bias
-        output.mul_(_per_channel(scale, input))
-        if offset is not None:
-            output.add_(_per_channel(offset, input))
-        return output.to(input.dtype)
+        return _scale_and_shift_(output, scale, offset).to(input.dtype)
 
     @staticmethod
     def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
@@ -254,8 +267,8 @@ class _CpuKernels:
     ) -> Tensor:
         scale = invstd if weight is None else invstd * weight
         gradient = torch.sub(input, _per_channel(mean, input))
-        gradient.mul_(_per_channel(-scale * invstd * mean_dy_xhat, input))
-        gradient.sub_(_per_channel(scale * mean_dy, input))
+        minus = scale.neg()
+        _scale_and_shift_(gradient, minus * invstd * mean_dy_xhat, minus * mean_dy)
         gradient.addcmul_(grad_output.to(mean.dtype), _per_channel(scale, input))
         return gradient.to(input.dtype)
 

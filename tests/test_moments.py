@@ -62,7 +62,7 @@ def test_merge_is_that_of_the_concatenation(counts: list[int], mean: float, seed
     assert int(merged.elements) == len(whole)
     torch.testing.assert_close(merged.mean, whole.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(merged.variance, whole.var(0, unbiased=False), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(merged.unbiased_variance, whole.var(0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(merged.unbiased_variance(), whole.var(0), rtol=1e-9, atol=1e-12)
 
 
 def test_merge_keeps_large_counts_exact() -> None:
@@ -131,7 +131,7 @@ def test_cuda_kernels_are_called_as_they_want(mocker: Any, affine: bool) -> None
         leaves = [t.clone().requires_grad_() if t is not None else None for t in (x, weight, bias)]
         y, merged = sync_batch_norm(*leaves, 1e-5, SINGLE_PROCESS, sync_point("test"))
         y.backward(dy)
-        return y.detach(), merged.unbiased_variance, [leaf.grad for leaf in leaves if leaf is not None]
+        return y.detach(), merged.unbiased_variance(), [leaf.grad for leaf in leaves if leaf is not None]
 
     expected = run()
     mocker.patch.object(moments, "_kernels", lambda input: moments._CudaKernels)

@@ -225,7 +225,7 @@ def sync_single(x: Tensor) -> Tensor:
 
     _, merged = sync_batch_norm(x, None, None, 1e-5, SINGLE_PROCESS, sync_point("test"))
     assert merged is not None
-    return merged.unbiased_variance
+    return merged.unbiased_variance()
 
 
 @pytest.mark.multirank

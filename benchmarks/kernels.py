@@ -1,0 +1,89 @@
+"""The statistics' own arithmetic, without communication, against nn.BatchNorm2d: forward and backward, one thread.
+
+Columns are ratios of medians to ``nn.BatchNorm2d`` (its forward and backward through autograd): ``kernels`` the tensor
+functions alone (moments, merge, normalization, sums, input gradient), ``function`` the same through autograd and a
+channel of one rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List
+
+import torch
+from measure import interleave, write
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from bagua_syncbn_algo import moments
+from bagua_syncbn_algo.channel import SINGLE_PROCESS, sync_point
+from bagua_syncbn_algo.functional import sync_batch_norm
+
+# Shape, memory format, and the ratio that the kernels must not exceed.
+SIZES = [
+    ((4, 64, 32, 32), torch.contiguous_format, 0.90),
+    ((4, 256, 16, 16), torch.contiguous_format, 0.90),
+    ((4, 512, 8, 8), torch.contiguous_format, 1.10),
+    ((4, 64, 32, 32), torch.channels_last, 1.05),
+    ((4, 256, 16, 16), torch.channels_last, 1.05),
+    ((4, 512, 8, 8), torch.channels_last, 1.05),
+]
+EPS = 1e-5
+
+
+def kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> List[Tensor]:
+    """Forward and backward by the tensor functions, as one rank of one."""
+    local = moments.local_moments(x)
+    merged = moments.merge_moments(torch.tensor([[local.elements]]), local.mean[None], local.m2[None])
+    invstd = (merged.variance + EPS).rsqrt()
+    y = moments.normalize(x, local, merged.mean, invstd, weight, bias)
+    sum_dy, sum_dy_xhat = moments.gradient_sums(dy, x, merged.mean, invstd)
+    total = merged.elements
+    dx = moments.input_gradient(dy, x, merged.mean, invstd, weight, sum_dy / total, sum_dy_xhat / total)
+    return [y, dx, sum_dy_xhat, sum_dy]
+
+
+def variants(x: Tensor, dy: Tensor) -> Dict[str, Any]:
+    """Returns the three things to time on one input."""
+    native = nn.BatchNorm2d(x.shape[1], eps=EPS)
+    weight, bias = native.weight.detach(), native.bias.detach()
+    leaf = x.clone().requires_grad_()
+    leaves = (leaf, native.weight, native.bias)
+    point = sync_point("benchmark")
+
+    def function() -> Any:
+        y, _ = sync_batch_norm(*leaves, EPS, SINGLE_PROCESS, point)
+        return torch.autograd.grad(y, leaves, dy)
+
+    return {
+        "nn.BatchNorm2d": lambda: torch.autograd.grad(native(leaf), leaves, dy),
+        "kernels": lambda: kernels(x, dy, weight, bias),
+        "function": function,
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    table = Table("input", "layout", "nn.BatchNorm2d, µs", "kernels", "limit", "function")
+    rows = []
+    for shape, layout, limit in SIZES:
+        x, dy = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+        spreads = interleave(variants(x, dy), repeats=300)
+        base = spreads["nn.BatchNorm2d"].median
+        ratios = {name: spread.median / base for name, spread in spreads.items()}
+        name = "channels-last" if layout == torch.channels_last else "channels-first"
+        table.add_row(
+            "×".join(map(str, shape)),
+            name,
+            f"{base * 1e6:.0f}",
+            f"{ratios['kernels']:.2f}",
+            f"{limit:.2f}",
+            f"{ratios['function']:.2f}",
+        )
+        rows.append({"shape": shape, "layout": name, "limit": limit, "ratios": ratios, "seconds": spreads})
+    Console().print(table)
+    write("kernels", rows)
+
+
+if __name__ == "__main__":
+    main()
