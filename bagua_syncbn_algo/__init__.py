@@ -18,6 +18,7 @@ from .convert import (
     tag_table,
 )
 from .layer import SyncBatchNorm, SyncTag
+from .rounds import Round, Rounds, record_rounds
 
 if TYPE_CHECKING:
     from .algorithm import SyncBatchNormAlgorithm, SyncBatchNormAlgorithmImpl, enable_sync_batchnorm
@@ -27,6 +28,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchNormNd",
+    "Round",
+    "Rounds",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "SyncBatchNormAlgorithm",
@@ -37,6 +40,7 @@ __all__ = [
     "bagua",
     "convert_sync_batchnorm",
     "enable_sync_batchnorm",
+    "record_rounds",
     "register_conversion",
     "revert_sync_batchnorm",
     "sync_batchnorm_layers",

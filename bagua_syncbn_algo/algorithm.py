@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
@@ -10,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .channel import BaguaChannel, Channel, Roster, sync_point
-from .config import SyncBatchNormConfig
+from .channel import SINGLE_PROCESS, BaguaChannel, Channel, Roster, sync_point
+from .config import SyncBatchNormConfig, check_normalize_over
 from .convert import convert_sync_batchnorm, tag_sync_batchnorm, unconverted_layers
 from .host import bagua, streams
 from .layer import SyncBatchNorm
+from .rounds import Round, active
+from .running import RunningPool
 
 __all__ = ["SyncBatchNormAlgorithm", "SyncBatchNormAlgorithmImpl", "enable_sync_batchnorm"]
 
@@ -32,11 +35,15 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
     Args:
         inner: the algorithm that trains the parameters: an instance or a registered name; gradient all-reduce by
             default.
+        normalize_over: the ranks that normalize together: ``"world"`` (exact synchronized BatchNorm), ``"node"`` (the
+            ranks of a node, by ``LOCAL_WORLD_SIZE``), a number of neighbouring ranks, or ``"rank"`` (each alone, by
+            PyTorch's own kernels). Running statistics are those of the whole world's batch in every case.
         **inner_arguments: for ``inner`` given by name.
 
     Raises:
         TypeError: if ``inner`` is no algorithm, or an instance comes with arguments.
         KeyError: for an unknown name.
+        ValueError: for an unknown ``normalize_over``, and for asynchronous model averaging.
 
     Example::
 
@@ -44,7 +51,10 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
         model.with_bagua([optimizer], SyncBatchNormAlgorithm(GradientAllReduceAlgorithm()))
     """
 
-    def __init__(self, inner: Union[str, Any, None] = None, **inner_arguments: Any) -> None:
+    def __init__(
+        self, inner: Union[str, Any, None] = None, *, normalize_over: Union[str, int] = "world", **inner_arguments: Any
+    ) -> None:
+        check_normalize_over(normalize_over, "normalize_over")
         algorithm: Any = "gradient_allreduce" if inner is None else inner
         if isinstance(algorithm, str):
             algorithm = Algorithm.init(algorithm, **inner_arguments)
@@ -58,7 +68,13 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
                 f"expected inner to be a Bagua algorithm or a registered name (got {algorithm!r}); pass an "
                 "instance such as GradientAllReduceAlgorithm()"
             )
-        self.inner = algorithm
+        if _loses_step(algorithm):
+            raise ValueError(
+                f"expected an inner algorithm that keeps ranks in step (got {type(algorithm).__name__}, whose ranks "
+                "run different numbers of steps, so that statistics of different steps would meet); use another one, "
+                "or plain BatchNorm"
+            )
+        self.inner, self.normalize_over = algorithm, normalize_over
 
     def reify(self, process_group: Any) -> SyncBatchNormAlgorithmImpl:
         """Returns the live algorithm on ``process_group``.
@@ -66,7 +82,8 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
         Collectives:
             Creates the statistics group. Every rank of the world must call.
         """
-        return SyncBatchNormAlgorithmImpl(process_group, self.inner.reify(process_group))
+        span = _ranks_per_group(self.normalize_over, len(process_group.ranks))
+        return SyncBatchNormAlgorithmImpl(process_group, self.inner.reify(process_group), span)
 
 
 class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-type]
@@ -74,17 +91,35 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
 
     Attributes:
         inner: the live inner algorithm.
-        channel: the statistics channel; ``None`` until the model is known, and for a model without SyncBatchNorm.
+        channel: the statistics channel; ``None`` until the model is known, for a model without SyncBatchNorm, and where
+            each rank normalizes alone.
+        running: moments on their way into the running statistics; ``None`` where normalizing yields the world's.
     """
 
-    def __init__(self, process_group: Any, inner: Any) -> None:
+    def __init__(self, process_group: Any, inner: Any, ranks_per_group: int) -> None:
         super().__init__(process_group)
         self.inner = inner
         self.channel: Optional[Channel] = None
-        # A group of its own: behind queued gradient buckets every layer would wait for all of them. Members only may
-        # hold a live one, but all ranks must take part in making it.
-        self._group = bagua.communication.new_group(list(process_group.ranks), stream=streams().new_stream())
+        self.running: Optional[RunningPool] = None
+        self._ranks_per_group = ranks_per_group
         self._bound: Dict[int, Any] = {}
+        self._round: Optional[Round] = None
+        ranks = list(process_group.ranks)
+        # Groups of their own: behind queued gradient buckets every layer would wait for all of them. Every rank takes
+        # part in making every group, its own or not.
+        self._world_group = self._new_group(ranks)
+        self._group, self._running_group = self._world_group, None
+        if 1 < ranks_per_group < len(ranks):
+            blocks = [ranks[i : i + ranks_per_group] for i in range(0, len(ranks), ranks_per_group)]
+            groups = [self._new_group(block) for block in blocks]
+            self._group = next(g for g in groups if bagua.get_rank() in g.ranks)
+        if ranks_per_group < len(ranks):
+            # Two backends on one communicator would race: the running statistics are sent by another thread.
+            self._running_group = self._new_group(ranks)
+
+    @staticmethod
+    def _new_group(ranks: List[int]) -> Any:
+        return bagua.communication.new_group(ranks, stream=streams().new_stream())
 
     def __getattr__(self, name: str) -> Any:
         # Only what is found nowhere else arrives here.
@@ -110,11 +145,24 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         return buckets
 
     def init_forward_pre_hook(self, bagua_ddp: Any) -> Callable[[Any], None]:
-        hook: Callable[[Any], None] = self.inner.init_forward_pre_hook(bagua_ddp)
+        inner = self.inner.init_forward_pre_hook(bagua_ddp)
+
+        def hook(input: Any) -> None:
+            self._finish_running()  # of a backward that was broken off
+            record = active()
+            if record is not None:
+                record.next_step()
+            inner(input)
+
         return hook
 
     def init_backward_hook(self, bagua_ddp: Any) -> Callable[[str, nn.Parameter], None]:
-        hook: Callable[[str, nn.Parameter], None] = self.inner.init_backward_hook(bagua_ddp)
+        inner = self.inner.init_backward_hook(bagua_ddp)
+
+        def hook(parameter_name: str, parameter: nn.Parameter) -> None:
+            self._launch_running()  # at the first gradient: the rest of backward hides it
+            inner(parameter_name, parameter)
+
         return hook
 
     def init_post_backward_hook(self, bagua_ddp: Any) -> Callable[[], None]:
@@ -122,6 +170,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
 
         def hook() -> None:
             inner()
+            self._finish_running()
             if self.channel is not None:
                 self.channel.flush()
 
@@ -141,35 +190,84 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         module = bagua_ddp.module
         layers = tag_sync_batchnorm(module)
         _warn_about(module, layers)
-        communicator = self._group.get_global_communicator()
         device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-        channel = BaguaChannel(communicator, streams(), device, _default_store())
+        roster = layers[0].roster if layers else Roster()
+        communicator = self._world_group.get_global_communicator()
+        world = BaguaChannel(communicator, streams(), device, _default_store())
         # Also where this rank has no layers: another rank may, and both must learn of it.
-        channel.join(layers[0].roster if layers else Roster())
+        world.join(roster)
         _broadcast_buffers(layers, communicator)
+        # A layer with a process group normalizes over ranks of its own choice: its channel is that group's.
+        layers = [layer for layer in layers if layer.process_group is None]
         if not layers or communicator.nranks() == 1:
             return
-        # A backend of its own as well: one queue of buckets, and a statistics bucket that waits at its front (a frozen
-        # layer's, say) would hold back every gradient behind it.
-        backend_name = f"{bagua_ddp.bagua_module_name}/syncbn"
+        channel: Channel = world
+        if self._ranks_per_group == 1:
+            channel = SINGLE_PROCESS
+        elif self._group is not self._world_group:
+            channel = BaguaChannel(self._group.get_global_communicator(), streams(), device, _default_store())
+            channel.join(roster)
+        if self._running_group is not None:
+            self._bind_running([layer for layer in layers if layer.running_mean is not None], world, bagua_ddp)
         for layer in layers:
-            if layer.process_group is not None:
-                continue  # normalizes over ranks of its own choice: its channel is that group's
             point = sync_point(layer.sync_name)
-            message: Any = torch.zeros(channel.capacity, dtype=torch.uint8, device=_device_of(layer, device))
-            tensor = message.ensure_bagua_tensor(f"syncbn.{layer.sync_name}", backend_name)
-            channel.add_bucket(point, BaguaBucket([tensor], f"syncbn.{layer.sync_name}", flatten=False))
-            layer.bind(channel, point)
-        bagua.communication.get_backend(backend_name).register_ordered_buckets(
-            [bucket.backend_bucket for bucket in channel.buckets]
-        )
-        self.channel = channel
+            if isinstance(channel, BaguaChannel):
+                channel.add_bucket(point, _message_bucket(layer, channel.capacity, device, bagua_ddp))
+            layer.bind(channel, point, self.running if layer.running_mean is not None else None)
+        if isinstance(channel, BaguaChannel):
+            self.channel = channel
         logger.info(
-            "synchronizing %d layers over %d ranks, %d bytes a message",
-            len(channel.buckets),
-            channel.world_size,
-            channel.capacity,
+            "synchronizing %d layers of %s over %d ranks, running statistics over %d",
+            len(layers),
+            type(module).__name__,
+            self._ranks_per_group,
+            communicator.nranks(),
         )
+
+    def _bind_running(self, layers: List[SyncBatchNorm], world: Channel, bagua_ddp: Any) -> None:
+        """Registers the layers' moments as one tensor of one bucket, on a backend of its own.
+
+        A backend is one queue of buckets: among the gradients' a bucket that is not marked would hold back all behind
+        it, and some algorithms break on buckets that are not theirs.
+        """
+        if not layers:
+            return
+        self.running = RunningPool(layers, world)
+        name = f"{bagua_ddp.bagua_module_name}/syncbn.running"
+        payload: Any = self.running.payload
+        payload.ensure_bagua_tensor("syncbn.running_statistics", name)
+        bucket = BaguaBucket([payload], "syncbn.running_statistics", flatten=False)
+        bucket.append_centralized_synchronous_op(average=False, group=self._running_group)
+        bucket.append_python_op(self.running.between, group=self._running_group)
+        bucket.append_centralized_synchronous_op(average=False, group=self._running_group)
+        bucket.append_python_op(self._note_finish, group=self._running_group)
+        self._running_bucket = bucket  # upstream's backend does not keep it alive
+        self._running_backend = bagua.communication.get_backend(name)
+        self._running_backend.register_ordered_buckets([bucket.backend_bucket])
+
+    def _launch_running(self) -> None:
+        if self.running is None or self.running.in_flight:
+            return
+        self.running.load()
+        payload: Any = self.running.payload
+        record = active()
+        if record is not None:
+            size = 2 * payload.numel() * payload.element_size()
+            self._round = record.launch(tuple(self.running.names), "running", size)
+        payload.bagua_mark_communication_ready()
+
+    def _note_finish(self, name: str) -> None:
+        if self._round is not None:
+            self._round.finish = time.perf_counter()
+
+    def _finish_running(self) -> None:
+        if self.running is None or not self.running.in_flight:
+            return
+        if self._round is not None:
+            self._round.wait = time.perf_counter()
+        self._running_backend.wait_pending_comm_ops()
+        self._round = None
+        self.running.apply()
 
 
 def enable_sync_batchnorm(
@@ -193,7 +291,7 @@ def enable_sync_batchnorm(
     config = SyncBatchNormConfig.from_env() if config is None else config
     if not config.enabled:
         return model, algorithm
-    return convert_sync_batchnorm(model), SyncBatchNormAlgorithm(algorithm)
+    return convert_sync_batchnorm(model), SyncBatchNormAlgorithm(algorithm, normalize_over=config.normalize_over)
 
 
 def _warn_about(module: nn.Module, layers: List[SyncBatchNorm]) -> None:
@@ -219,6 +317,36 @@ def _broadcast_buffers(layers: List[SyncBatchNorm], communicator: Any) -> None:
         for buffer in layer._buffers.values():
             if buffer is not None:
                 bagua.communication.broadcast(buffer, src=0, comm=communicator)
+
+
+def _message_bucket(layer: SyncBatchNorm, capacity: int, default: torch.device, bagua_ddp: Any) -> Any:
+    """Returns the bucket of one registered tensor that carries the layer's statistics."""
+    message: Any = torch.zeros(capacity, dtype=torch.uint8, device=_device_of(layer, default))
+    name = f"syncbn.{layer.sync_name}"
+    return BaguaBucket([message.ensure_bagua_tensor(name, f"{bagua_ddp.bagua_module_name}/syncbn")], name, False)
+
+
+def _ranks_per_group(normalize_over: Union[str, int], world: int) -> int:
+    """Returns how many neighbouring ranks normalize together.
+
+    Raises:
+        ValueError: if their number does not divide the world.
+    """
+    named = {"world": world, "node": bagua.get_local_size(), "rank": 1}
+    ranks = named[normalize_over] if isinstance(normalize_over, str) else normalize_over
+    if world % ranks:
+        meant = f"{ranks} (the ranks of a node, LOCAL_WORLD_SIZE)" if normalize_over == "node" else str(ranks)
+        raise ValueError(
+            f"expected normalize_over to divide the {world} ranks (got {meant}); choose a divisor of {world}, or "
+            "world, node, rank"
+        )
+    return ranks
+
+
+def _loses_step(algorithm: Any) -> bool:
+    """Whether ranks under this algorithm run different numbers of steps."""
+    asynchronous = GlobalAlgorithmRegistry.get("async") if "async" in GlobalAlgorithmRegistry else None
+    return isinstance(asynchronous, type) and isinstance(algorithm, asynchronous)
 
 
 def _device_of(layer: SyncBatchNorm, default: torch.device) -> torch.device:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import SyncBatchNormConfig
+from .rounds import active
 
 __all__ = [
     "BACKWARD",
@@ -217,7 +218,11 @@ class Channel:
             message = self._message(point, payload.device)
             torch.cat([header, chunk], out=message[: _HEADER_BYTES + chunk.numel()])
             self.rounds += 1
+            record = active()
+            entry = None if record is None else record.launch((point.name,), _PHASES[phase], message.numel())
             gathered = self._guarded(message, point.name, phase)
+            if entry is not None:
+                entry.wait, entry.finish = entry.launch, time.perf_counter()
             self._check(gathered, header, point, phase)
             body = gathered[:, _HEADER_BYTES:]
             bodies.append(body if len(chunks) == 1 else body.clone())  # the next frame may be received in its place
@@ -350,6 +355,7 @@ class BaguaChannel(Channel):
         self.rank, self.world_size = communicator.rank(), communicator.nranks()
         self._communicator, self._streams, self._device, self._key_value_store = communicator, streams, device, store
         self._buckets: Dict[int, Any] = {}
+        self._unregistered: Optional[Tensor] = None  # for points without a bucket: the rare merge outside of backward
         self._gathered: Dict[Tuple[int, torch.dtype], Tensor] = {}
 
     @property
@@ -366,8 +372,12 @@ class BaguaChannel(Channel):
         self._buckets[point.key] = bucket
 
     def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
-        message: Tensor = self._buckets[point.key].tensors[0]
-        return message
+        if point.key in self._buckets:
+            message: Tensor = self._buckets[point.key].tensors[0]
+            return message
+        if self._unregistered is None:
+            self._unregistered = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+        return self._unregistered
 
     def _all_gather(self, message: Tensor) -> Tensor:
         send: Any = message

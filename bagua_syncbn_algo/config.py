@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Mapping, Optional
+from typing import Mapping, Optional, Union
 
-__all__ = ["SyncBatchNormConfig"]
+__all__ = ["SyncBatchNormConfig", "check_normalize_over"]
 
 _PREFIX = "BAGUA_SYNCBN"
 _SWITCH = {"0": False, "1": True}
 _HOSTS = ("auto", "upstream", "embedded")
+_SPANS = ("world", "node", "rank")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class SyncBatchNormConfig:
 
     enabled: bool = True  # BAGUA_SYNCBN=0|1: whether `enable_sync_batchnorm` does anything
     host: str = "auto"  # BAGUA_SYNCBN_HOST=auto|upstream|embedded: which Bagua runs the algorithm
+    normalize_over: Union[str, int] = "world"  # BAGUA_SYNCBN_NORMALIZE_OVER=world|node|rank or a number of ranks
     timeout: Optional[float] = None  # BAGUA_SYNCBN_TIMEOUT, seconds: how long a rank waits for the others' statistics
 
     def __post_init__(self) -> None:
@@ -30,6 +32,7 @@ class SyncBatchNormConfig:
             raise ValueError(f"expected enabled to be True or False (got {self.enabled!r}); pass a bool")
         if self.host not in _HOSTS:
             raise ValueError(f"expected host to be one of {', '.join(_HOSTS)} (got {self.host!r}); choose one of them")
+        check_normalize_over(self.normalize_over, "normalize_over")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise ValueError(
                 f"expected timeout to be a positive number of seconds (got {self.timeout!r}); "
@@ -52,7 +55,7 @@ class SyncBatchNormConfig:
                 ones.
         """
         environ = os.environ if environ is None else environ
-        known = {_PREFIX, f"{_PREFIX}_HOST", f"{_PREFIX}_TIMEOUT"}
+        known = {_PREFIX, *(f"{_PREFIX}_{name}" for name in ("HOST", "NORMALIZE_OVER", "TIMEOUT"))}
         for name in sorted(environ):
             if name.startswith(_PREFIX) and name not in known:
                 raise ValueError(
@@ -67,11 +70,27 @@ class SyncBatchNormConfig:
             raise ValueError(
                 f"expected {_PREFIX}_HOST to be one of {', '.join(_HOSTS)} (got {host!r}); set it to one of them"
             )
+        span: Union[str, int] = environ.get(f"{_PREFIX}_NORMALIZE_OVER", "world")
+        span = int(span) if str(span).isdecimal() else span
+        check_normalize_over(span, f"{_PREFIX}_NORMALIZE_OVER")
         text = environ.get(f"{_PREFIX}_TIMEOUT")
         try:
             timeout = None if text is None else float(text)
-            return cls(enabled=_SWITCH[switch], host=host, timeout=timeout)
+            return cls(enabled=_SWITCH[switch], host=host, normalize_over=span, timeout=timeout)
         except ValueError:
             raise ValueError(
                 f"expected {_PREFIX}_TIMEOUT to be a positive number of seconds (got {text!r}); set it to, say, 600"
             ) from None
+
+
+def check_normalize_over(value: object, name: str) -> None:
+    """Refuses a value that says no set of ranks.
+
+    Raises:
+        ValueError: unless ``value`` is one of ``"world"``, ``"node"``, ``"rank"`` or a whole number of at least 1.
+    """
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not number and value not in _SPANS:
+        raise ValueError(
+            f"expected {name} to be one of {', '.join(_SPANS)} or a number of ranks (got {value!r}); choose one of them"
+        )

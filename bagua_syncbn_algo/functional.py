@@ -24,7 +24,7 @@ from .moments import (
 )
 from .records import Record, Records
 
-__all__ = ["sync_batch_norm"]
+__all__ = ["exchange_moments", "sync_batch_norm"]
 
 
 def sync_batch_norm(
@@ -35,7 +35,7 @@ def sync_batch_norm(
     channel: Channel,
     point: SyncPoint,
     records: Optional[Records] = None,
-) -> Tuple[Tensor, Optional[GlobalMoments]]:
+) -> Tuple[Tensor, Optional[Record]]:
     """Normalizes ``input`` over the elements of all ranks of ``channel``.
 
     Args:
@@ -48,8 +48,8 @@ def sync_batch_norm(
         records: the layer's records, through which a forward recomputed in backward reuses the statistics.
 
     Returns:
-        The output, in the input's dtype and memory format, and the merged moments that running statistics should
-        take; ``None`` in place of the moments where the forward was a recomputation.
+        The output, in the input's dtype and memory format, and the record of this forward, with the local and the
+        merged moments; ``None`` in place of the record where the forward was a recomputation.
 
     Raises:
         ValueError: if the whole group holds at most one value per channel.
@@ -69,7 +69,7 @@ def sync_batch_norm(
         merged = None if record is None else record.merged
         if merged is None:
             local = _or_fail(channel, point, FORWARD, lambda: _local(detached))
-            merged = _exchange_moments(local, channel, point, input)
+            merged = exchange_moments(local, channel, point)
             record = Record(local, merged)
             if records is not None:
                 records.open(record)
@@ -79,7 +79,7 @@ def sync_batch_norm(
             recomputed = True
     call = _Call(local, merged, eps, channel, point, records, record)
     output: Tensor = _SyncBatchNorm.apply(input, weight, bias, call)  # type: ignore[no-untyped-call]
-    return output, None if recomputed else merged
+    return output, None if recomputed else record
 
 
 class _Call(NamedTuple):
@@ -144,15 +144,23 @@ def _local(input: Tensor) -> LocalMoments:
     return LocalMoments(0, zeros, zeros)
 
 
-def _exchange_moments(local: LocalMoments, channel: Channel, point: SyncPoint, input: Tensor) -> GlobalMoments:
+def exchange_moments(local: LocalMoments, channel: Channel, point: SyncPoint) -> GlobalMoments:
+    """Merges the local moments of all ranks of ``channel``.
+
+    Raises:
+        ValueError: if the whole group holds at most one value per channel.
+        SyncBatchNormError: if another rank failed, is elsewhere or did not arrive.
+
+    Collectives:
+        One all-gather of ``8 + 2C·itemsize`` payload bytes. Every rank must call.
+    """
     count = torch.full((1,), local.elements, dtype=torch.int64, device=local.mean.device)
     counts, moments = channel.exchange(point, FORWARD, [count, torch.cat([local.mean, local.m2])])
     # Where this rank alone holds two values per channel, the world does too: no need to wait for the others' counts.
     if local.elements < 2 and int(counts.sum()) < 2:
         raise ValueError(
-            f"expected more than 1 value per channel in the whole group when training (got input of shape "
-            f"{tuple(input.shape)} here, {int(counts.sum())} value on {channel.world_size} ranks, at {point.name}); "
-            "use a larger batch or eval()"
+            f"expected more than 1 value per channel in the whole group when training (got {local.elements} here, "
+            f"{int(counts.sum())} on all {channel.world_size} ranks, at {point.name}); use a larger batch or eval()"
         )
     means, m2s = moments.chunk(2, dim=1)
     return merge_moments(counts, means, m2s)

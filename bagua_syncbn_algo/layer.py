@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, channel_of, source_group, sync_point
 from .functional import sync_batch_norm
-from .moments import GlobalMoments
+from .moments import GlobalMoments, LocalMoments, statistics_dtype
 from .records import Records, inside_backward
+from .running import RunningPool
 
 __all__ = ["SyncBatchNorm", "SyncTag"]
 
@@ -86,6 +87,7 @@ class SyncBatchNorm(_BatchNorm):
         self._channel_source: Optional[Any] = None
         self._point: SyncPoint = sync_point("")
         self._records = Records()
+        self._running: Optional[RunningPool] = None
 
     # -- binding --------------------------------------------------------------------------------------------------
 
@@ -101,8 +103,15 @@ class SyncBatchNorm(_BatchNorm):
         roster = Roster() if self.tag is None else self.tag.roster
         return roster._replace(itemsize=8 if doubles else 4)
 
-    def bind(self, channel: Channel, point: SyncPoint) -> None:
-        """Makes this layer exchange its statistics at ``point`` of ``channel``; the algorithm calls it."""
+    def bind(self, channel: Channel, point: SyncPoint, running: Optional[RunningPool] = None) -> None:
+        """Makes this layer exchange its statistics at ``point`` of ``channel``; the algorithm calls it.
+
+        Args:
+            channel: the ranks to normalize over.
+            point: this layer.
+            running: takes its moments for the running statistics, if ``channel`` is less than the world.
+        """
+        self._running = running
         self._channel, self._point, self._channel_source = channel, point, source_group(self.process_group)
         channel.register(point)
 
@@ -152,11 +161,24 @@ class SyncBatchNorm(_BatchNorm):
             raise
         if channel.world_size == 1:
             # A forward inside a backward recomputes an earlier one, which has updated the statistics.
+            if self._running is not None:
+                return self._pooling_batch_norm(input, self._running, update=not inside_backward())
             return self._local_batch_norm(input, True, update=not inside_backward())
-        output, merged = sync_batch_norm(input, self.weight, self.bias, self.eps, channel, self._point, self._records)
-        if merged is not None:
-            self._update_running_statistics(merged)
+        output, record = sync_batch_norm(input, self.weight, self.bias, self.eps, channel, self._point, self._records)
+        if record is not None:
+            if self._running is None:
+                self.update_running_statistics(record.merged)
+            else:
+                self._leave(record.local)
         return output
+
+    def _leave(self, local: LocalMoments) -> None:
+        """Leaves moments to the pool; where no backward can follow to carry them, merges at once."""
+        assert self._running is not None
+        if torch.is_grad_enabled():
+            self._running.add(self, local)
+        else:
+            self._running.merge(self, self._point, local)
 
     def _local_batch_norm(self, input: Tensor, batch_statistics: bool, update: bool = False) -> Tensor:
         """Normalizes with this rank's batch or the running statistics, by PyTorch's own kernels."""
@@ -180,16 +202,41 @@ class SyncBatchNorm(_BatchNorm):
             input, running_mean, running_var, self.weight, self.bias, batch_statistics, momentum, self.eps
         )
 
+    def _pooling_batch_norm(self, input: Tensor, running: RunningPool, update: bool) -> Tensor:
+        """Normalizes over this rank by PyTorch's own kernels, and leaves the moments to the pool."""
+        count = input.numel() // input.shape[1]
+        dtype = statistics_dtype(input.dtype)
+        mean, variance = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind(0)
+        if count == 0:  # must not reach a native kernel
+            output = input.clone()
+        elif count == 1:
+            return self._local_batch_norm(input, True)  # raises
+        else:
+            # With a momentum of 1 the kernel leaves the batch's own statistics in the buffers that it is given.
+            weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+            output = F.batch_norm(input, mean, variance, weight, bias, True, 1.0, self.eps)
+        if update:
+            self._leave(LocalMoments(count, mean, variance * (count - 1)))
+        return output
+
     @torch.no_grad()
-    def _update_running_statistics(self, merged: GlobalMoments) -> None:
+    def update_running_statistics(self, merged: GlobalMoments, valid: Optional[Tensor] = None) -> None:
+        """Moves the running statistics towards ``merged`` and counts a batch.
+
+        Args:
+            merged: moments of the whole world's batch.
+            valid: a bool scalar on the layer's device; where false nothing changes, without the host having to know.
+        """
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        self.num_batches_tracked.add_(1 if valid is None else valid)
         mean, variance = merged.mean, merged.unbiased_variance()
         weight: Any = self.momentum
         if weight is None:  # the cumulative average; stays on the device
-            weight = self.num_batches_tracked.to(mean.dtype).reciprocal()
+            weight = self.num_batches_tracked.clamp(min=1).to(mean.dtype).reciprocal()
+        if valid is not None:
+            weight = valid * weight
         # The arithmetic is the statistics', the storage the buffer's own: a half-precision buffer is rounded once.
         self.running_mean.copy_(torch.lerp(self.running_mean.to(mean.dtype), mean, weight))
         self.running_var.copy_(torch.lerp(self.running_var.to(mean.dtype), variance, weight))
@@ -202,7 +249,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> Dict[str, Any]:
         state = self.__dict__.copy()
-        for live in ("_channel", "_channel_source", "_point", "_records"):
+        for live in ("_channel", "_channel_source", "_point", "_records", "_running"):
             state.pop(live, None)
         if self.process_group is not None:
             state["process_group"] = _GroupReference(self.process_group, self.sync_name)

@@ -11,11 +11,13 @@ from bagua_syncbn_algo import SyncBatchNormConfig
 
 def test_defaults_and_environment() -> None:
     """Catches a switch that is on without being asked for, and a variable that is not read."""
-    assert SyncBatchNormConfig() == SyncBatchNormConfig(enabled=True, host="auto", timeout=None)
+    assert SyncBatchNormConfig() == SyncBatchNormConfig(enabled=True, host="auto", normalize_over="world", timeout=None)
     assert SyncBatchNormConfig.from_env({}) == SyncBatchNormConfig(enabled=False)
     environ = {"BAGUA_SYNCBN": "1", "BAGUA_SYNCBN_HOST": "embedded", "BAGUA_SYNCBN_TIMEOUT": "2.5", "OTHER": "x"}
-    assert SyncBatchNormConfig.from_env(environ) == SyncBatchNormConfig(True, "embedded", 2.5)
+    assert SyncBatchNormConfig.from_env(environ) == SyncBatchNormConfig(True, "embedded", timeout=2.5)
     assert not SyncBatchNormConfig.from_env({"BAGUA_SYNCBN": "0"}).enabled
+    for text, value in (("node", "node"), ("rank", "rank"), ("4", 4)):
+        assert SyncBatchNormConfig.from_env({"BAGUA_SYNCBN_NORMALIZE_OVER": text}).normalize_over == value
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,11 @@ def test_defaults_and_environment() -> None:
     [
         ({"BAGUA_SYNCBN": "yes"}, r"expected BAGUA_SYNCBN to be 0 or 1 \(got 'yes'\)"),
         ({"BAGUA_SYNCBN_HOST": "horovod"}, r"HOST to be one of auto, upstream, embedded \(got 'horovod'\)"),
+        (
+            {"BAGUA_SYNCBN_NORMALIZE_OVER": "host"},
+            r"expected BAGUA_SYNCBN_NORMALIZE_OVER to be one of world, node, rank",
+        ),
+        ({"BAGUA_SYNCBN_NORMALIZE_OVER": "0"}, r"or a number of ranks \(got 0\)"),
         ({"BAGUA_SYNCBN_TIMEOUT": "soon"}, r"TIMEOUT to be a positive number of seconds \(got 'soon'\)"),
         ({"BAGUA_SYNCBN_TIMEOUT": "-1"}, r"TIMEOUT to be a positive number of seconds \(got '-1'\)"),
         ({"BAGUA_SYNCBN_HOSTS": "auto"}, r"expected one of BAGUA_SYNCBN, .*\(got the environment variable BAGUA_SYN"),
@@ -39,6 +46,7 @@ def test_unknown_values_are_refused(environ: dict[str, str], message: str) -> No
     [
         ({"enabled": "1"}, "expected enabled to be True or False"),
         ({"host": "here"}, "expected host to be one of auto, upstream, embedded"),
+        ({"normalize_over": True}, "expected normalize_over to be one of world, node, rank or a number of ranks"),
         ({"timeout": 0.0}, "expected timeout to be a positive number of seconds"),
     ],
 )

@@ -129,9 +129,9 @@ def test_cuda_kernels_are_called_as_they_want(mocker: Any, affine: bool) -> None
 
     def run() -> Any:
         leaves = [t.clone().requires_grad_() if t is not None else None for t in (x, weight, bias)]
-        y, merged = sync_batch_norm(*leaves, 1e-5, SINGLE_PROCESS, sync_point("test"))
+        y, record = sync_batch_norm(*leaves, 1e-5, SINGLE_PROCESS, sync_point("test"))
         y.backward(dy)
-        return y.detach(), merged.unbiased_variance(), [leaf.grad for leaf in leaves if leaf is not None]
+        return y.detach(), record.merged.unbiased_variance(), [leaf.grad for leaf in leaves if leaf is not None]
 
     expected = run()
     mocker.patch.object(moments, "_kernels", lambda input: moments._CudaKernels)

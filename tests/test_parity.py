@@ -223,9 +223,9 @@ def sync_single(x: Tensor) -> Tensor:
     from bagua_syncbn_algo.channel import SINGLE_PROCESS, sync_point
     from bagua_syncbn_algo.functional import sync_batch_norm
 
-    _, merged = sync_batch_norm(x, None, None, 1e-5, SINGLE_PROCESS, sync_point("test"))
-    assert merged is not None
-    return merged.unbiased_variance()
+    _, record = sync_batch_norm(x, None, None, 1e-5, SINGLE_PROCESS, sync_point("test"))
+    assert record is not None
+    return record.merged.unbiased_variance()
 
 
 @pytest.mark.multirank

@@ -8,6 +8,7 @@ from . import algorithms, bagua_distributed, bucket, communication, env, tensor
 from .communication import (
     ReduceOp,
     allgather,
+    allgather_inplace,
     allreduce,
     allreduce_inplace,
     barrier,
@@ -18,6 +19,8 @@ from .communication import (
     init_process_group,
     is_initialized,
     new_group,
+    reduce,
+    reduce_inplace,
 )
 from .distributed import BaguaModule
 from .env import get_local_rank, get_local_size, get_rank, get_world_size
@@ -29,6 +32,7 @@ __all__ = [
     "ReduceOp",
     "algorithms",
     "allgather",
+    "allgather_inplace",
     "allreduce",
     "allreduce_inplace",
     "bagua_distributed",
@@ -47,5 +51,7 @@ __all__ = [
     "init_process_group",
     "is_initialized",
     "new_group",
+    "reduce",
+    "reduce_inplace",
     "tensor",
 ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from .communication import BaguaProcessGroup, _get_default_group, get_backend
+from .communication import BaguaProcessGroup, _get_default_group, get_backend, streams
 from .core import BaguaBucketPy, _flat_view
 
 __all__ = ["BaguaBucket"]
@@ -114,6 +114,18 @@ class BaguaBucket:
             scattergather=scattergather,
             compression=compression,
         )
+
+    def append_python_op(
+        self, python_function: Callable[[str], None], group: Optional[BaguaProcessGroup] = None
+    ) -> None:
+        """Appends a function of the bucket's name, run by the backend after the operations before it.
+
+        Args:
+            python_function: may do anything with the bucket's tensors.
+            group: on whose stream it runs; ``None`` for the default group.
+        """
+        group = _get_default_group() if group is None else group
+        self.backend_bucket.append_python_op(python_function, group.stream, streams())
 
     def clear_ops(self) -> BaguaBucket:
         """Removes all operations; returns this bucket."""

@@ -19,6 +19,7 @@ __all__ = [
     "BaguaProcessGroup",
     "ReduceOp",
     "allgather",
+    "allgather_inplace",
     "allreduce",
     "allreduce_inplace",
     "barrier",
@@ -29,6 +30,8 @@ __all__ = [
     "init_process_group",
     "is_initialized",
     "new_group",
+    "reduce",
+    "reduce_inplace",
 ]
 
 
@@ -234,6 +237,47 @@ def allgather(send_tensor: Tensor, recv_tensor: Tensor, comm: Optional[BaguaSing
     comm = _communicator(comm)
     with comm.streams.ordered(comm.cuda_stream):
         comm.allgather(_registered(send_tensor), _registered(recv_tensor))
+
+
+def allgather_inplace(tensor: Tensor, comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
+    """Fills ``tensor``, of which each rank has written its own part, with every rank's part, in rank order.
+
+    Collectives:
+        One all-gather. Every rank of ``comm`` must call.
+    """
+    comm = _communicator(comm)
+    with comm.streams.ordered(comm.cuda_stream):
+        comm.allgather_inplace(_registered(tensor))
+
+
+def reduce(
+    send_tensor: Tensor,
+    recv_tensor: Tensor,
+    dst: int,
+    op: ReduceOp = ReduceOp.SUM,
+    comm: Optional[BaguaSingleCommunicatorPy] = None,
+) -> None:
+    """Writes the reduction of all ranks' ``send_tensor`` into ``recv_tensor`` on rank ``dst`` of the communicator.
+
+    Collectives:
+        One all-reduce. Every rank of ``comm`` must call.
+    """
+    comm = _communicator(comm)
+    with comm.streams.ordered(comm.cuda_stream):
+        comm.reduce(_registered(send_tensor), _registered(recv_tensor), dst, int(op))
+
+
+def reduce_inplace(
+    tensor: Tensor, dst: int, op: ReduceOp = ReduceOp.SUM, comm: Optional[BaguaSingleCommunicatorPy] = None
+) -> None:
+    """Replaces ``tensor`` on rank ``dst`` of the communicator by its reduction over all ranks.
+
+    Collectives:
+        One all-reduce. Every rank of ``comm`` must call.
+    """
+    comm = _communicator(comm)
+    with comm.streams.ordered(comm.cuda_stream):
+        comm.reduce_inplace(_registered(tensor), dst, int(op))
 
 
 def barrier(comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:

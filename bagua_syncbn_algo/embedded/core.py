@@ -5,6 +5,7 @@ Names follow ``bagua_core`` 0.9.2; the collectives are those of ``torch.distribu
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -103,6 +104,23 @@ class BaguaSingleCommunicatorPy:
         rows = list(recv.effective().detach().view((self.nranks(), *source.shape)).unbind(0))
         dist.all_gather(rows, source, group=self._group)
 
+    def allgather_inplace(self, tensor: BaguaTensorPy) -> None:
+        """Fills ``tensor``, of which each rank has written its own part, with every rank's part, in rank order."""
+        whole = tensor.effective().detach()
+        rows = list(whole.view(self.nranks(), -1).unbind(0))
+        dist.all_gather(rows, rows[self.rank()].clone(), group=self._group)
+
+    def reduce(self, send: BaguaTensorPy, recv: BaguaTensorPy, root: int, op: int) -> None:
+        """Writes the reduction of ``send`` over all ranks into ``recv`` on rank ``root``; leaves others' alone."""
+        result = send.effective().detach().clone()
+        self._allreduce(result, op)
+        if self.rank() == root:
+            recv.effective().detach().copy_(result)
+
+    def reduce_inplace(self, tensor: BaguaTensorPy, root: int, op: int) -> None:
+        """Replaces ``tensor`` on rank ``root`` by its reduction over all ranks; leaves others' alone."""
+        self.reduce(tensor, tensor, root, op)
+
     def _allreduce(self, tensor: Tensor, op: int) -> None:
         if op != _AVG and op not in _REDUCE_OPS:
             raise ValueError(f"expected a ReduceOp (got {op!r}); use bagua.ReduceOp.SUM, AVG, MIN, MAX, ...")
@@ -155,6 +173,15 @@ class BaguaBucketPy:
                         tensor.copy_(part.view(tensor.shape))
 
         self._operations.append(operation)
+
+    def append_python_op(self, operation: Callable[[str], None], stream: Any, streams: CpuStreams) -> None:
+        """Appends a Python function of the bucket's name, run on ``stream``."""
+
+        def run(events: Sequence[Any]) -> None:
+            with streams.after(stream, events):
+                operation(self.name)
+
+        self._operations.append(run)
 
     def run(self, events: Sequence[Any]) -> None:
         """Runs all operations, in order, after ``events``."""
@@ -230,18 +257,25 @@ class BaguaCommBackendPy:
 
     def _launch(self, bucket: BaguaBucketPy, events: Sequence[Any]) -> None:
         if self._worker is None:
-            # A daemon: a rank that ends on an error must not wait here for ranks that will never come.
+            # A daemon: a rank that ends on an error must not wait here for ranks that will never come. But an idle one
+            # is ended in good order: the interpreter must not go down around a thread that holds native state.
             self._worker = threading.Thread(target=self._work, name=f"bagua {self.model_name}", daemon=True)
             self._worker.start()
+            atexit.register(self._stop)
         future: Future[None] = Future()
         self._pending.append(future)
         self._jobs.put((bucket, list(events), future))
 
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._jobs.put(None)
+            self._worker.join(timeout=1.0)
+            self._worker = None
+
     def _work(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(self._device_id)
-        while True:
-            bucket, events, future = self._jobs.get()
+        for bucket, events, future in iter(self._jobs.get, None):
             try:
                 bucket.run(events)
             except BaseException as error:
