@@ -162,6 +162,16 @@ def _semantics(rank: int) -> Any:
     out = torch.empty(4)
     bagua.allgather(torch.tensor([1.0, 2.0]) + 10 * rank, out)
     report["allgather"] = out.tolist()
+    out = torch.zeros(4)
+    out[2 * rank : 2 * rank + 2] = rank + 1.0
+    bagua.allgather_inplace(out)
+    report["allgather_inplace"] = out.tolist()
+    out = torch.zeros(1)
+    bagua.reduce(torch.tensor([rank + 1.0]), out, dst=1)
+    report["reduce"] = out.item()
+    out = torch.tensor([rank + 1.0])
+    bagua.communication.reduce_inplace(out, 0, bagua.ReduceOp.MAX)
+    report["reduce_inplace"] = out.item()
     report["object"] = bagua.communication.broadcast_object({"rank": rank}, src=1)
     bagua.barrier()
     alone = bagua.communication.new_group([1])
@@ -241,7 +251,8 @@ def test_collectives(semantics: Any) -> None:
         assert report["allreduce"] == ([0.0 + rank, 1.0 + rank, 2.0 + rank], [1.0, 3.0, 5.0])
         assert [report[name] for name in ("AVG", "MAX", "MIN", "PRODUCT")] == [2.5, 3.0, 2.0, 6.0]
         assert report["broadcast"] == 1.0 and report["object"] == {"rank": 1}
-        assert report["allgather"] == [1.0, 2.0, 11.0, 12.0]
+        assert report["allgather"] == [1.0, 2.0, 11.0, 12.0] and report["allgather_inplace"] == [1.0, 1.0, 2.0, 2.0]
+        assert report["reduce"] == (0.0, 3.0)[rank] and report["reduce_inplace"] == 2.0
         assert report["group"] == ([1], [0, 1], 2)
         assert "expected ranks of the world, 0 … 1 (got 2)" in report["bad group"]
         assert "expected init_process_group to be called once" in report["twice"]
@@ -409,8 +420,6 @@ def _errors(rank: int) -> Any:
     expect("setter", lambda: torch.zeros(2).ensure_bagua_tensor("v", setter_closure=lambda p, g: None))
     double = torch.zeros(2, dtype=torch.float64).ensure_bagua_tensor("d")
     expect("dtypes", lambda: bagua.bucket.BaguaBucket([t, double], "b", flatten=False))
-    bucket = bagua.bucket.BaguaBucket([t], "b", flatten=False)
-    expect("compression", lambda: bucket.append_centralized_synchronous_op(compression="MinMaxUInt8"))
     expect("taken", lambda: bagua.algorithms.GlobalAlgorithmRegistry.register("sync_batchnorm", object))
     model.with_bagua([], gradient_allreduce())
     parameter = model[4].weight
@@ -437,7 +446,6 @@ def test_errors_say_what_was_expected() -> None:
         "rename": "ValueError: expected a registered tensor to keep its name",
         "setter": "ValueError: expected a getter_closure with the setter_closure",
         "dtypes": "ValueError: expected tensors of one module and one dtype in bucket 'b'",
-        "compression": "NotImplementedError: expected an uncompressed all-reduce",
         "taken": "ValueError: expected a new algorithm name (got 'sync_batchnorm'",
         "second": "RuntimeError: expected one gradient a backward for 4.weight",
     }.items():

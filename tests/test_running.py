@@ -206,7 +206,7 @@ def _empty_shard(rank: int) -> None:
     model(x, skip=True).sum().backward()
     expected(shard(0, 1).double())
     torch.testing.assert_close(model.norm.running_var.double(), expected.running_var, rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="expected more than 1 value per channel at Probe.norm"):
+    with pytest.raises(ValueError, match=r"expected more than 1 value per channel at Probe\.norm"):
         model(torch.randn(1, 3))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Callable, List, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from .communication import BaguaProcessGroup, _get_default_group, get_backend, streams
-from .core import BaguaBucketPy, _flat_view
+from .core import BaguaBucketPy, flat_view
 
 __all__ = ["BaguaBucket"]
+
+logger = logging.getLogger(__name__)
 
 
 class BaguaBucket:
@@ -69,7 +72,7 @@ class BaguaBucket:
 
     def check_flatten(self) -> bool:
         """Whether the effective tensors lie one behind the other in memory."""
-        return _flat_view(self._effective()) is not None
+        return flat_view(self._effective()) is not None
 
     @torch.no_grad()
     def _flatten_(self) -> None:
@@ -79,7 +82,7 @@ class BaguaBucket:
             for tensor in self._all_tensors:
                 tensor.bagua_set_storage(flat.untyped_storage(), offset)
                 offset += tensor.bagua_getter_closure().numel()
-        self.backend_tensor = _flat_view(self._effective())
+        self.backend_tensor = flat_view(self._effective())
         assert self.backend_tensor is not None
 
     def append_centralized_synchronous_op(
@@ -95,17 +98,16 @@ class BaguaBucket:
         Args:
             hierarchical: accepted; on the embedded host it runs flat and logs so.
             average: whether to average rather than sum.
-            scattergather: not on the embedded host.
-            compression: not on the embedded host.
+            scattergather: accepted; changes nothing here.
+            compression: accepted; on the embedded host it runs exact and logs so.
             group: ``None`` for the default group.
-
-        Raises:
-            NotImplementedError: for scattergather or compression.
 
         Collectives:
             One all-reduce of the bucket, launched by the backend.
         """
         group = _get_default_group() if group is None else group
+        if hierarchical:
+            logger.info("bucket %s: hierarchical communication runs flat on the embedded host", self.name)
         self.backend_bucket.append_centralized_synchronous_op(
             group.get_global_communicator(),
             None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
+import pickle
 from enum import IntEnum
 from typing import Any, Dict, Optional, Sequence
 
@@ -60,7 +62,7 @@ class BaguaProcessGroup:
 
     def __init__(self, ranks: Sequence[int], stream: Any, group_name: str, torch_group: Any) -> None:
         self.ranks, self.stream, self.group_name, self.torch_group = list(ranks), stream, group_name, torch_group
-        self._communicator = BaguaSingleCommunicatorPy(torch_group, self.ranks, stream, streams())
+        self._communicator = BaguaSingleCommunicatorPy(torch_group, stream, streams())
 
     def get_global_communicator(self) -> BaguaSingleCommunicatorPy:
         """Returns the communicator over all ranks of the group."""
@@ -194,9 +196,17 @@ def broadcast_object(obj: object, src: int = 0, comm: Optional[BaguaSingleCommun
         Two broadcasts (length and bytes). Every rank of ``comm`` must call.
     """
     comm = _communicator(comm)
-    holder = [obj]
-    dist.broadcast_object_list(holder, comm._ranks[src], group=comm._group)
-    return holder[0]
+    here = comm.rank() == src
+    payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8) if here else torch.empty(0)
+    device = "cuda" if isinstance(comm.streams, CudaStreams) else "cpu"
+    size = torch.tensor([payload.numel()], device=device)
+    broadcast(size, src, comm)
+    content = payload.to(device) if here else torch.empty(int(size), dtype=torch.uint8, device=device)
+    broadcast(content, src, comm)
+    if here:
+        return obj
+    content = content.cpu()
+    return pickle.loads(ctypes.string_at(content.data_ptr(), content.numel()))
 
 
 def allreduce(

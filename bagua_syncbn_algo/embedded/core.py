@@ -6,11 +6,12 @@ Names follow ``bagua_core`` 0.9.2; the collectives are those of ``torch.distribu
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import queue
 import threading
 from concurrent.futures import Future
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ _REDUCE_OPS = {
     8: dist.ReduceOp.BAND,
     9: dist.ReduceOp.BXOR,
 }
-_AVG = 10
+SUM, AVG = 0, 10
 
 
 class BaguaTensorPy:
@@ -65,55 +66,61 @@ class BaguaSingleCommunicatorPy:
 
     On the CPU each call returns when the result is there. On CUDA it is enqueued on the current stream. Ranks of roots
     are ranks within the communicator.
+
+    Args:
+        group: a ``torch.distributed`` group, or a bare backend such as ``ProcessGroupGloo``.
+        stream: what its users are to run the calls on.
+        streams: how that stream is ordered against others.
     """
 
-    def __init__(self, group: Any, ranks: Sequence[int], stream: Any, streams: CpuStreams) -> None:
-        self._group, self._ranks = group, list(ranks)
+    def __init__(self, group: Any, stream: Any, streams: CpuStreams) -> None:
+        self._group = group
         self.cuda_stream, self.streams = stream, streams
 
     def rank(self) -> int:
         """Returns this process's rank in the communicator."""
-        return dist.get_rank(self._group)
+        return int(self._group.rank())
 
     def nranks(self) -> int:
         """Returns the number of ranks of the communicator."""
-        return len(self._ranks)
+        return int(self._group.size())
 
     def barrier(self) -> None:
         """Waits until every rank of the communicator is here."""
-        dist.barrier(self._group)
+        self._group.barrier().wait()
 
     def broadcast(self, tensor: BaguaTensorPy, root: int) -> None:
         """Overwrites ``tensor`` on every rank by that of ``root``."""
+        options = dist.BroadcastOptions()
+        options.rootRank = root
         with torch.no_grad():
-            dist.broadcast(tensor.effective().detach(), self._ranks[root], group=self._group)
+            self._group.broadcast([tensor.effective().detach()], options).wait()
 
     def allreduce_inplace(self, tensor: BaguaTensorPy, op: int) -> None:
         """Replaces ``tensor`` by its reduction over all ranks."""
-        self._allreduce(tensor.effective(), op)
+        self.reduce_over_all(tensor.effective(), op)
 
     def allreduce(self, send: BaguaTensorPy, recv: BaguaTensorPy, op: int) -> None:
         """Writes the reduction of ``send`` over all ranks into ``recv``."""
         with torch.no_grad():
             recv.effective().copy_(send.effective())
-        self._allreduce(recv.effective(), op)
+        self.reduce_over_all(recv.effective(), op)
 
     def allgather(self, send: BaguaTensorPy, recv: BaguaTensorPy) -> None:
         """Writes every rank's ``send`` into ``recv``, in rank order."""
         source = send.effective().detach()
         rows = list(recv.effective().detach().view((self.nranks(), *source.shape)).unbind(0))
-        dist.all_gather(rows, source, group=self._group)
+        self._group.allgather([rows], [source]).wait()
 
     def allgather_inplace(self, tensor: BaguaTensorPy) -> None:
         """Fills ``tensor``, of which each rank has written its own part, with every rank's part, in rank order."""
-        whole = tensor.effective().detach()
-        rows = list(whole.view(self.nranks(), -1).unbind(0))
-        dist.all_gather(rows, rows[self.rank()].clone(), group=self._group)
+        rows = list(tensor.effective().detach().view(self.nranks(), -1).unbind(0))
+        self._group.allgather([rows], [rows[self.rank()].clone()]).wait()
 
     def reduce(self, send: BaguaTensorPy, recv: BaguaTensorPy, root: int, op: int) -> None:
         """Writes the reduction of ``send`` over all ranks into ``recv`` on rank ``root``; leaves others' alone."""
         result = send.effective().detach().clone()
-        self._allreduce(result, op)
+        self.reduce_over_all(result, op)
         if self.rank() == root:
             recv.effective().detach().copy_(result)
 
@@ -121,15 +128,18 @@ class BaguaSingleCommunicatorPy:
         """Replaces ``tensor`` on rank ``root`` by its reduction over all ranks; leaves others' alone."""
         self.reduce(tensor, tensor, root, op)
 
-    def _allreduce(self, tensor: Tensor, op: int) -> None:
-        if op != _AVG and op not in _REDUCE_OPS:
+    def reduce_over_all(self, tensor: Tensor, op: int) -> None:
+        """Replaces a plain tensor by its reduction over all ranks."""
+        if op != AVG and op not in _REDUCE_OPS:
             raise ValueError(f"expected a ReduceOp (got {op!r}); use bagua.ReduceOp.SUM, AVG, MIN, MAX, ...")
+        options = dist.AllreduceOptions()
+        options.reduceOp = _REDUCE_OPS[SUM if op == AVG else op]  # type: ignore[assignment]
         with torch.no_grad():
             tensor = tensor.detach()
-            if op == _AVG:
+            if op == AVG:
                 # Divided before the sum, as torch's DDP does: half-precision gradients do not overflow.
                 tensor.div_(self.nranks())
-            dist.all_reduce(tensor, _REDUCE_OPS[0 if op == _AVG else op], group=self._group)
+            self._group.allreduce([tensor], options).wait()
 
 
 class BaguaBucketPy:
@@ -152,41 +162,97 @@ class BaguaBucketPy:
         scattergather: bool = False,
         compression: Optional[str] = None,
     ) -> None:
-        """Appends a sum or average of the bucket over all ranks of the first communicator."""
-        if compression is not None or scattergather:
-            raise NotImplementedError(
-                f"expected an uncompressed all-reduce on the embedded host (got scattergather={scattergather}, "
-                f"compression={compression!r}); use upstream Bagua for compression"
-            )
-        if hierarchical:
-            logger.info("bucket %s: hierarchical communication runs flat on the embedded host", self.name)
-        communicator = communicator_internode
+        """Appends a sum or average of the bucket over all ranks.
+
+        With two communicators it runs over the second, then the first. Compression runs exact, and says so.
+        """
+        if compression is not None:
+            logger.info("bucket %s: compression %s runs exact on this host", self.name, compression)
+        communicators = [c for c in (communicator_intranode, communicator_internode) if c is not None]
 
         def operation(events: Sequence[Any]) -> None:
-            with communicator.streams.after(communicator.cuda_stream, events), torch.no_grad():
-                tensors = [tensor.effective() for tensor in self.tensors]
-                flat = _flat_view(tensors)
-                whole = torch.cat([t.reshape(-1) for t in tensors]) if flat is None else flat
-                communicator._allreduce(whole, _AVG if average else 0)
-                if flat is None:
-                    for tensor, part in zip(tensors, whole.split([t.numel() for t in tensors])):
-                        tensor.copy_(part.view(tensor.shape))
+            with communicators[0].streams.after(communicators[0].cuda_stream, events), self.flat() as whole:
+                for communicator in communicators:
+                    communicator.reduce_over_all(whole, AVG if average else SUM)
 
         self._operations.append(operation)
 
-    def append_python_op(self, operation: Callable[[str], None], stream: Any, streams: CpuStreams) -> None:
+    def append_decentralized_synchronous_op(
+        self,
+        communicator_internode: BaguaSingleCommunicatorPy,
+        communicator_intranode: Optional[BaguaSingleCommunicatorPy] = None,
+        hierarchical: bool = True,
+        peer_selection_mode: str = "all",
+        peer_weight: Optional[BaguaTensorPy] = None,
+    ) -> _PeerAverage:
+        """Appends an average of the bucket over all ranks into ``peer_weight``; the bucket itself stays as it is.
+
+        Raises:
+            NotImplementedError: for a peer selection other than ``"all"``.
+        """
+        if peer_selection_mode != "all" or peer_weight is None:
+            raise NotImplementedError(
+                f"expected peer_selection_mode to be all, with a peer_weight (got {peer_selection_mode!r}, "
+                f"{peer_weight!r}); others need upstream's own native code"
+            )
+        communicators = [c for c in (communicator_intranode, communicator_internode) if c is not None]
+        peers = peer_weight
+
+        def operation(events: Sequence[Any]) -> None:
+            with communicators[0].streams.after(communicators[0].cuda_stream, events), self.flat() as whole:
+                average = peers.effective()
+                average.copy_(whole)
+                for communicator in communicators:
+                    communicator.reduce_over_all(average, AVG)
+
+        self._operations.append(operation)
+        return _PeerAverage(peers)
+
+    def append_python_op(
+        self, operation: Callable[[str], None], stream: Any = None, streams: Optional[CpuStreams] = None
+    ) -> None:
         """Appends a Python function of the bucket's name, run on ``stream``."""
+        order = CpuStreams() if streams is None else streams
 
         def run(events: Sequence[Any]) -> None:
-            with streams.after(stream, events):
+            with order.after(stream, events):
                 operation(self.name)
 
         self._operations.append(run)
+
+    @contextlib.contextmanager
+    def flat(self) -> Iterator[Tensor]:
+        """Gives all effective tensors as one flat tensor: their own memory if they lie together, else a copy of it.
+
+        What the block leaves in it is written back.
+        """
+        with torch.no_grad():
+            tensors = [tensor.effective().detach() for tensor in self.tensors]
+            view = flat_view(tensors)
+            whole = torch.cat([t.reshape(-1) for t in tensors]) if view is None else view
+            yield whole
+            if view is None:
+                offset = 0
+                for tensor in tensors:
+                    tensor.copy_(whole[offset : offset + tensor.numel()].view(tensor.shape))
+                    offset += tensor.numel()
 
     def run(self, events: Sequence[Any]) -> None:
         """Runs all operations, in order, after ``events``."""
         for operation in self._operations:
             operation(events)
+
+
+class _PeerAverage:
+    """A decentralized operation: its result waits until it is copied back."""
+
+    def __init__(self, peer_weight: BaguaTensorPy) -> None:
+        self._peer_weight = peer_weight
+
+    def copy_back_peer_weight(self, bucket: BaguaBucketPy) -> None:
+        """Overwrites the bucket by the average."""
+        with bucket.flat() as whole:
+            whole.copy_(self._peer_weight.effective())
 
 
 class BaguaCommBackendPy:
@@ -284,7 +350,7 @@ class BaguaCommBackendPy:
                 future.set_result(None)
 
 
-def _flat_view(tensors: Sequence[Tensor]) -> Optional[Tensor]:
+def flat_view(tensors: Sequence[Tensor]) -> Optional[Tensor]:
     """Returns one flat tensor over the memory of all ``tensors`` where they lie one behind the other, else ``None``."""
     first, offset = tensors[0], tensors[0].storage_offset()
     for tensor in tensors:
