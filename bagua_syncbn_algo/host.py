@@ -16,7 +16,7 @@ __all__ = ["bagua", "is_upstream", "streams"]
 logger = logging.getLogger(__name__)
 
 _UPSTREAM = "bagua.torch_api"
-_EMBEDDED = f"{__package__}.embedded"
+_EMBEDDED = f"{__package__}.embedded.torch_api"
 
 
 def _choose(choice: str) -> Any:

@@ -26,7 +26,7 @@ def test_embedded_by_choice_and_by_default() -> None:
     """Catches a machine without upstream Bagua on which nothing runs."""
     for choice in ("auto", "embedded"):
         done = run("from bagua_syncbn_algo import bagua; print(bagua.__name__)", {"BAGUA_SYNCBN_HOST": choice})
-        assert done.stdout.strip() == "bagua_syncbn_algo.embedded", done.stderr
+        assert done.stdout.strip() == "bagua_syncbn_algo.embedded.torch_api", done.stderr
 
 
 def test_upstream_that_cannot_run_is_an_error() -> None:
@@ -45,7 +45,7 @@ def test_wrong_choice_lists_the_right_ones() -> None:
 @pytest.mark.parametrize(("cuda", "expected"), [(True, "upstream"), (False, "embedded")])
 def test_auto_takes_upstream_only_with_cuda(mocker: Any, cuda: bool, expected: str) -> None:
     """Catches upstream chosen on a CPU machine, where its first native call ends the process."""
-    modules = {"bagua.torch_api": "upstream", "bagua_syncbn_algo.embedded": "embedded"}
+    modules = {"bagua.torch_api": "upstream", "bagua_syncbn_algo.embedded.torch_api": "embedded"}
     mocker.patch.object(torch.cuda, "is_available", lambda: cuda)
     mocker.patch.object(host.importlib, "import_module", lambda name: modules[name])
     assert host._choose("auto") == expected

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "bagua_syncbn_algo"
 ORDER = [
     "config",
     "moments",
+    "embedded",
     "records",
     "rounds",
     "channel",
@@ -35,7 +36,7 @@ ORDER = [
     "embedded.algorithms",
     "embedded.bagua_distributed",
     "embedded.distributed",
-    "embedded",
+    "embedded.torch_api",
     "host",
     "algorithm",
     "",
@@ -98,6 +99,12 @@ def test_importing_patches_nothing_until_bagua_is_touched() -> None:
     code = "import torch, bagua_syncbn_algo as b; before = hasattr(torch.nn.Module, 'with_bagua'); b.SyncBatchNorm(3);"
     assert run(code + "b.bagua; print(before, hasattr(torch.nn.Module, 'with_bagua'))") == "False True"
     assert run(code + "b.SyncBatchNormAlgorithm; print(before, hasattr(torch.nn.Module, 'with_bagua'))") == "False True"
+
+
+def test_choosing_a_host_patches_nothing_yet() -> None:
+    """Catches an embedded host that patches torch although upstream is chosen: upstream then refuses to import."""
+    code = "import torch, bagua_syncbn_algo.embedded.core; print(hasattr(torch.Tensor, 'bagua_backend_tensor'))"
+    assert run(code) == "False"
 
 
 def test_touching_bagua_registers_the_algorithm() -> None:

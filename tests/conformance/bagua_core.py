@@ -1,0 +1,39 @@
+"""``bagua_core`` for machines without CUDA: the names of upstream's native module, over the embedded host's core.
+
+Put on the path where upstream's own compiled module would be. Communicators meet through the default store that
+upstream's ``init_process_group`` has filled, under the unique id that upstream hands to NCCL.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from bagua_syncbn_algo.embedded.core import BaguaBucketPy, BaguaCommBackendPy, BaguaTensorPy
+from bagua_syncbn_algo.embedded.core import BaguaSingleCommunicatorPy as _Communicator
+from bagua_syncbn_algo.embedded.streams import CpuStreams
+
+__all__ = ["BaguaBucketPy", "BaguaCommBackendPy", "BaguaSingleCommunicatorPy", "BaguaTensorPy"]
+
+
+class BaguaSingleCommunicatorPy(_Communicator):
+    """With upstream's constructor."""
+
+    def __init__(self, rank: int, nranks: int, device_id: int, stream_ptr: int, nccl_unique_id_str: str) -> None:
+        from bagua.torch_api import communication
+
+        store = dist.PrefixStore(nccl_unique_id_str, communication._default_store)
+        group = dist.ProcessGroupGloo(store, rank, nranks, timedelta(seconds=60))
+        super().__init__(group, None, CpuStreams())
+
+    @staticmethod
+    def generate_nccl_unique_id_str() -> str:
+        """Returns a name that no other communicator has."""
+        return uuid.uuid4().hex
+
+    def barrier(self) -> Any:
+        """Waits until every rank of the communicator is here."""
+        return self._group.barrier().wait()

@@ -1,0 +1,130 @@
+"""What upstream Bagua's Python layer uses of CUDA, on a machine without it: streams and events that do nothing.
+
+The CPU executes in program order, so an event is always reached and a stream never behind. Real streams, real events and
+NCCL are what this cannot show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import time
+from typing import Any, Iterator, Optional
+
+import torch
+import torch._dynamo  # noqa: F401  # looks at torch.cuda when it is imported: must see the real one
+
+
+class Event:
+    """Reached as soon as it is recorded."""
+
+    cuda_event = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.time = 0.0
+
+    def record(self, stream: Optional[Any] = None) -> None:
+        self.time = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def wait(self, stream: Optional[Any] = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1000 * max(end.time - self.time, 1e-6)
+
+
+class Stream:
+    """Never behind."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record_event(self, event: Optional[Event] = None) -> Event:
+        event = Event() if event is None else event
+        event.record()
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+    def wait_stream(self, stream: Stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+_current = Stream()
+
+
+@contextlib.contextmanager
+def stream(which: Any) -> Iterator[None]:
+    yield
+
+
+def current_stream(device: Any = None) -> Stream:
+    return _current
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def current_device() -> str:
+    return "cpu"
+
+
+def long_tensor(*size: Any) -> torch.Tensor:
+    return torch.LongTensor(*size)
+
+
+def byte_tensor(*content: Any) -> torch.Tensor:
+    return torch.ByteTensor(*content)
+
+
+def to_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return self
+
+
+class _TorchForCpuChecks:
+    """``torch``, but its CPU device equals no tensor's: upstream asserts that its tensors are elsewhere."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def device(*args: Any) -> object:
+        return object()
+
+
+def install() -> None:
+    """Puts the shim into ``torch``; then imports upstream and mends its CPU checks."""
+    for name, value in {
+        "Event": Event,
+        "Stream": Stream,
+        "stream": stream,
+        "current_stream": current_stream,
+        "current_device": current_device,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "LongTensor": long_tensor,
+        "ByteTensor": byte_tensor,
+    }.items():
+        setattr(torch.cuda, name, value)
+    torch.Tensor.cuda = to_cuda  # type: ignore[method-assign,assignment]
+    initialize = torch.distributed.init_process_group
+
+    def with_gloo(*args: Any, backend: str = "gloo", **kwargs: Any) -> None:
+        initialize(*args, backend="gloo", **kwargs)
+
+    torch.distributed.init_process_group = with_gloo  # upstream asks for NCCL
+    communication = importlib.import_module("bagua.torch_api.communication")
+    communication.torch = _TorchForCpuChecks()  # type: ignore[attr-defined]
