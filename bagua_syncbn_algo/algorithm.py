@@ -14,7 +14,7 @@ from torch import nn
 from .channel import SINGLE_PROCESS, BaguaChannel, Channel, Roster, sync_point
 from .config import SyncBatchNormConfig, check_normalize_over
 from .convert import convert_sync_batchnorm, tag_sync_batchnorm, unconverted_layers
-from .host import bagua, streams
+from .host import bagua, statistics_group, streams
 from .layer import SyncBatchNorm
 from .rounds import Round, active
 from .running import RunningPool
@@ -38,6 +38,8 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
         normalize_over: the ranks that normalize together: ``"world"`` (exact synchronized BatchNorm), ``"node"`` (the
             ranks of a node, by ``LOCAL_WORLD_SIZE``), a number of neighbouring ranks, or ``"rank"`` (each alone, by
             PyTorch's own kernels). Running statistics are those of the whole world's batch in every case.
+        timeout: seconds that a rank waits for the others' statistics; by default ``BAGUA_SYNCBN_TIMEOUT`` or, without
+            it, the process group's own. The embedded host only: upstream's communicators know no timeout.
         **inner_arguments: for ``inner`` given by name.
 
     Raises:
@@ -52,7 +54,12 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
     """
 
     def __init__(
-        self, inner: Union[str, Any, None] = None, *, normalize_over: Union[str, int] = "world", **inner_arguments: Any
+        self,
+        inner: Union[str, Any, None] = None,
+        *,
+        normalize_over: Union[str, int] = "world",
+        timeout: Optional[float] = None,
+        **inner_arguments: Any,
     ) -> None:
         check_normalize_over(normalize_over, "normalize_over")
         algorithm: Any = "gradient_allreduce" if inner is None else inner
@@ -68,6 +75,10 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
                 f"expected inner to be a Bagua algorithm or a registered name (got {algorithm!r}); pass an "
                 "instance such as GradientAllReduceAlgorithm()"
             )
+        if isinstance(algorithm, SyncBatchNormAlgorithm):
+            raise TypeError(
+                "expected an inner algorithm that trains parameters (got a SyncBatchNormAlgorithm); pass its inner one"
+            )
         if _loses_step(algorithm):
             raise ValueError(
                 f"expected an inner algorithm that keeps ranks in step (got {type(algorithm).__name__}, whose ranks "
@@ -75,6 +86,7 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
                 "or plain BatchNorm"
             )
         self.inner, self.normalize_over = algorithm, normalize_over
+        self.timeout = SyncBatchNormConfig.from_env().timeout if timeout is None else timeout
 
     def reify(self, process_group: Any) -> SyncBatchNormAlgorithmImpl:
         """Returns the live algorithm on ``process_group``.
@@ -83,7 +95,7 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
             Creates the statistics group. Every rank of the world must call.
         """
         span = _ranks_per_group(self.normalize_over, len(process_group.ranks))
-        return SyncBatchNormAlgorithmImpl(process_group, self.inner.reify(process_group), span)
+        return SyncBatchNormAlgorithmImpl(process_group, self.inner.reify(process_group), span, self.timeout)
 
 
 class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-type]
@@ -96,8 +108,9 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         running: moments on their way into the running statistics; ``None`` where normalizing yields the world's.
     """
 
-    def __init__(self, process_group: Any, inner: Any, ranks_per_group: int) -> None:
+    def __init__(self, process_group: Any, inner: Any, ranks_per_group: int, timeout: Optional[float] = None) -> None:
         super().__init__(process_group)
+        self._timeout = timeout
         self.inner = inner
         self.channel: Optional[Channel] = None
         self.running: Optional[RunningPool] = None
@@ -117,9 +130,8 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
             # Two backends on one communicator would race: the running statistics are sent by another thread.
             self._running_group = self._new_group(ranks)
 
-    @staticmethod
-    def _new_group(ranks: List[int]) -> Any:
-        return bagua.communication.new_group(ranks, stream=streams().new_stream())
+    def _new_group(self, ranks: List[int]) -> Any:
+        return statistics_group(ranks, self._timeout)
 
     def __getattr__(self, name: str) -> Any:
         # Only what is found nowhere else arrives here.
@@ -191,11 +203,12 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         layers = tag_sync_batchnorm(module)
         _warn_about(module, layers)
         device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-        roster = layers[0].roster if layers else Roster()
+        roster = layers[0].tag.roster if layers and layers[0].tag is not None else Roster()
+        itemsize = max((layer.itemsize for layer in layers), default=4)
         communicator = self._world_group.get_global_communicator()
         world = BaguaChannel(communicator, streams(), device, _default_store())
         # Also where this rank has no layers: another rank may, and both must learn of it.
-        world.join(roster)
+        ordinal = world.join(roster, itemsize)
         _broadcast_buffers(layers, communicator)
         # A layer with a process group normalizes over ranks of its own choice: its channel is that group's.
         layers = [layer for layer in layers if layer.process_group is None]
@@ -206,11 +219,12 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
             channel = SINGLE_PROCESS
         elif self._group is not self._world_group:
             channel = BaguaChannel(self._group.get_global_communicator(), streams(), device, _default_store())
-            channel.join(roster)
+            channel.label = f"bagua_syncbn/{','.join(map(str, self._group.ranks))}"
+            channel.join(roster, itemsize)
         if self._running_group is not None:
             self._bind_running([layer for layer in layers if layer.running_mean is not None], world, bagua_ddp)
         for layer in layers:
-            point = sync_point(layer.sync_name)
+            point = sync_point(layer.sync_name, ordinal)
             if isinstance(channel, BaguaChannel):
                 channel.add_bucket(point, _message_bucket(layer, channel.capacity, device, bagua_ddp))
             layer.bind(channel, point, self.running if layer.running_mean is not None else None)
@@ -277,7 +291,7 @@ def enable_sync_batchnorm(
 
     Args:
         model: converted in place; call before ``with_bagua``.
-        algorithm: the Bagua algorithm that trains the parameters.
+        algorithm: the Bagua algorithm that trains the parameters; one that is wrapped already stays as it is.
         config: ``None`` to read the environment: ``BAGUA_SYNCBN=1`` switches on.
 
     Returns:
@@ -291,7 +305,10 @@ def enable_sync_batchnorm(
     config = SyncBatchNormConfig.from_env() if config is None else config
     if not config.enabled:
         return model, algorithm
-    return convert_sync_batchnorm(model), SyncBatchNormAlgorithm(algorithm, normalize_over=config.normalize_over)
+    model = convert_sync_batchnorm(model)
+    if isinstance(algorithm, SyncBatchNormAlgorithm):
+        return model, algorithm
+    return model, SyncBatchNormAlgorithm(algorithm, normalize_over=config.normalize_over, timeout=config.timeout)
 
 
 def _warn_about(module: nn.Module, layers: List[SyncBatchNorm]) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import time
 import weakref
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ContextManager, Deque, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import SyncBatchNormConfig
+from .groups import default_group, is_nccl, member_group, timeout_of
 from .rounds import active
 
 __all__ = [
@@ -36,16 +38,16 @@ __all__ = [
     "sync_point",
 ]
 
-FORWARD, BACKWARD = 0, 1
-_PHASES = ("forward", "backward")
+FORWARD, BACKWARD, _JOIN = 0, 1, 2
+_PHASES = ("forward", "backward", "first use")
 
 # Header of every frame: sync point, phase, flags, payload length in bytes; int64 each, never converted.
 _HEADER_BYTES = 32
 _FAULT = 1  # flag: the payload is the text of an error on the sending rank
 _FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longer than one
 
+_FIRST_CAPACITY = 64  # bytes of the very first message, which agrees on the length of all others
 _DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,016 float32 channels
-_STORE_PREFIX = "bagua_syncbn"
 _AUTOPSY_SECONDS = 3.0  # how long a failing rank waits for the others to publish where they are
 
 
@@ -60,28 +62,27 @@ class SyncPoint(NamedTuple):
     name: str
 
 
-def sync_point(name: str) -> SyncPoint:
-    """Returns the sync point for a layer's qualified ``name``."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+def sync_point(name: str, ordinal: int = 0) -> SyncPoint:
+    """Returns the sync point for a layer's qualified ``name`` in the channel's model number ``ordinal``."""
+    digest = hashlib.blake2b(f"{ordinal}/{name}".encode(), digest_size=8).digest()
     return SyncPoint(int.from_bytes(digest, "little") >> 1, name)
 
 
-class Roster(NamedTuple):
-    """The layers that share a channel: what all ranks must agree on before the first exchange."""
+@dataclass(frozen=True, eq=False)
+class Roster:
+    """The layers tagged together, that is a model's; two models of one architecture are two rosters."""
 
     layers: Tuple[Tuple[str, int], ...] = ()  # qualified name, num_features; in the model's order
-    itemsize: int = 4  # bytes of one statistic: 8 if any layer keeps float64
 
-    @property
-    def capacity(self) -> int:
-        """Bytes of a message that holds the longest statistics: header, count, mean and m2."""
+    def capacity(self, itemsize: int) -> int:
+        """Returns the bytes of a message for the longest statistics (header, count, mean, m2) of ``itemsize`` each."""
         if not self.layers:
             return _DEFAULT_CAPACITY
         widest = max(features for _, features in self.layers)
-        return -(-(_HEADER_BYTES + 8 + 2 * widest * self.itemsize) // 64) * 64
+        return -(-(_HEADER_BYTES + 8 + 2 * widest * itemsize) // 64) * 64
 
     def text(self) -> bytes:
-        """One line a layer, for the comparison between ranks."""
+        """Returns one line a layer, for the comparison between ranks."""
         return "\n".join(f"{name} with {features} features" for name, features in self.layers).encode()
 
 
@@ -93,13 +94,14 @@ class Channel:
 
     rank: int = 0
     world_size: int = 1
+    label: str = "bagua_syncbn"  # names the channel in the store; the same on all its ranks
 
     def __init__(self) -> None:
         self.rounds = 0  # all-gathers of statistics so far
         self.capacity = 0  # bytes a message; fixed by `join`
         self._anonymous = 0
         self._names: Dict[int, str] = {}
-        self._rosters: Dict[Roster, None] = {}
+        self._rosters: Dict[Roster, int] = {}
         self._headers: Dict[Tuple[Any, ...], Tensor] = {}
         self._checks: Deque[_DeferredCheck] = collections.deque()
 
@@ -124,36 +126,44 @@ class Channel:
 
     # -- public ---------------------------------------------------------------------------------------------------
 
-    def join(self, roster: Roster) -> None:
+    def join(self, roster: Roster, itemsize: int = 4) -> int:
         """Agrees with all ranks on the layers that use this channel, and on the message length.
 
         Args:
             roster: this rank's layers.
+            itemsize: bytes of one statistic: 8 for float64.
+
+        Returns:
+            The roster's number in this channel, the same on all ranks; part of its layers' sync points.
 
         Raises:
             SyncBatchNormError: if the ranks' layers differ; names the first difference. All ranks raise.
 
         Collectives:
-            One all-gather of three int64 (two more all-gathers only to say what differs). Every rank must call.
+            One all-gather at the first call for a roster (more only to say what differs). Every rank must call.
         """
         if roster in self._rosters:
-            return
+            return self._rosters[roster]
+        # In a message like any other: a rank that is elsewhere is told so, and lengths never differ.
+        self.capacity = max(self.capacity, _FIRST_CAPACITY)
         text = roster.text()
         digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-        mine = torch.tensor([digest, len(text), roster.capacity], device=self.device)
-        rows = self._guarded(mine, "the agreement on the model's layers").tolist()
+        mine = torch.tensor([digest, len(text), roster.capacity(itemsize)], device=self.device)
+        point = sync_point("the first use of a model's layers")
+        self.register(point)
+        rows = self.exchange(point, _JOIN, [mine])[0].tolist()
         if any(row[0] != digest for row in rows):
-            padded = torch.zeros(max(row[1] for row in rows) or 1, dtype=torch.uint8, device=self.device)
-            if text:
-                padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            texts = self._guarded(padded, "the comparison of the model's layers").cpu()
+            longest = max(row[1] for row in rows)
+            padded = torch.frombuffer(bytearray(text.ljust(longest + 1)), dtype=torch.uint8).to(self.device)
+            texts = self.exchange(point, _JOIN, [padded])[0].cpu()
             raise SyncBatchNormError(
                 _first_difference([bytes(t[: row[1]].tolist()).decode() for t, row in zip(texts, rows)])
             )
         self.capacity = max([self.capacity] + [row[2] for row in rows])
-        self._rosters[roster] = None
+        ordinal = self._rosters[roster] = len(self._rosters)
         for name, _ in roster.layers:
-            self.register(sync_point(name))
+            self.register(sync_point(name, ordinal))
+        return ordinal
 
     def register(self, point: SyncPoint) -> None:
         """Makes the name of ``point`` known, so that an error on this rank can quote it."""
@@ -217,8 +227,8 @@ class Channel:
             header = self._header(point, phase, flags | index << _FRAME_SHIFT, payload.numel(), payload.device)
             message = self._message(point, payload.device)
             torch.cat([header, chunk], out=message[: _HEADER_BYTES + chunk.numel()])
-            self.rounds += 1
-            record = active()
+            self.rounds += phase != _JOIN
+            record = None if phase == _JOIN else active()
             entry = None if record is None else record.launch((point.name,), _PHASES[phase], message.numel())
             gathered = self._guarded(message, point.name, phase)
             if entry is not None:
@@ -233,7 +243,8 @@ class Channel:
         key = (point.key, phase, flags, length, device)
         header = self._headers.get(key)
         if header is None:
-            header = torch.tensor([point.key, phase, flags, length]).view(torch.uint8).to(device)
+            with torch.inference_mode(False):  # it outlives the block that may be running
+                header = torch.tensor([point.key, phase, flags, length]).view(torch.uint8).to(device)
             if not flags & _FAULT:
                 self._headers[key] = header
         return header
@@ -263,10 +274,10 @@ class Channel:
         with contextlib.suppress(Exception):
             store = self._store()
             if store is not None:
-                store.set(f"{_STORE_PREFIX}/{self.rank}", where)
+                store.set(f"{self.label}/{self.rank}", where)
                 deadline = time.monotonic() + _AUTOPSY_SECONDS
                 for rank in set(range(self.world_size)) - {self.rank}:
-                    key = f"{_STORE_PREFIX}/{rank}"
+                    key = f"{self.label}/{rank}"
                     with contextlib.suppress(RuntimeError):  # not there in time
                         store.wait([key], timedelta(seconds=max(0.05, deadline - time.monotonic())))
                         last[rank] = store.get(key).decode()
@@ -286,8 +297,8 @@ class _SingleProcessChannel(Channel):
         super().__init__()
         self.capacity = _DEFAULT_CAPACITY
 
-    def join(self, roster: Roster) -> None:
-        pass
+    def join(self, roster: Roster, itemsize: int = 4) -> int:
+        return 0
 
     def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
         return [part.unsqueeze(0) for part in parts]
@@ -311,9 +322,10 @@ class TorchChannel(Channel):
     def __init__(self, group: Any, store: Optional[Any] = None) -> None:
         super().__init__()
         self.rank, self.world_size = group.rank(), group.size()
-        self._group, self._key_value_store = group, store
+        # Weakly: a group that outlives destroy_process_group ends the process with an abort at exit.
+        self._held, self._key_value_store = weakref.ref(group), store
         self._messages: Dict[torch.device, Tensor] = {}
-        self._flat = _backend_name(group) == "nccl"
+        self._flat = is_nccl(group)
 
     @property
     def device(self) -> torch.device:
@@ -322,17 +334,21 @@ class TorchChannel(Channel):
     def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
         message = self._messages.get(device)
         if message is None or message.numel() < self.capacity:
-            message = self._messages[device] = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):
+                message = self._messages[device] = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
         return message
 
     def _all_gather(self, message: Tensor) -> Tensor:
         gathered = message.new_empty((self.world_size, *message.shape))
         # The group's own methods: the functional API refuses bare backends and costs 40 µs more a call. gloo has no
         # flat form before torch 2.4; for NCCL the list form adds a copy for every rank.
+        group = self._held()
+        if group is None:
+            raise RuntimeError("the process group was destroyed")
         if self._flat:
-            work = self._group._allgather_base(gathered.view(-1), message.view(-1))
+            work = group._allgather_base(gathered.view(-1), message.view(-1))
         else:
-            work = self._group.allgather([list(gathered.unbind(0))], [message])
+            work = group.allgather([list(gathered.unbind(0))], [message])
         work.wait()
         return gathered
 
@@ -375,8 +391,9 @@ class BaguaChannel(Channel):
         if point.key in self._buckets:
             message: Tensor = self._buckets[point.key].tensors[0]
             return message
-        if self._unregistered is None:
-            self._unregistered = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+        if self._unregistered is None or self._unregistered.numel() < self.capacity:
+            with torch.inference_mode(False):
+                self._unregistered = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
         return self._unregistered
 
     def _all_gather(self, message: Tensor) -> Tensor:
@@ -385,7 +402,9 @@ class BaguaChannel(Channel):
             send = send.to_bagua_tensor()
         key = (message.numel(), message.dtype)
         if key not in self._gathered:
-            self._gathered[key] = message.new_empty((self.world_size, *message.shape)).to_bagua_tensor()  # type: ignore[attr-defined]
+            with torch.inference_mode(False):
+                empty: Any = torch.empty((self.world_size, *message.shape), dtype=message.dtype, device=message.device)
+                self._gathered[key] = empty.to_bagua_tensor()
         receive: Any = self._gathered[key]
         ordered: ContextManager[None] = self._streams.ordered(self._communicator.cuda_stream)
         with ordered:
@@ -459,24 +478,14 @@ def _first_difference(texts: List[str]) -> str:
     raise AssertionError("digests differ but texts do not")
 
 
-def _backend_name(group: Any) -> str:
-    try:
-        return str(dist.get_backend(group))
-    except (RuntimeError, ValueError, AssertionError, TypeError, KeyError):
-        return str(group.name())  # a bare backend, unknown to torch.distributed
-
-
-# A channel lives as long as a layer that uses it; the key is the identity of the group it was made for.
-_channels: weakref.WeakValueDictionary[int, Channel] = weakref.WeakValueDictionary()
+# The channel of each group, by the group's identity, for as long as the group lives: all ranks make it, and find it
+# again, at the same calls, whatever models each of them still holds.
+_channels: Dict[int, Tuple[weakref.ref[Any], Channel]] = {}
 
 
 def source_group(process_group: Optional[Any]) -> Optional[Any]:
     """Returns the process group that ``process_group`` means now: itself, or the world's, or ``None`` without one."""
-    if process_group is not None:
-        return process_group
-    if dist.is_available() and dist.is_initialized():
-        return dist.distributed_c10d._get_default_group()
-    return None
+    return default_group() if process_group is None else process_group
 
 
 def channel_of(process_group: Optional[Any]) -> Channel:
@@ -492,8 +501,8 @@ def channel_of(process_group: Optional[Any]) -> Channel:
         ValueError: if this rank is not a member of the group.
 
     Collectives:
-        The first call for a group creates a group of the same ranks (``torch.distributed.new_group``), with the
-        timeout of ``process_group`` or of ``BAGUA_SYNCBN_TIMEOUT``. Every rank of ``process_group`` must call.
+        The first call for a group creates a communicator of the same ranks, with the timeout of ``process_group`` or
+        of ``BAGUA_SYNCBN_TIMEOUT``. Every rank of ``process_group`` must call.
     """
     source = source_group(process_group)
     if source is None:
@@ -505,39 +514,23 @@ def channel_of(process_group: Optional[Any]) -> Channel:
         )
     if source.size() == 1:
         return SINGLE_PROCESS
-    channel = _channels.get(id(source))
-    if channel is None:
-        channel = TorchChannel(*_statistics_group(source))
-        channel._source = source  # type: ignore[attr-defined]  # keeps id(source) from being used again
-        _channels[id(source)] = channel
-    return channel
+    for key in [key for key, (held, _) in list(_channels.items()) if held() is None]:
+        _channels.pop(key, None)
+    if id(source) not in _channels:
+        _channels[id(source)] = weakref.ref(source), TorchChannel(*_statistics_group(source))
+    return _channels[id(source)][1]
 
 
 def _statistics_group(source: Any) -> Tuple[Any, Optional[Any]]:
-    try:
-        backend = dist.get_backend(source)
-    except (RuntimeError, ValueError, AssertionError, TypeError, KeyError):
-        return source, None  # a bare backend: no registry to make a sibling in
-    arguments: Dict[str, Any] = {"backend": backend}
-    timeout = SyncBatchNormConfig.from_env().timeout
-    limit = _timeout_of(source) if timeout is None else timedelta(seconds=timeout)
-    if limit is not None:
-        arguments["timeout"] = limit
-    store = dist.distributed_c10d._get_default_store()
-    if source is dist.distributed_c10d._get_default_group():
-        return dist.new_group(**arguments), store
+    """Returns a communicator over the ranks of ``source`` that carries nothing else, and the store."""
     try:
         ranks = dist.get_process_group_ranks(source)
-        return dist.new_group(ranks, use_local_synchronization=True, **arguments), store
-    except (AttributeError, TypeError):
-        # Before torch 2.1 only the whole world can make a group; then statistics share the group they were given.
-        return source, store
-
-
-def _timeout_of(group: Any) -> Optional[timedelta]:
-    try:
-        device = torch.device("cuda" if _backend_name(group) == "nccl" else "cpu")
-        timeout: timedelta = group._get_backend(device).options._timeout
-        return timeout
-    except (AttributeError, RuntimeError):
-        return None
+    except AttributeError:  # before torch 2.0
+        ranks = list(dist.distributed_c10d._pg_group_ranks.get(source, {}))
+    except (RuntimeError, ValueError, KeyError):
+        ranks = []
+    if not ranks:
+        return source, None  # a bare backend, which does not know its global ranks: it is the user's to give
+    seconds = SyncBatchNormConfig.from_env().timeout
+    limit = timeout_of(source) if seconds is None else timedelta(seconds=seconds)
+    return member_group(ranks, limit), dist.distributed_c10d._get_default_store()

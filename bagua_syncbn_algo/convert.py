@@ -200,7 +200,8 @@ def _batch_norms(module: nn.Module) -> Iterator[Tuple[str, _BatchNorm]]:
 
 def _refuse_wrapped(module: nn.Module) -> None:
     for name, part in module.named_modules():
-        if "bagua_ddp" in part.__dict__:
+        wrapped = part.__dict__.get("bagua_ddp")
+        if wrapped is not None and getattr(wrapped, "module", part) is part:  # a copy of one is free again
             raise RuntimeError(
                 f"expected a model that is not in with_bagua yet (got {name or type(part).__name__}, which is); "
                 "call convert_sync_batchnorm or revert_sync_batchnorm before with_bagua"
@@ -267,7 +268,7 @@ def _is_act_style(layer: _BatchNorm) -> bool:
         )
         own: Tensor = type(layer).forward(layer, probe)
         return torch.allclose(own.float(), act(drop(plain)).float(), rtol=1e-2, atol=1e-2)
-    except (RuntimeError, ValueError):
+    except Exception:
         return False  # a forward that wants something else than an input of the usual kind
     finally:
         layer._parameters.update(parameters)

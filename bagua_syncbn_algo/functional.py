@@ -113,11 +113,12 @@ class _SyncBatchNorm(Function):
         call: _Call = ctx.call
 
         def local_sums() -> Tuple[Tensor, Tensor]:
+            nonlocal grad_output
+            grad_output = grad_output.contiguous(memory_format=memory_format(input))
             if input.numel() == 0:
                 return torch.zeros_like(mean), torch.zeros_like(mean)
             return gradient_sums(grad_output, input, mean, invstd)
 
-        grad_output = grad_output.contiguous(memory_format=memory_format(input))
         local_dy, local_dy_xhat = _or_fail(call.channel, call.point, BACKWARD, local_sums)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import Any
+from datetime import timedelta
+from typing import Any, Dict, List, Optional
 
 import torch
 
 from .config import SyncBatchNormConfig
 from .embedded.streams import CpuStreams, CudaStreams
 
-__all__ = ["bagua", "is_upstream", "streams"]
+__all__ = ["bagua", "is_upstream", "statistics_group", "streams"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,3 +50,19 @@ def streams() -> CpuStreams:
         return CudaStreams()
     chosen: CpuStreams = bagua.communication.streams()
     return chosen
+
+
+def statistics_group(ranks: List[int], timeout: Optional[float]) -> Any:
+    """Returns a new Bagua process group with a stream of its own.
+
+    Args:
+        ranks: global ranks.
+        timeout: seconds; ``None`` for the default group's. Upstream's communicators know none.
+
+    Collectives:
+        Every rank of the world must call, in the same order.
+    """
+    options: Dict[str, Any] = {"stream": streams().new_stream()}
+    if timeout is not None and not is_upstream:
+        options["timeout"] = timedelta(seconds=timeout)
+    return bagua.communication.new_group(ranks, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
@@ -16,6 +17,8 @@ from .records import Records, inside_backward
 from .running import RunningPool
 
 __all__ = ["SyncBatchNorm", "SyncTag"]
+
+_NO_ROSTER = Roster()  # of layers that were never tagged: they agree on nothing but a message length
 
 
 class SyncTag(NamedTuple):
@@ -53,6 +56,9 @@ class SyncBatchNorm(_BatchNorm):
             where the whole group holds at most one value per channel.
         SyncBatchNormError: if another rank failed, is elsewhere or did not arrive.
 
+    Layers of a model that was not converted, and is not given to the algorithm, are known to other ranks by the order
+    of their first use; :func:`~bagua_syncbn_algo.tag_sync_batchnorm` gives them their names.
+
     Collectives:
         In training, one all-gather in forward (``8 + 2C·itemsize`` payload bytes a rank; itemsize 4, for float64 input
         8) and one in backward (``2C·itemsize``). The first training forward also creates the statistics group. Every
@@ -84,7 +90,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _go_unbound(self) -> None:
         self._channel: Optional[Channel] = None
-        self._channel_source: Optional[Any] = None
+        self._channel_source: Optional[weakref.ref[Any]] = None
         self._point: SyncPoint = sync_point("")
         self._records = Records()
         self._running: Optional[RunningPool] = None
@@ -97,11 +103,10 @@ class SyncBatchNorm(_BatchNorm):
         return self._point.name if self.tag is None else self.tag.name
 
     @property
-    def roster(self) -> Roster:
-        """The layers tagged together with this one; the size of a statistic by this layer's dtype now."""
+    def itemsize(self) -> int:
+        """Bytes of one of this layer's statistics, by the dtype of its parameters now."""
         doubles = any(t is not None and t.dtype == torch.float64 for t in (self.weight, self.running_mean))
-        roster = Roster() if self.tag is None else self.tag.roster
-        return roster._replace(itemsize=8 if doubles else 4)
+        return 8 if doubles else 4
 
     def bind(self, channel: Channel, point: SyncPoint, running: Optional[RunningPool] = None) -> None:
         """Makes this layer exchange its statistics at ``point`` of ``channel``; the algorithm calls it.
@@ -112,18 +117,23 @@ class SyncBatchNorm(_BatchNorm):
             running: takes its moments for the running statistics, if ``channel`` is less than the world.
         """
         self._running = running
-        self._channel, self._point, self._channel_source = channel, point, source_group(self.process_group)
+        source = source_group(self.process_group)
+        self._channel, self._point = channel, point
+        self._channel_source = None if source is None else weakref.ref(source)
         channel.register(point)
 
     def _bound_channel(self) -> Channel:
         source = source_group(self.process_group)
         if source is None:
             return SINGLE_PROCESS
-        if self._channel is None or self._channel_source is not source:
+        if self._channel is None or self._channel_source is None or self._channel_source() is not source:
             channel = channel_of(self.process_group)
-            channel.join(self.roster)
-            name = channel.anonymous_name(self.num_features) if self.tag is None else self.tag.name
-            self.bind(channel, sync_point(name))
+            if self.tag is None:
+                channel.join(_NO_ROSTER)
+                point = sync_point(channel.anonymous_name(self.num_features))
+            else:
+                point = sync_point(self.tag.name, channel.join(self.tag.roster, self.itemsize))
+            self.bind(channel, point)
         assert self._channel is not None
         return self._channel
 

@@ -16,7 +16,7 @@ from .moments import GlobalMoments, LocalMoments
 __all__ = ["Record", "Records", "inside_backward"]
 
 _MAX_OPEN = 8  # a forward without a backward (evaluation by training mode, say) leaves its record behind
-_AGREEMENT = 1e-2  # recomputation repeats the same arithmetic; other batches differ by far more
+_AGREEMENT = 1e-4  # recomputation repeats the same arithmetic; other batches differ by more, up to 10⁸ elements
 
 
 def inside_backward() -> bool:
@@ -40,11 +40,18 @@ class Record:
         self.merged = merged
 
     def distance(self, local: LocalMoments) -> float:
-        """Returns the largest relative difference of the local means; what is not a number counts as agreement."""
+        """Returns how far the local moments are apart: means in standard deviations, m2 relative.
+
+        What is not a number counts as agreement.
+        """
         if local.elements != self.local.elements:
             return float("inf")
-        scale = local.mean.abs() + (local.m2 / max(local.elements, 1)).sqrt() + torch.finfo(local.mean.dtype).tiny
-        return float(((local.mean - self.local.mean).abs() / scale).nan_to_num(0.0).max())
+        information = torch.finfo(local.mean.dtype)
+        deviation = (local.m2 / max(local.elements, 1)).sqrt()
+        scale = deviation + information.eps * local.mean.abs() + information.tiny
+        means = (local.mean - self.local.mean).abs() / scale
+        squares = (local.m2 - self.local.m2).abs() / (local.m2 + information.tiny)
+        return float(torch.stack([means, squares]).nan_to_num(0.0).max())
 
 
 class Records:

@@ -304,7 +304,7 @@ def test_pickle_and_state_dict() -> None:
     torch.save(model, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
-    assert loaded[1].tag == model[1].tag
+    assert loaded[1].tag[:3] == model[1].tag[:3] and loaded[1].tag.roster.layers == model[1].tag.roster.layers
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
     assert list(SyncBatchNorm(4).state_dict()) == list(nn.BatchNorm2d(4).state_dict())

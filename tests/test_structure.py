@@ -20,6 +20,7 @@ ORDER = [
     "embedded",
     "records",
     "rounds",
+    "groups",
     "channel",
     "functional",
     "running",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import weakref
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from .bucket import BaguaBucket
-from .communication import BaguaProcessGroup, broadcast, broadcast_object, get_backend
+from .communication import BaguaProcessGroup, allgather, broadcast, broadcast_object, get_backend
 from .env import get_default_bucket_size
 
 __all__ = ["BaguaDistributedDataParallel"]
@@ -56,7 +59,7 @@ class BaguaDistributedDataParallel:
         self._parameter_hooks: List[Any] = []
         self._optimizer_hooks: List[Any] = []
         previous = module.__dict__.get("bagua_ddp")
-        if isinstance(previous, BaguaDistributedDataParallel):
+        if isinstance(previous, BaguaDistributedDataParallel) and previous.module is module:
             previous._remove_hooks()
         self._module_hooks = [
             module.register_forward_pre_hook(self._before_forward),
@@ -89,11 +92,38 @@ class BaguaDistributedDataParallel:
     # -- going live -----------------------------------------------------------------------------------------------
 
     def _bagua_init_algorithm(self) -> None:
+        self._registered = dict(self.bagua_build_params())
+        self._watched = [(p, p.requires_grad) for _, p in self._parameters()]
+        self._refuse_different_models()
         self._bagua_broadcast_parameters()
         self._bagua_tensors = self.bagua_algorithm.init_tensors(self)
         self._reset_buckets()
         self._register_autograd_hooks()
         self._register_optimizer_hooks()
+
+    def _refuse_different_models(self) -> None:
+        """Compares the ranks' parameters before anything is broadcast: a length that differs ends the process in gloo.
+
+        Raises:
+            RuntimeError: if they differ; names the first difference. All ranks raise.
+        """
+        communicator = self.process_group.get_global_communicator()
+        mine = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self._parameters()]
+        digest = int.from_bytes(hashlib.blake2b("\n".join(mine).encode(), digest_size=8).digest(), "little") >> 1
+        device = next((p.device for _, p in self._parameters()), torch.device("cpu"))
+        digests = torch.empty(communicator.nranks(), dtype=torch.int64, device=device)
+        allgather(torch.tensor([digest], device=device), digests, communicator)
+        differing = [rank for rank, other in enumerate(digests.tolist()) if other != digests[0]]
+        if differing:
+            rank = differing[0]
+            lists = [broadcast_object(mine, src, communicator) for src in (0, rank)]
+            pairs = itertools.zip_longest(*lists, fillvalue="no such parameter")
+            index, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise RuntimeError(
+                f"expected the same parameters on every rank (got {len(lists[0])} on rank 0, {len(lists[1])} on rank "
+                f"{rank}; the first difference is parameter {index}: {ours} on rank 0, {theirs} on rank {rank}); build "
+                "the same model on every rank"
+            )
 
     def _bagua_broadcast_parameters(self) -> None:
         """Gives every rank the parameters, frozen ones too, and the optimizer state of rank 0."""
@@ -115,10 +145,14 @@ class BaguaDistributedDataParallel:
 
     def _register_autograd_hooks(self) -> None:
         _remove_all(self._parameter_hooks)
+        # Weakly: the hook lives in a native node, through which the garbage collector cannot see the circle.
+        this = weakref.ref(self)
         for name, parameter in self.bagua_build_params():
 
             def hook(*unused: Any, name: str = name, parameter: nn.Parameter = parameter) -> None:
-                self._on_gradient(name, parameter)
+                ddp = this()
+                if ddp is not None:
+                    ddp._on_gradient(name, parameter)
 
             # On the node that accumulates into `parameter.grad`: runs when the gradient is complete.
             node: Any = parameter.expand_as(parameter).grad_fn
@@ -147,7 +181,11 @@ class BaguaDistributedDataParallel:
             return
         if module.training:
             self.bagua_train_step_counter += 1
-        if self.bagua_algorithm.need_reset() and module.training:
+            if self._backward is not None and _graph_task() == -1:
+                self._abandon_backward()
+        reset = self.bagua_algorithm.need_reset()
+        # A parameter that was frozen or thawed since belongs to other buckets than before.
+        if module.training and (reset or any(p.requires_grad != before for p, before in self._watched)):
             self._bagua_init_algorithm()
         if module.training:
             self.bagua_algorithm.init_forward_pre_hook(self)(input)
@@ -155,7 +193,7 @@ class BaguaDistributedDataParallel:
     def _after_forward(self, module: nn.Module, input: Any, output: Any) -> None:
         if module is self.module and torch.is_grad_enabled():
             for tensor in _tensors(output):
-                if tensor.requires_grad:
+                if tensor.grad_fn is not None:
                     tensor.register_hook(self._on_output_gradient)
 
     def _on_output_gradient(self, gradient: Tensor) -> None:
@@ -171,10 +209,9 @@ class BaguaDistributedDataParallel:
         if not self.require_backward_grad_sync or self._backward == task:
             return
         if self._backward is not None:
-            self._bagua_backend.wait_pending_comm_ops()  # an earlier backward was broken off by an exception
-            self._bagua_backend.reset()
+            self._abandon_backward()
         self._backward = task
-        self._outstanding = dict(self.bagua_build_params())
+        self._outstanding = dict(self._registered)
         self._took_part = False
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
@@ -183,9 +220,21 @@ class BaguaDistributedDataParallel:
             return
         if self._backward is None:
             self._begin_backward()  # the module's output held no tensor that was found
+        if name not in self._outstanding:
+            # Its bucket may be on its way: what is added to it now would be lost, or sent twice.
+            raise RuntimeError(
+                f"expected one gradient a backward for {name} (got a second one); checkpoint shared parameters with "
+                "use_reentrant=False"
+            )
         self._took_part = True
-        self._outstanding.pop(name, None)
+        self._outstanding.pop(name)
         self.bagua_algorithm.init_backward_hook(self)(name, parameter)
+
+    def _abandon_backward(self) -> None:
+        """Leaves a backward that an exception broke off: waits for what was sent, forgets the rest."""
+        self._backward, self._outstanding = None, {}
+        self._bagua_backend.wait_pending_comm_ops()
+        self._bagua_backend.reset()
 
     def _end_backward(self) -> None:
         try:
@@ -220,7 +269,7 @@ def _graph_task() -> int:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yields the tensors in a module's output: nested tuples, lists, dictionaries, dataclasses and plain objects."""
+    """Yields the tensors in a module's output: nested tuples, lists, dictionaries and dataclasses."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):

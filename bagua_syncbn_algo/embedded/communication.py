@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import pickle
+import weakref
+from datetime import timedelta
 from enum import IntEnum
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..groups import is_nccl, member_group
 from .core import BaguaCommBackendPy, BaguaSingleCommunicatorPy
 from .env import get_local_rank, get_rank, get_world_size
 from .streams import CpuStreams, CudaStreams
@@ -50,6 +52,25 @@ class ReduceOp(IntEnum):
     AVG = 10
 
 
+class _NonMember:
+    """The communicator of a rank that is not in its group: every collective does nothing there, as upstream."""
+
+    cuda_stream = None
+    streams = CpuStreams()
+
+    def rank(self) -> int:
+        return -1
+
+    def nranks(self) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+NON_COMM_MEMBER = _NonMember()
+
+
 class BaguaProcessGroup:
     """A set of ranks and their communicator.
 
@@ -57,28 +78,29 @@ class BaguaProcessGroup:
         ranks: global ranks, ascending.
         stream: the stream that its collectives run on; ``None`` on the CPU.
         group_name: unique name.
-        torch_group: the ``torch.distributed`` group beneath.
     """
 
     def __init__(self, ranks: Sequence[int], stream: Any, group_name: str, torch_group: Any) -> None:
-        self.ranks, self.stream, self.group_name, self.torch_group = list(ranks), stream, group_name, torch_group
-        self._communicator = BaguaSingleCommunicatorPy(torch_group, stream, streams())
+        self.ranks, self.stream, self.group_name = list(ranks), stream, group_name
+        self._communicator: Any = NON_COMM_MEMBER
+        if torch_group is not None:
+            self._communicator = BaguaSingleCommunicatorPy(torch_group, stream, streams())
 
     def get_global_communicator(self) -> BaguaSingleCommunicatorPy:
         """Returns the communicator over all ranks of the group."""
-        return self._communicator
+        communicator: BaguaSingleCommunicatorPy = self._communicator
+        return communicator
 
 
 _default_group: Optional[BaguaProcessGroup] = None
-_default_torch_group: Optional[Any] = None
-_from_torch: Dict[Any, BaguaProcessGroup] = {}
+_default_torch_group: Optional[weakref.ref[Any]] = None
+_from_torch: weakref.WeakKeyDictionary[Any, BaguaProcessGroup] = weakref.WeakKeyDictionary()
 _group_count = itertools.count()
 
 
 def streams() -> CpuStreams:
     """Returns how communication is ordered against computation here: on CUDA by streams, on the CPU by the program."""
-    on_cuda = dist.is_initialized() and "nccl" in str(dist.get_backend())
-    return CudaStreams() if on_cuda else CpuStreams()
+    return CudaStreams() if dist.is_initialized() and is_nccl(dist.group.WORLD) else CpuStreams()
 
 
 def init_process_group(store: Optional[Any] = None) -> None:
@@ -107,15 +129,16 @@ def init_process_group(store: Optional[Any] = None) -> None:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=store, rank=get_rank(), world_size=get_world_size())
-    _from_torch.clear()
-    _default_torch_group = dist.group.WORLD
+    _default_torch_group = weakref.ref(dist.group.WORLD)
     # Buckets travel on a group of Bagua's own: the default one is the user's.
     _default_group = new_group()
 
 
 def is_initialized() -> bool:
     """Whether Bagua's default group exists and its ``torch.distributed`` group has not been destroyed."""
-    return _default_group is not None and dist.is_initialized() and dist.group.WORLD is _default_torch_group
+    if _default_torch_group is None or not dist.is_initialized():
+        return False
+    return dist.group.WORLD is _default_torch_group()
 
 
 def _get_default_group() -> BaguaProcessGroup:
@@ -128,27 +151,30 @@ def _get_default_group() -> BaguaProcessGroup:
     return _default_group
 
 
-def new_group(ranks: Optional[Sequence[int]] = None, stream: Optional[Any] = None) -> BaguaProcessGroup:
+def new_group(
+    ranks: Optional[Sequence[int]] = None, stream: Optional[Any] = None, timeout: Optional[timedelta] = None
+) -> BaguaProcessGroup:
     """Creates a process group.
 
     Args:
         ranks: global ranks; ``None`` for all.
         stream: the CUDA stream for its collectives; ``None`` for one of its own. Ignored on the CPU.
+        timeout: of its collectives; ``None`` for that of the default group. Not in upstream.
 
     Raises:
         ValueError: for a rank outside the world.
 
     Collectives:
-        Every rank of the world must call, members or not, in the same order.
+        Every rank of ``ranks`` must call; others may.
     """
     world = get_world_size()
     ranks = list(range(world)) if ranks is None else sorted(ranks)
     for rank in ranks:
         if not 0 <= rank < world:
             raise ValueError(f"expected ranks of the world, 0 … {world - 1} (got {rank}); leave the others out")
-    torch_group = dist.new_group(ranks)
+    group = member_group(ranks, timeout) if get_rank() in ranks else None
     return BaguaProcessGroup(
-        ranks, streams().new_stream() if stream is None else stream, str(next(_group_count)), torch_group
+        ranks, streams().new_stream() if stream is None else stream, str(next(_group_count)), group
     )
 
 
@@ -162,11 +188,16 @@ def from_torch_group(group: Any, stream: Optional[Any] = None) -> BaguaProcessGr
     return _from_torch[group]
 
 
-@functools.cache
+# A backend lives as long as its model, whose registered tensors hold it.
+_backends: weakref.WeakValueDictionary[str, BaguaCommBackendPy] = weakref.WeakValueDictionary()
+
+
 def get_backend(model_name: str) -> BaguaCommBackendPy:
     """Returns the backend that schedules the buckets of a model; always the same for one name."""
-    backend = BaguaCommBackendPy(100, device_id=get_local_rank())
-    backend.model_name = model_name
+    backend = _backends.get(model_name)
+    if backend is None:
+        backend = _backends[model_name] = BaguaCommBackendPy(100, device_id=get_local_rank())
+        backend.model_name = model_name
     return backend
 
 
@@ -196,6 +227,8 @@ def broadcast_object(obj: object, src: int = 0, comm: Optional[BaguaSingleCommun
         Two broadcasts (length and bytes). Every rank of ``comm`` must call.
     """
     comm = _communicator(comm)
+    if comm.rank() == -1:
+        return obj
     here = comm.rank() == src
     payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8) if here else torch.empty(0)
     device = "cuda" if isinstance(comm.streams, CudaStreams) else "cpu"

@@ -5,13 +5,13 @@ Names follow ``bagua_core`` 0.9.2; the collectives are those of ``torch.distribu
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import queue
 import threading
+import weakref
 from concurrent.futures import Future
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.distributed as dist
@@ -68,14 +68,25 @@ class BaguaSingleCommunicatorPy:
     are ranks within the communicator.
 
     Args:
-        group: a ``torch.distributed`` group, or a bare backend such as ``ProcessGroupGloo``.
+        group: a ``torch.distributed`` group, or a bare backend such as ``ProcessGroupGloo``; held weakly, because one
+            that outlives ``destroy_process_group`` ends the process with an abort at exit.
         stream: what its users are to run the calls on.
         streams: how that stream is ordered against others.
     """
 
     def __init__(self, group: Any, stream: Any, streams: CpuStreams) -> None:
-        self._group = group
+        self._held = weakref.ref(group)
         self.cuda_stream, self.streams = stream, streams
+
+    @property
+    def _group(self) -> Any:
+        group = self._held()
+        if group is None:
+            raise RuntimeError(
+                "expected the communicator's process group to exist (got a destroyed one); call with_bagua again after "
+                "init_process_group"
+            )
+        return group
 
     def rank(self) -> int:
         """Returns this process's rank in the communicator."""
@@ -147,7 +158,7 @@ class BaguaBucketPy:
 
     def __init__(self, name: str, tensors: Sequence[BaguaTensorPy]) -> None:
         self.name, self.tensors = name, list(tensors)
-        self._operations: List[Callable[[Sequence[Any]], None]] = []
+        self._operations: List[Callable[[Sequence[Any]], Tuple[CpuStreams, Any]]] = []
 
     def clear_ops(self) -> None:
         """Removes all operations."""
@@ -170,10 +181,11 @@ class BaguaBucketPy:
             logger.info("bucket %s: compression %s runs exact on this host", self.name, compression)
         communicators = [c for c in (communicator_intranode, communicator_internode) if c is not None]
 
-        def operation(events: Sequence[Any]) -> None:
+        def operation(events: Sequence[Any]) -> Tuple[CpuStreams, Any]:
             with communicators[0].streams.after(communicators[0].cuda_stream, events), self.flat() as whole:
                 for communicator in communicators:
                     communicator.reduce_over_all(whole, AVG if average else SUM)
+            return communicators[0].streams, communicators[0].cuda_stream
 
         self._operations.append(operation)
 
@@ -198,12 +210,13 @@ class BaguaBucketPy:
         communicators = [c for c in (communicator_intranode, communicator_internode) if c is not None]
         peers = peer_weight
 
-        def operation(events: Sequence[Any]) -> None:
+        def operation(events: Sequence[Any]) -> Tuple[CpuStreams, Any]:
             with communicators[0].streams.after(communicators[0].cuda_stream, events), self.flat() as whole:
                 average = peers.effective()
                 average.copy_(whole)
                 for communicator in communicators:
                     communicator.reduce_over_all(average, AVG)
+            return communicators[0].streams, communicators[0].cuda_stream
 
         self._operations.append(operation)
         return _PeerAverage(peers)
@@ -214,9 +227,10 @@ class BaguaBucketPy:
         """Appends a Python function of the bucket's name, run on ``stream``."""
         order = CpuStreams() if streams is None else streams
 
-        def run(events: Sequence[Any]) -> None:
+        def run(events: Sequence[Any]) -> Tuple[CpuStreams, Any]:
             with order.after(stream, events):
                 operation(self.name)
+            return order, stream
 
         self._operations.append(run)
 
@@ -237,10 +251,18 @@ class BaguaBucketPy:
                     tensor.copy_(whole[offset : offset + tensor.numel()].view(tensor.shape))
                     offset += tensor.numel()
 
-    def run(self, events: Sequence[Any]) -> None:
-        """Runs all operations, in order, after ``events``."""
+    def run(self, events: Sequence[Any]) -> Tuple[CpuStreams, Any]:
+        """Runs all operations, in order, after ``events``.
+
+        Returns:
+            What the reader of the result has to wait for: an event, and how.
+        """
+        streams: CpuStreams = CpuStreams()
+        event = None
         for operation in self._operations:
-            operation(events)
+            streams, stream = operation(events)
+            event = streams.event_behind(stream)
+        return streams, event
 
 
 class _PeerAverage:
@@ -268,7 +290,7 @@ class BaguaCommBackendPy:
         self._owner: Dict[int, int] = {}
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._worker: Optional[threading.Thread] = None
-        self._pending: List[Future[None]] = []
+        self._pending: List[Future[Any]] = []
         self._device_id = device_id
         self.reset()
 
@@ -314,7 +336,8 @@ class BaguaCommBackendPy:
         """Waits for all launched buckets and raises the first error of one; returns their number."""
         pending, self._pending = self._pending, []
         for future in pending:
-            future.result()
+            streams, event = future.result()
+            streams.wait(event)
         return len(pending)
 
     def _is_full(self, index: int) -> bool:
@@ -325,29 +348,31 @@ class BaguaCommBackendPy:
         if self._worker is None:
             # A daemon: a rank that ends on an error must not wait here for ranks that will never come. But an idle one
             # is ended in good order: the interpreter must not go down around a thread that holds native state.
-            self._worker = threading.Thread(target=self._work, name=f"bagua {self.model_name}", daemon=True)
+            arguments = (self._jobs, self._device_id)
+            self._worker = threading.Thread(target=_work, args=arguments, name=f"bagua {self.model_name}", daemon=True)
             self._worker.start()
-            atexit.register(self._stop)
-        future: Future[None] = Future()
+            weakref.finalize(self, _stop, self._jobs, self._worker)  # when the model is gone, or at exit
+        future: Future[Any] = Future()
         self._pending.append(future)
         self._jobs.put((bucket, list(events), future))
 
-    def _stop(self) -> None:
-        if self._worker is not None:
-            self._jobs.put(None)
-            self._worker.join(timeout=1.0)
-            self._worker = None
 
-    def _work(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(self._device_id)
-        for bucket, events, future in iter(self._jobs.get, None):
-            try:
-                bucket.run(events)
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
+def _work(jobs: queue.SimpleQueue[Any], device_id: int) -> None:
+    # Not a method: a thread that held its backend would keep the model alive.
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device_id)
+    for bucket, events, future in iter(jobs.get, None):
+        try:
+            future.set_result(bucket.run(events))
+        except BaseException as error:
+            future.set_exception(error)
+        del bucket, events, future
+
+
+def _stop(jobs: queue.SimpleQueue[Any], worker: threading.Thread) -> None:
+    jobs.put(None)
+    if worker is not threading.current_thread():
+        worker.join(timeout=1.0)
 
 
 def flat_view(tensors: Sequence[Tensor]) -> Optional[Tensor]:

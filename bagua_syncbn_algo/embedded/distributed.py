@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, List, Optional, Sequence
 
 import torch
@@ -50,8 +51,10 @@ class BaguaModule:
         if not isinstance(optimizers, (list, tuple)):
             raise TypeError(f"expected a list of optimizers (got {type(optimizers).__name__}); pass [optimizer]")
         group = _get_default_group() if process_group is None else process_group
-        if "_bagua_module_name" not in self.__dict__:
-            self._bagua_module_name = f"{type(self).__name__}_{id(self)}"
+        previous = self.__dict__.get("bagua_ddp")
+        if "_bagua_module_name" not in self.__dict__ or (previous is not None and previous.module is not self):
+            # No name yet, or one that came with a copy of another model.
+            self._bagua_module_name = f"{type(self).__name__}_{next(_numbers)}"
         self.bagua_ddp = BaguaDistributedDataParallel(
             self,  # type: ignore[arg-type]
             optimizers,
@@ -87,5 +90,10 @@ class BaguaModule:
         return self.bagua_ddp.bagua_buckets
 
 
+_numbers = itertools.count()
+
 for _name in ("with_bagua", "bagua_module_name", "bagua_algorithm", "bagua_optimizers", "bagua_buckets"):
-    setattr(torch.nn.Module, _name, vars(BaguaModule)[_name])
+    _attribute: Any = vars(BaguaModule)[_name]
+    if isinstance(_attribute, property):
+        torch.jit.unused(_attribute)  # type: ignore[arg-type,unused-ignore]  # or TorchScript would compile it in every module, with or without Bagua
+    setattr(torch.nn.Module, _name, _attribute)

