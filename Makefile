@@ -34,6 +34,9 @@ lint: $(VENV)/.test ## formatting, lint rules, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The allocator keeps what it has: else page faults, more of them for whichever variant it pleases, decide the ratios.
+bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
+bench: export MALLOC_TRIM_THRESHOLD_ = 1073741824
 bench: $(VENV)/.test ## all benchmarks; writes benchmarks/results/
 	$(BIN)/python benchmarks/kernels.py
 

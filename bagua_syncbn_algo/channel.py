@@ -75,7 +75,7 @@ class Roster:
     layers: Tuple[Tuple[str, int], ...] = ()  # qualified name, num_features; in the model's order
 
     def capacity(self, itemsize: int) -> int:
-        """Returns the bytes of a message for the longest statistics (header, count, mean, m2) of ``itemsize`` each."""
+        """Returns the bytes of a message for the longest statistics: header, count, mean, variance."""
         if not self.layers:
             return _DEFAULT_CAPACITY
         widest = max(features for _, features in self.layers)

@@ -97,7 +97,7 @@ class _SyncBatchNorm(Function):
     def forward(ctx: Any, input: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _Call) -> Tensor:
         input = dense(input)
         mean = call.merged.mean
-        invstd = (call.merged.variance + call.eps).rsqrt()
+        invstd = (call.merged.variance + call.eps).rsqrt_()
         ctx.save_for_backward(input, weight, mean, invstd, call.merged.elements)
         ctx.call = call._replace(local=None)  # its scratch tensor becomes the output
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -124,11 +124,11 @@ class _SyncBatchNorm(Function):
         if ctx.needs_input_grad[0]:
             (gathered,) = call.channel.exchange(call.point, BACKWARD, [torch.cat([local_dy, local_dy_xhat])])
             # In rank order and in float64, as in the forward: the same bits on every rank.
-            mean_dy, mean_dy_xhat = (gathered.double().sum(0) / count).to(mean.dtype).chunk(2)
+            dy, dy_xhat = gathered.double().sum(0).to(mean.dtype).chunk(2)
             if input.numel() == 0:
                 grad_input = torch.empty_like(input)
             else:
-                grad_input = input_gradient(grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat)
+                grad_input = input_gradient(grad_output, input, mean, invstd, weight, dy, dy_xhat, count)
         if ctx.needs_input_grad[1]:
             grad_weight = local_dy_xhat.to(weight.dtype)
         if ctx.needs_input_grad[2]:
@@ -156,15 +156,15 @@ def exchange_moments(local: LocalMoments, channel: Channel, point: SyncPoint) ->
         One all-gather of ``8 + 2C·itemsize`` payload bytes. Every rank must call.
     """
     count = torch.full((1,), local.elements, dtype=torch.int64, device=local.mean.device)
-    counts, moments = channel.exchange(point, FORWARD, [count, torch.cat([local.mean, local.m2])])
+    counts, moments = channel.exchange(point, FORWARD, [count, torch.cat([local.mean, local.variance])])
     # Where this rank alone holds two values per channel, the world does too: no need to wait for the others' counts.
     if local.elements < 2 and int(counts.sum()) < 2:
         raise ValueError(
             f"expected more than 1 value per channel in the whole group when training (got {local.elements} here, "
             f"{int(counts.sum())} on all {channel.world_size} ranks, at {point.name}); use a larger batch or eval()"
         )
-    means, m2s = moments.chunk(2, dim=1)
-    return merge_moments(counts, means, m2s)
+    means, variances = moments.chunk(2, dim=1)
+    return merge_moments(counts, means, variances)
 
 
 def _or_fail(channel: Channel, point: SyncPoint, phase: int, compute: Any) -> Any:

@@ -226,7 +226,8 @@ class SyncBatchNorm(_BatchNorm):
             weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
             output = F.batch_norm(input, mean, variance, weight, bias, True, 1.0, self.eps)
         if update:
-            self._leave(LocalMoments(count, mean, variance * (count - 1)))
+            # What it leaves is unbiased. (An empty shard has left zeros.)
+            self._leave(LocalMoments(count, mean, variance * ((count - 1) / max(count, 1))))
         return output
 
     @torch.no_grad()

@@ -26,12 +26,16 @@ __all__ = [
 ]
 
 
+# The overload itself: finding it by its arguments at every call costs as much as the arithmetic of a small layer.
+_BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+
+
 class LocalMoments(NamedTuple):
     """Moments of one rank's own elements."""
 
     elements: int  # per channel
     mean: Tensor  # (C,)
-    m2: Tensor  # (C,) centred sum of squares
+    variance: Tensor  # (C,) biased: the centred sum of squares over the elements
     centred: Optional[Tensor] = None  # scratch of the input's shape: input − shift; `normalize` writes its result there
     shift: Optional[Tensor] = None  # (C,) what was subtracted from the input to get `centred`
 
@@ -41,10 +45,10 @@ class GlobalMoments(NamedTuple):
 
     elements: Tensor  # int64 scalar, per channel
     mean: Tensor  # (C,)
-    variance: Tensor  # (C,) biased, m2 / elements: what normalizes
+    variance: Tensor  # (C,) biased: what normalizes
 
     def unbiased_variance(self) -> Tensor:
-        """Returns ``m2 / (elements − 1)``, what running_var takes."""
+        """Returns the variance over ``elements − 1``, what running_var takes."""
         return self.variance * (self.elements / (self.elements - 1).double()).to(self.variance.dtype)
 
 
@@ -69,7 +73,7 @@ def dense(input: Tensor) -> Tensor:
 
 
 def local_moments(input: Tensor) -> LocalMoments:
-    """Computes count, mean and centred sum of squares per channel.
+    """Computes count, mean and biased variance per channel.
 
     Never by ``E[x²] − E[x]²``, which at a mean of 1000 standard deviations is off by a fifth in float32.
 
@@ -82,28 +86,28 @@ def local_moments(input: Tensor) -> LocalMoments:
     return _kernels(input).local_moments(input)
 
 
-def merge_moments(counts: Tensor, means: Tensor, m2s: Tensor) -> GlobalMoments:
+def merge_moments(counts: Tensor, means: Tensor, variances: Tensor) -> GlobalMoments:
     """Merges the moments of ``W`` ranks, in rank order, so that every rank gets the same bits.
 
-    ``N = Σ n_r``, ``M = Σ n_r m_r / N``, ``M2 = Σ [M2_r + n_r (m_r − M)²]``: Chan, Golub, LeVeque, "Updating formulae
-    and a pairwise algorithm for computing sample variances", 1979. Done in float64, whatever the statistics' dtype:
-    the tensors are small and an int64 count stays exact to 2⁵³.
+    ``N = Σ n_r``, ``M = Σ n_r m_r / N``, ``V = Σ n_r [v_r + (m_r − M)²] / N``: Chan, Golub, LeVeque, "Updating formulae
+    and a pairwise algorithm for computing sample variances", 1979, with variances for sums of squares. Done in
+    float64, whatever the statistics' dtype: the tensors are small and an int64 count stays exact to 2⁵³.
 
     Args:
         counts: shape ``(W, 1)``, int64; their sum must be at least 2.
         means: shape ``(W, C)``.
-        m2s: shape ``(W, C)``.
+        variances: shape ``(W, C)``, biased.
 
     Returns:
         Moments in the dtype of ``means``.
     """
     total = counts.sum()
     if counts.shape[0] == 1:
-        return GlobalMoments(total, means[0], m2s[0] / total)
+        return GlobalMoments(total, means[0], variances[0])
     shares = counts / total.double()
     doubles = means.double()
     mean = (shares * doubles).sum(0)
-    variance = (m2s / total.double() + shares * (doubles - mean).square()).sum(0)
+    variance = (shares * (variances + (doubles - mean).square())).sum(0)
     return GlobalMoments(total, mean.to(means.dtype), variance.to(means.dtype))
 
 
@@ -151,8 +155,9 @@ def input_gradient(
     mean: Tensor,
     invstd: Tensor,
     weight: Optional[Tensor],
-    mean_dy: Tensor,
-    mean_dy_xhat: Tensor,
+    sum_dy: Tensor,
+    sum_dy_xhat: Tensor,
+    elements: Union[int, Tensor],
 ) -> Tensor:
     """Returns ``dx = weight · invstd · (dy − S1/N − x̂ · S2/N)`` in the input's dtype.
 
@@ -165,11 +170,12 @@ def input_gradient(
         mean: shape ``(C,)``, statistics dtype.
         invstd: shape ``(C,)``, statistics dtype.
         weight: shape ``(C,)`` or ``None``.
-        mean_dy: ``S1 / N``, shape ``(C,)``: the global sum of ``dy`` over the global count.
-        mean_dy_xhat: ``S2 / N``, shape ``(C,)``.
+        sum_dy: ``S1``, shape ``(C,)``: the sum of ``dy`` over all ranks.
+        sum_dy_xhat: ``S2``, shape ``(C,)``: the sum of ``dy · x̂`` over all ranks.
+        elements: ``N``: the number of elements per channel on all ranks.
     """
     weight = None if weight is None else weight.to(mean.dtype)
-    return _kernels(input).input_gradient(grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat)
+    return _kernels(input).input_gradient(grad_output, input, mean, invstd, weight, sum_dy, sum_dy_xhat, elements)
 
 
 def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
@@ -202,12 +208,12 @@ class _CpuKernels:
         input = input.to(statistics_dtype(input.dtype))
         if memory_format(input) != torch.contiguous_format:
             mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
-            return LocalMoments(count, mean, variance * count)
+            return LocalMoments(count, mean, variance)
         shift = input.mean([d for d in range(input.dim()) if d != 1])
         centred = torch.sub(input, _per_channel(shift, input))
         # ATen has no vectorized sum of squares per channel; its backward kernel, given the centred input for both the
         # gradient and the input and a mean of zero, returns Σc² and Σc in one pass, summed in double precision.
-        _, squares, residual = torch.ops.aten.native_batch_norm_backward(
+        _, squares, residual = _BATCH_NORM_BACKWARD(
             centred,
             centred,
             None,
@@ -220,7 +226,8 @@ class _CpuKernels:
             [False, True, True],
         )
         error = residual / count  # the float32 mean's own rounding error
-        return LocalMoments(count, shift + error, (squares - residual * error).clamp_(min=0), centred, shift)
+        variance = (squares / count).addcmul_(error, error, value=-1).clamp_(min=0)
+        return LocalMoments(count, shift + error, variance, centred, shift)
 
     @staticmethod
     def normalize(
@@ -241,7 +248,7 @@ class _CpuKernels:
 
     @staticmethod
     def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
-        _, dy_xhat, dy = torch.ops.aten.native_batch_norm_backward(
+        _, dy_xhat, dy = _BATCH_NORM_BACKWARD(
             grad_output.to(mean.dtype),
             input.to(mean.dtype),
             None,
@@ -262,13 +269,14 @@ class _CpuKernels:
         mean: Tensor,
         invstd: Tensor,
         weight: Optional[Tensor],
-        mean_dy: Tensor,
-        mean_dy_xhat: Tensor,
+        sum_dy: Tensor,
+        sum_dy_xhat: Tensor,
+        elements: Union[int, Tensor],
     ) -> Tensor:
         scale = invstd if weight is None else invstd * weight
         gradient = torch.sub(input, _per_channel(mean, input))
-        minus = scale.neg()
-        _scale_and_shift_(gradient, minus * invstd * mean_dy_xhat, minus * mean_dy)
+        minus = scale / -elements
+        _scale_and_shift_(gradient, (minus * invstd).mul_(sum_dy_xhat), minus.mul_(sum_dy))
         gradient.addcmul_(grad_output.to(mean.dtype), _per_channel(scale, input))
         return gradient.to(input.dtype)
 
@@ -281,7 +289,7 @@ class _CudaKernels:
         count = input.numel() // input.shape[1]
         # With eps = 0 a constant channel has invstd = inf, and inf⁻² is the variance 0 that it should be.
         mean, invstd = torch.batch_norm_stats(input, 0.0)
-        return LocalMoments(count, mean, invstd.square().reciprocal() * count)
+        return LocalMoments(count, mean, invstd.square().reciprocal())
 
     @staticmethod
     def normalize(
@@ -306,13 +314,14 @@ class _CudaKernels:
         mean: Tensor,
         invstd: Tensor,
         weight: Optional[Tensor],
-        mean_dy: Tensor,
-        mean_dy_xhat: Tensor,
+        sum_dy: Tensor,
+        sum_dy_xhat: Tensor,
+        elements: Union[int, Tensor],
     ) -> Tensor:
         # The kernel divides both sums by an int32 count, which a wide cluster overflows; it is given means and 1.
         one = torch.ones(1, dtype=torch.int32, device=input.device)
         return torch.batch_norm_backward_elemt(
-            grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one
+            grad_output, input, mean, invstd, weight, sum_dy / elements, sum_dy_xhat / (invstd * elements), one
         )
 
 

@@ -40,18 +40,17 @@ class Record:
         self.merged = merged
 
     def distance(self, local: LocalMoments) -> float:
-        """Returns how far the local moments are apart: means in standard deviations, m2 relative.
+        """Returns how far the local moments are apart: means in standard deviations, variances relative.
 
         What is not a number counts as agreement.
         """
         if local.elements != self.local.elements:
             return float("inf")
         information = torch.finfo(local.mean.dtype)
-        deviation = (local.m2 / max(local.elements, 1)).sqrt()
-        scale = deviation + information.eps * local.mean.abs() + information.tiny
+        scale = local.variance.sqrt() + information.eps * local.mean.abs() + information.tiny
         means = (local.mean - self.local.mean).abs() / scale
-        squares = (local.m2 - self.local.m2).abs() / (local.m2 + information.tiny)
-        return float(torch.stack([means, squares]).nan_to_num(0.0).max())
+        variances = (local.variance - self.local.variance).abs() / (local.variance + information.tiny)
+        return float(torch.stack([means, variances]).nan_to_num(0.0).max())
 
 
 class Records:

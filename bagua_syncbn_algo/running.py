@@ -24,14 +24,14 @@ class _Flight(NamedTuple):
 
     counts: Tensor  # (ΣC,): this rank's elements
     means: Tensor  # (ΣC,)
-    m2s: Tensor  # (ΣC,)
+    variances: Tensor  # (ΣC,)
 
 
 class RunningPool:
     """Moments of all layers since the last update, and the tensor in which they travel.
 
-    A plain sum cannot merge M2, so two follow each other: first ``(n, n·m)``, from which every rank has the world's
-    ``N`` and ``M``, then ``M2 + n(m − M)²`` (Chan, Golub, LeVeque 1979, in two passes). The bytes do not grow with the
+    A plain sum cannot merge variances, so two follow each other: first ``(n, n·m)``, which gives every rank the world's
+    ``N`` and ``M``, then ``n[v + (m − M)²]`` (Chan, Golub, LeVeque 1979, in two passes). The bytes do not grow with the
     number of ranks.
 
     Args:
@@ -48,7 +48,7 @@ class RunningPool:
         self._features = features
         # Of which layer each channel is: turns a value per layer into one per channel.
         self._layer_of = torch.repeat_interleave(torch.tensor(features)).to(self._device)
-        #: What is communicated: ``(n, n·m)``, later zeros and ``M2 + n(m − M)²``; shape ``(L + ΣC,)``.
+        #: What is communicated: ``(n, n·m)``, later zeros and ``n[v + (m − M)²]``; shape ``(L + ΣC,)``.
         self.payload = torch.zeros(len(features) + sum(features), dtype=self._dtype, device=self._device)
         self._index = {id(layer): index for index, layer in enumerate(self.layers)}
         self._moments: Dict[int, LocalMoments] = {}
@@ -74,14 +74,14 @@ class RunningPool:
     def load(self) -> None:
         """Moves what was pooled into the payload, for the first sum; forwards from now on are pooled anew."""
         moments, self._moments = self._moments, {}
-        counts, means, m2s = [], [], []
+        counts, means, variances = [], [], []
         for index, zeros in enumerate(self._zeros):
             local = moments.get(index)
             counts.append(0 if local is None else local.elements)
             means.append(zeros if local is None else local.mean.to(self._dtype))
-            m2s.append(zeros if local is None else local.m2.to(self._dtype))
+            variances.append(zeros if local is None else local.variance.to(self._dtype))
         counts_per_layer = torch.tensor(counts, dtype=self._dtype).to(self._device)
-        flight = _Flight(counts_per_layer[self._layer_of], torch.cat(means), torch.cat(m2s))
+        flight = _Flight(counts_per_layer[self._layer_of], torch.cat(means), torch.cat(variances))
         torch.cat([counts_per_layer, flight.counts * flight.means], out=self.payload)
         self._flight = flight
 
@@ -95,7 +95,7 @@ class RunningPool:
         mean = self._world[layers:] / self._world[:layers].clamp(min=1)[self._layer_of]
         self._world[layers:] = mean
         self.payload[:layers] = 0
-        self.payload[layers:] = flight.m2s + flight.counts * (flight.means - mean).square()
+        self.payload[layers:] = flight.counts * (flight.variances + (flight.means - mean).square())
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -126,6 +126,7 @@ def _pooled(first: LocalMoments, second: LocalMoments) -> LocalMoments:
     if second.elements == 0:
         return first
     counts = torch.tensor([[first.elements], [second.elements]], device=first.mean.device)
-    merged = merge_moments(counts, torch.stack([first.mean, second.mean]), torch.stack([first.m2, second.m2]))
-    elements = first.elements + second.elements
-    return LocalMoments(elements, merged.mean, merged.variance * elements)
+    merged = merge_moments(
+        counts, torch.stack([first.mean, second.mean]), torch.stack([first.variance, second.variance])
+    )
+    return LocalMoments(first.elements + second.elements, merged.mean, merged.variance)

@@ -1,7 +1,7 @@
 """The statistics' own arithmetic, without communication, against nn.BatchNorm2d: forward and backward, one thread.
 
 Columns are ratios of medians to ``nn.BatchNorm2d`` (its forward and backward through autograd): ``kernels`` the tensor
-functions alone (moments, merge, normalization, sums, input gradient), ``function`` the same through autograd and a
+functions alone (moments, normalization, sums, input gradient), ``function`` the same through autograd and a
 channel of one rank.
 """
 
@@ -34,12 +34,11 @@ EPS = 1e-5
 def kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> List[Tensor]:
     """Forward and backward by the tensor functions, as one rank of one."""
     local = moments.local_moments(x)
-    merged = moments.merge_moments(torch.tensor([[local.elements]]), local.mean[None], local.m2[None])
-    invstd = (merged.variance + EPS).rsqrt()
-    y = moments.normalize(x, local, merged.mean, invstd, weight, bias)
-    sum_dy, sum_dy_xhat = moments.gradient_sums(dy, x, merged.mean, invstd)
-    total = merged.elements
-    dx = moments.input_gradient(dy, x, merged.mean, invstd, weight, sum_dy / total, sum_dy_xhat / total)
+    # Where ranks exchange, their moments are merged here: part of the communication, a matter of C and not of x.
+    invstd = (local.variance + EPS).rsqrt_()
+    y = moments.normalize(x, local, local.mean, invstd, weight, bias)
+    sum_dy, sum_dy_xhat = moments.gradient_sums(dy, x, local.mean, invstd)
+    dx = moments.input_gradient(dy, x, local.mean, invstd, weight, sum_dy, sum_dy_xhat, local.elements)
     return [y, dx, sum_dy_xhat, sum_dy]
 
 

@@ -262,3 +262,69 @@ def test_sync_points_do_not_depend_on_order() -> None:
     """Catches keys from `hash`, which differ between processes, or from registration order."""
     assert sync_point("model.layer1.bn").key == 6231833962137924943
     assert sync_point("a").key != sync_point("b").key
+
+
+@pytest.mark.multirank
+def test_two_models_of_one_architecture_are_told_apart() -> None:
+    """Catches layers known by their path alone: ranks in different ones would mix statistics."""
+
+    def body(rank: int, group: Any) -> None:
+        channel = TorchChannel(group)
+        models = [Roster((("Net.bn", 4),)), Roster((("Net.bn", 4),))]
+        points = [sync_point("Net.bn", channel.join(roster)) for roster in models]
+        channel.exchange(points[rank], FORWARD, [torch.zeros(4)])
+
+    for text in messages(run_threads(2, body, errors=True)):
+        assert "expected every rank to be at the same layer" in text
+
+
+@pytest.mark.multirank
+def test_a_rank_that_begins_another_model_is_told() -> None:
+    """Catches a first use of a model that has a length of its own: gloo would end the process."""
+
+    def body(rank: int, group: Any) -> None:
+        channel = channel_for(group)
+        if rank == 0:
+            channel.join(Roster((("Other.bn", 4000),)))
+        channel.exchange(A, FORWARD, [torch.zeros(4)])
+
+    for text in messages(run_threads(2, body, errors=True)):
+        assert "rank 0 at the first use of a model's layers (first use), rank 1 at model.layer2.0.bn1 (forward)" in text
+
+
+@pytest.mark.multirank
+def test_a_first_forward_in_inference_mode() -> None:
+    """Catches buffers made in inference mode, which no later training step may write to."""
+    x = torch.randn(2, 4, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        layer = SyncBatchNorm(3, process_group=group)
+        with torch.inference_mode():
+            layer(x[rank])
+        leaf = x[rank].clone().requires_grad_()
+        layer(leaf).sum().backward()
+        return leaf.grad is not None
+
+    assert run_threads(2, body) == [True, True]
+
+
+def _waits(rank: int) -> Any:
+    from bagua_syncbn_algo import SyncBatchNormAlgorithm, bagua, convert_sync_batchnorm
+
+    bagua.init_process_group()
+    model = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
+    model.with_bagua([], SyncBatchNormAlgorithm(timeout=1.0))
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        store.wait(["rank 0 has given up"])  # alive, but elsewhere
+        return None
+    with pytest.raises(SyncBatchNormError) as caught:
+        model(torch.randn(4, 3))
+    store.set("rank 0 has given up", "")
+    return str(caught.value)
+
+
+@pytest.mark.multirank
+def test_the_timeout_ends_a_wait_for_a_rank_that_lives() -> None:
+    """Catches a timeout that is not passed on: only the other rank's death would end the wait."""
+    assert "rank 1 never arrived" in run_processes(2, _waits)[0]
