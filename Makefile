@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench conformance clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.made:
@@ -40,5 +40,25 @@ bench: export MALLOC_TRIM_THRESHOLD_ = 1073741824
 bench: $(VENV)/.test ## all benchmarks; writes benchmarks/results/
 	$(BIN)/python benchmarks/kernels.py
 
+# Upstream Bagua's Python layer as published, without its native core: tests/conformance/bagua_core.py stands for that.
+CONFORMANCE ?= .venv-conformance
+BAGUA ?= bagua-cuda116==0.9.2
+
+$(CONFORMANCE)/.made:
+	$(PYTHON) -m venv $(CONFORMANCE)
+	$(CONFORMANCE)/bin/python -m pip install --quiet --upgrade "pip>=23"
+	$(CONFORMANCE)/bin/python -m pip install --quiet $(TORCH)
+	$(CONFORMANCE)/bin/python -m pip install --quiet "pydantic<2" flask gevent requests scikit-optimize gorilla tqdm \
+	    setuptools pytest pytest-timeout
+	$(CONFORMANCE)/bin/python -m pip install --quiet --target $(CONFORMANCE)/wheel --no-deps --only-binary=:all: \
+	    --python-version 3.9 --implementation cp --abi cp39 $(BAGUA)
+	mkdir -p $(CONFORMANCE)/upstream
+	mv $(CONFORMANCE)/wheel/bagua $(CONFORMANCE)/upstream/
+	touch $@
+
+conformance: $(CONFORMANCE)/.made ## the plugin on upstream Bagua's own Python layer
+	PYTHONPATH=.:$(CONFORMANCE)/upstream:tests/conformance $(CONFORMANCE)/bin/python -m pytest \
+	    -o python_functions='check_*' -o timeout=300 tests/conformance/check_upstream.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CONFORMANCE) build dist *.egg-info

@@ -28,6 +28,7 @@ class BaguaSingleCommunicatorPy(_Communicator):
         store = dist.PrefixStore(nccl_unique_id_str, communication._default_store)
         group = dist.ProcessGroupGloo(store, rank, nranks, timedelta(seconds=60))
         super().__init__(group, None, CpuStreams())
+        self._own = group  # the base class holds it weakly
 
     @staticmethod
     def generate_nccl_unique_id_str() -> str:

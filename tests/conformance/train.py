@@ -60,7 +60,11 @@ def main(host: str, name: str, mode: str, steps: int, out: str) -> None:
     model: Any = convert_sync_batchnorm(build())
     inner, optimizer = algorithm_of(bagua, name, model)
     # "bare" leaves the plugin out: the layers then exchange over torch.distributed, as under plain DDP
-    algorithm = inner if mode == "bare" else SyncBatchNormAlgorithm(inner, normalize_over=mode)
+    algorithm = (
+        inner
+        if mode == "bare"
+        else SyncBatchNormAlgorithm(inner, normalize_over=int(mode) if mode.isdecimal() else mode)
+    )
     model = model.with_bagua([optimizer], algorithm)
     for step in range(steps):
         optimizer.zero_grad(set_to_none=False)
