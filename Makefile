@@ -39,6 +39,7 @@ bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 bench: export MALLOC_TRIM_THRESHOLD_ = 1073741824
 bench: $(VENV)/.test ## all benchmarks; writes benchmarks/results/
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/running_stats.py
 
 # Upstream Bagua's Python layer as published, without its native core: tests/conformance/bagua_core.py stands for that.
 CONFORMANCE ?= .venv-conformance

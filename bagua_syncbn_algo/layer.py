@@ -231,23 +231,16 @@ class SyncBatchNorm(_BatchNorm):
         return output
 
     @torch.no_grad()
-    def update_running_statistics(self, merged: GlobalMoments, valid: Optional[Tensor] = None) -> None:
-        """Moves the running statistics towards ``merged`` and counts a batch.
-
-        Args:
-            merged: moments of the whole world's batch.
-            valid: a bool scalar on the layer's device; where false nothing changes, without the host having to know.
-        """
+    def update_running_statistics(self, merged: GlobalMoments) -> None:
+        """Moves the running statistics towards ``merged``, the moments of the whole world's batch; counts a batch."""
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1 if valid is None else valid)
+        self.num_batches_tracked.add_(1)
         mean, variance = merged.mean, merged.unbiased_variance()
         weight: Any = self.momentum
         if weight is None:  # the cumulative average; stays on the device
-            weight = self.num_batches_tracked.clamp(min=1).to(mean.dtype).reciprocal()
-        if valid is not None:
-            weight = valid * weight
+            weight = self.num_batches_tracked.to(mean.dtype).reciprocal()
         # The arithmetic is the statistics', the storage the buffer's own: a half-precision buffer is rounded once.
         self.running_mean.copy_(torch.lerp(self.running_mean.to(mean.dtype), mean, weight))
         self.running_var.copy_(torch.lerp(self.running_var.to(mean.dtype), variance, weight))

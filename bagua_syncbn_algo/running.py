@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .channel import Channel, SyncPoint
 from .functional import exchange_moments
-from .moments import GlobalMoments, LocalMoments, merge_moments
+from .moments import LocalMoments, merge_moments
 
 __all__ = ["RunningPool"]
 
@@ -103,11 +103,23 @@ class RunningPool:
         assert self._world is not None
         layers = len(self._features)
         counts, means = self._world[:layers], self._world[layers:]
-        variances = self.payload[layers:] / counts.clamp(min=1)[self._layer_of]
-        parts = zip(self.layers, counts.unbind(0), means.split(self._features), variances.split(self._features))
-        for layer, count, mean, variance in parts:
-            layer.update_running_statistics(GlobalMoments(count, mean, variance), count > 0)
         self._flight = self._world = None
+        # All layers at once: twenty small operations for each would cost more than the statistics' communication.
+        ran = counts > 0
+        tracked = [layer.num_batches_tracked for layer in self.layers]
+        torch._foreach_add_(tracked, list(ran.to(tracked[0].dtype).unbind(0)))
+        momenta = [-1.0 if layer.momentum is None else layer.momentum for layer in self.layers]
+        weights = torch.tensor(momenta, dtype=self._dtype).to(self._device)
+        if min(momenta) < 0:  # the cumulative average
+            weights = torch.where(weights < 0, torch.stack(tracked).clamp(min=1).reciprocal().to(self._dtype), weights)
+        # Where nobody ran the layer all of these are zeros, and so is the weight.
+        weights = (weights * ran)[self._layer_of]
+        unbiased = self.payload[layers:] / (counts - 1).clamp(min=1)[self._layer_of]
+        for name, values in (("running_mean", means), ("running_var", unbiased)):
+            buffers = [getattr(layer, name) for layer in self.layers]
+            moved = torch.cat([buffer.to(self._dtype) for buffer in buffers]).lerp_(values, weights)
+            for buffer, value in zip(buffers, moved.split(self._features)):
+                buffer.copy_(value)
 
     @property
     def in_flight(self) -> bool:
