@@ -339,7 +339,8 @@ class TorchChannel(Channel):
         return message
 
     def _all_gather(self, message: Tensor) -> Tensor:
-        gathered = message.new_empty((self.world_size, *message.shape))
+        with torch.inference_mode(False):  # gloo writes to it from a thread that is not in that mode
+            gathered = message.new_empty((self.world_size, *message.shape))
         # The group's own methods: the functional API refuses bare backends and costs 40 µs more a call. gloo has no
         # flat form before torch 2.4; for NCCL the list form adds a copy for every rank.
         group = self._held()

@@ -180,6 +180,29 @@ def test_a_fault_in_backward_reaches_all(mocker: Any) -> None:
 
 
 @pytest.mark.multirank
+def test_a_fault_after_the_exchange_reaches_all(mocker: Any) -> None:
+    """Catches a rank that runs out of memory while it normalizes, and others that wait for it at the next layer."""
+    import bagua_syncbn_algo.functional as functional
+
+    x = torch.randn(2, 2, 3, 4, 4)
+    original = functional.normalize
+
+    def faulty(input: Tensor, *rest: Any) -> Any:
+        if torch.equal(input, x[1]):
+            raise MemoryError("no memory left")
+        return original(input, *rest)
+
+    mocker.patch.object(functional, "normalize", faulty)
+
+    def body(rank: int, group: Any) -> None:
+        SyncBatchNorm(3, process_group=group)(x[rank].clone().requires_grad_()).sum().backward()
+
+    good, bad = run_threads(2, body, errors=True)
+    assert isinstance(bad, MemoryError)
+    assert isinstance(good, SyncBatchNormError) and "(got its error: MemoryError: no memory left)" in str(good)
+
+
+@pytest.mark.multirank
 def test_different_layers_are_refused_at_the_start() -> None:
     """Catches ranks that built different models and find out by a hang in the middle of a step."""
 
