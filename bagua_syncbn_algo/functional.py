@@ -78,9 +78,15 @@ def sync_batch_norm(
             local = LocalMoments(detached.numel() // max(detached.shape[1], 1), merged.mean, merged.variance)
             recomputed = True
     call = _Call(local, merged, eps, channel, point, records, record)
+
+    def apply() -> Tensor:
+        output: Tensor = _SyncBatchNorm.apply(input, weight, bias, call)  # type: ignore[no-untyped-call]
+        return output
+
+    if recomputed:
+        return apply(), None  # checkpointing ends a recomputation early by an exception from inside: no fault
     # A fault from here on reaches the others in the next exchange that they come to.
-    output = _or_fail(channel, point, FORWARD, lambda: _SyncBatchNorm.apply(input, weight, bias, call))  # type: ignore[no-untyped-call]
-    return output, None if recomputed else record
+    return _or_fail(channel, point, FORWARD, apply), record
 
 
 class _Call(NamedTuple):
