@@ -230,7 +230,7 @@ class Channel:
             self.rounds += phase != _JOIN
             record = None if phase == _JOIN else active()
             entry = None if record is None else record.launch((point.name,), _PHASES[phase], message.numel())
-            gathered = self._guarded(message, point.name, phase)
+            gathered = self._guarded(message, point, phase)
             if entry is not None:
                 entry.wait, entry.finish = entry.launch, time.perf_counter()
             self._check(gathered, header, point, phase)
@@ -260,12 +260,11 @@ class Channel:
         while self._checks and self._checks[0].ready():
             self._checks.popleft().finish(self)
 
-    def _guarded(self, message: Tensor, name: str, phase: Optional[int] = None) -> Tensor:
-        where = name if phase is None else f"{name} ({_PHASES[phase]})"
+    def _guarded(self, message: Tensor, point: SyncPoint, phase: int) -> Tensor:
         try:
             return self._all_gather(message)
         except RuntimeError as error:
-            raise SyncBatchNormError(self._autopsy(where, error)) from error
+            raise SyncBatchNormError(self._autopsy(f"{point.name} ({_PHASES[phase]})", error)) from error
 
     def _autopsy(self, where: str, error: BaseException) -> str:
         """Says where each rank was when a collective failed, as far as the ranks could still tell."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import pickle
 import weakref
 from datetime import timedelta
 from enum import IntEnum
-from typing import Any, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -173,19 +174,19 @@ def new_group(
         if not 0 <= rank < world:
             raise ValueError(f"expected ranks of the world, 0 … {world - 1} (got {rank}); leave the others out")
     group = member_group(ranks, timeout) if get_rank() in ranks else None
-    return BaguaProcessGroup(
-        ranks, streams().new_stream() if stream is None else stream, str(next(_group_count)), group
-    )
+    return _named_group(ranks, stream, group)
 
 
 def from_torch_group(group: Any, stream: Optional[Any] = None) -> BaguaProcessGroup:
     """Returns the Bagua process group with the communicator of a ``torch.distributed`` group."""
     if group not in _from_torch:
-        ranks = dist.get_process_group_ranks(group)
-        _from_torch[group] = BaguaProcessGroup(
-            ranks, streams().new_stream() if stream is None else stream, str(next(_group_count)), group
-        )
+        _from_torch[group] = _named_group(dist.get_process_group_ranks(group), stream, group)
     return _from_torch[group]
+
+
+def _named_group(ranks: Sequence[int], stream: Optional[Any], torch_group: Any) -> BaguaProcessGroup:
+    stream = streams().new_stream() if stream is None else stream
+    return BaguaProcessGroup(ranks, stream, str(next(_group_count)), torch_group)
 
 
 # A backend lives as long as its model, whose registered tensors hold it.
@@ -205,6 +206,14 @@ def _communicator(comm: Optional[BaguaSingleCommunicatorPy]) -> BaguaSingleCommu
     return _get_default_group().get_global_communicator() if comm is None else comm
 
 
+@contextlib.contextmanager
+def _ordered(comm: Optional[BaguaSingleCommunicatorPy]) -> Iterator[BaguaSingleCommunicatorPy]:
+    """Gives the communicator that is meant, with the block ordered behind and before the current stream's work."""
+    communicator = _communicator(comm)
+    with communicator.streams.ordered(communicator.cuda_stream):
+        yield communicator
+
+
 def _registered(tensor: Any) -> Any:
     return tensor.to_bagua_tensor().bagua_backend_tensor()
 
@@ -215,9 +224,8 @@ def broadcast(tensor: Tensor, src: int = 0, comm: Optional[BaguaSingleCommunicat
     Collectives:
         One broadcast. Every rank of ``comm`` must call.
     """
-    comm = _communicator(comm)
-    with comm.streams.ordered(comm.cuda_stream):
-        comm.broadcast(_registered(tensor), src)
+    with _ordered(comm) as communicator:
+        communicator.broadcast(_registered(tensor), src)
 
 
 def broadcast_object(obj: object, src: int = 0, comm: Optional[BaguaSingleCommunicatorPy] = None) -> Any:
@@ -253,9 +261,8 @@ def allreduce(
     Collectives:
         One all-reduce. Every rank of ``comm`` must call.
     """
-    comm = _communicator(comm)
-    with comm.streams.ordered(comm.cuda_stream):
-        comm.allreduce(_registered(send_tensor), _registered(recv_tensor), int(op))
+    with _ordered(comm) as communicator:
+        communicator.allreduce(_registered(send_tensor), _registered(recv_tensor), int(op))
 
 
 def allreduce_inplace(
@@ -266,9 +273,8 @@ def allreduce_inplace(
     Collectives:
         One all-reduce. Every rank of ``comm`` must call.
     """
-    comm = _communicator(comm)
-    with comm.streams.ordered(comm.cuda_stream):
-        comm.allreduce_inplace(_registered(tensor), int(op))
+    with _ordered(comm) as communicator:
+        communicator.allreduce_inplace(_registered(tensor), int(op))
 
 
 def allgather(send_tensor: Tensor, recv_tensor: Tensor, comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
@@ -277,9 +283,8 @@ def allgather(send_tensor: Tensor, recv_tensor: Tensor, comm: Optional[BaguaSing
     Collectives:
         One all-gather. Every rank of ``comm`` must call.
     """
-    comm = _communicator(comm)
-    with comm.streams.ordered(comm.cuda_stream):
-        comm.allgather(_registered(send_tensor), _registered(recv_tensor))
+    with _ordered(comm) as communicator:
+        communicator.allgather(_registered(send_tensor), _registered(recv_tensor))
 
 
 def allgather_inplace(tensor: Tensor, comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
@@ -288,9 +293,8 @@ def allgather_inplace(tensor: Tensor, comm: Optional[BaguaSingleCommunicatorPy] 
     Collectives:
         One all-gather. Every rank of ``comm`` must call.
     """
-    comm = _communicator(comm)
-    with comm.streams.ordered(comm.cuda_stream):
-        comm.allgather_inplace(_registered(tensor))
+    with _ordered(comm) as communicator:
+        communicator.allgather_inplace(_registered(tensor))
 
 
 def reduce(
@@ -305,9 +309,8 @@ def reduce(
     Collectives:
         One all-reduce. Every rank of ``comm`` must call.
     """
-    comm = _communicator(comm)
-    with comm.streams.ordered(comm.cuda_stream):
-        comm.reduce(_registered(send_tensor), _registered(recv_tensor), dst, int(op))
+    with _ordered(comm) as communicator:
+        communicator.reduce(_registered(send_tensor), _registered(recv_tensor), dst, int(op))
 
 
 def reduce_inplace(
@@ -318,9 +321,8 @@ def reduce_inplace(
     Collectives:
         One all-reduce. Every rank of ``comm`` must call.
     """
-    comm = _communicator(comm)
-    with comm.streams.ordered(comm.cuda_stream):
-        comm.reduce_inplace(_registered(tensor), dst, int(op))
+    with _ordered(comm) as communicator:
+        communicator.reduce_inplace(_registered(tensor), dst, int(op))
 
 
 def barrier(comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
