@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench conformance clean
+.PHONY: demo test lint bench conformance contract clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.made:
@@ -60,6 +60,32 @@ $(CONFORMANCE)/.made:
 conformance: $(CONFORMANCE)/.made ## the plugin on upstream Bagua's own Python layer
 	PYTHONPATH=.:$(CONFORMANCE)/upstream:tests/conformance $(CONFORMANCE)/bin/python -m pytest \
 	    -o python_functions='check_*' -o timeout=300 tests/conformance/check_upstream.py
+
+# Upstream Bagua's published wheel with its native core, on the Python and PyTorch that it was built for. The wheels are
+# large: the environment is kept where other checkouts find it too.
+CONTRACT ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bagua_syncbn_algo/contract
+PYTHON39 ?= $(shell for p in python3.9 $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.9.*/bin/python; do \
+    "$$p" -c "import sys; sys.exit(sys.version_info[:2] != (3, 9))" 2>/dev/null && echo "$$p" && break; done)
+# What of the unit tests can run there: one rank, no embedded host.
+CONTRACT_TESTS = $(addprefix tests/test_,channel.py config.py convert.py gradients.py host.py layer.py moments.py parity.py)
+
+$(CONTRACT)/.made:
+	$(PYTHON39) -m venv --clear $(CONTRACT)
+	$(CONTRACT)/bin/python -m pip install --quiet --upgrade "pip>=23"
+	$(CONTRACT)/bin/python -m pip install --quiet torch==1.12.1 $(BAGUA) "pydantic<2" "numpy<1.24" nvidia-nccl-cu11 \
+	    pytest pytest-mock pytest-timeout hypothesis
+	touch $@
+
+contract: $(if $(PYTHON39),$(CONTRACT)/.made) ## the plugin beside upstream Bagua's real wheel (needs Python 3.9)
+ifeq ($(PYTHON39),)
+	@echo "expected Python 3.9 for upstream Bagua's wheel (got none); install it, or name it with PYTHON39=" >&2
+	@test -z "$$CI"
+else
+	LD_LIBRARY_PATH=$$(echo $(CONTRACT)/lib/python3.9/site-packages/nvidia/nccl/lib) BAGUA_SYNCBN_HOST=upstream \
+	    PYTHONPATH=. $(CONTRACT)/bin/python -m pytest -p no:benchmark -o python_functions='check_*' \
+	    tests/contract/check_wheel.py
+	PYTHONPATH=. $(CONTRACT)/bin/python -m pytest -p no:benchmark -m "not multirank" $(CONTRACT_TESTS)
+endif
 
 clean:
 	rm -rf $(VENV) $(CONFORMANCE) build dist *.egg-info

@@ -89,10 +89,10 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
         self.timeout = SyncBatchNormConfig.from_env().timeout if timeout is None else timeout
 
     def reify(self, process_group: Any) -> SyncBatchNormAlgorithmImpl:
-        """Returns the live algorithm on ``process_group``.
+        """Returns the live algorithm on ``process_group``; it makes its statistics groups once it sees the model.
 
         Collectives:
-            Creates the statistics group. Every rank of the world must call.
+            None.
         """
         span = _ranks_per_group(self.normalize_over, len(process_group.ranks))
         return SyncBatchNormAlgorithmImpl(process_group, self.inner.reify(process_group), span, self.timeout)
@@ -117,21 +117,24 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         self._ranks_per_group = ranks_per_group
         self._bound: Dict[int, Any] = {}
         self._round: Optional[Round] = None
-        ranks = list(process_group.ranks)
+        self._ranks = list(process_group.ranks)
+        self._world_group: Any = None
+        self._group: Any = None
+        self._running_group: Any = None
+
+    def _make_groups(self) -> None:
+        # Not in the constructor: a described algorithm can then be inspected on a machine that has no stream to give.
         # Groups of their own: behind queued gradient buckets every layer would wait for all of them. Every rank takes
         # part in making every group, its own or not.
-        self._world_group = self._new_group(ranks)
-        self._group, self._running_group = self._world_group, None
-        if 1 < ranks_per_group < len(ranks):
-            blocks = [ranks[i : i + ranks_per_group] for i in range(0, len(ranks), ranks_per_group)]
-            groups = [self._new_group(block) for block in blocks]
+        ranks, span = self._ranks, self._ranks_per_group
+        self._world_group = self._group = statistics_group(ranks, self._timeout)
+        if 1 < span < len(ranks):
+            blocks = [ranks[i : i + span] for i in range(0, len(ranks), span)]
+            groups = [statistics_group(block, self._timeout) for block in blocks]
             self._group = next(g for g in groups if bagua.get_rank() in g.ranks)
-        if ranks_per_group < len(ranks):
+        if span < len(ranks):
             # Two backends on one communicator would race: the running statistics are sent by another thread.
-            self._running_group = self._new_group(ranks)
-
-    def _new_group(self, ranks: List[int]) -> Any:
-        return statistics_group(ranks, self._timeout)
+            self._running_group = statistics_group(ranks, self._timeout)
 
     def __getattr__(self, name: str) -> Any:
         # Only what is found nowhere else arrives here.
@@ -199,6 +202,8 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
 
     def _bind(self, bagua_ddp: Any) -> None:
         """Binds the model's layers to a statistics channel whose messages are registered Bagua tensors."""
+        if self._world_group is None:
+            self._make_groups()
         module = bagua_ddp.module
         layers = tag_sync_batchnorm(module)
         _warn_about(module, layers)

@@ -178,17 +178,12 @@ class SyncBatchNorm(_BatchNorm):
         if record is not None:
             if self._running is None:
                 self.update_running_statistics(record.merged)
-            else:
-                self._leave(record.local)
+            elif torch.is_grad_enabled():
+                local = record.local
+                self._running.add(self, local.elements, local.mean, local.unbiased_variance())
+            else:  # no backward can follow to carry them
+                self._running.merge(self, self._point, record.local)
         return output
-
-    def _leave(self, local: LocalMoments) -> None:
-        """Leaves moments to the pool; where no backward can follow to carry them, merges at once."""
-        assert self._running is not None
-        if torch.is_grad_enabled():
-            self._running.add(self, local)
-        else:
-            self._running.merge(self, self._point, local)
 
     def _local_batch_norm(self, input: Tensor, batch_statistics: bool, update: bool = False) -> Tensor:
         """Normalizes with this rank's batch or the running statistics, by PyTorch's own kernels."""
@@ -215,19 +210,25 @@ class SyncBatchNorm(_BatchNorm):
     def _pooling_batch_norm(self, input: Tensor, running: RunningPool, update: bool) -> Tensor:
         """Normalizes over this rank by PyTorch's own kernels, and leaves the moments to the pool."""
         count = input.numel() // input.shape[1]
+        if count == 1:
+            return self._local_batch_norm(input, True)  # raises
         dtype = statistics_dtype(input.dtype)
-        mean, variance = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind(0)
+        pooled = update and torch.is_grad_enabled()
+        if pooled:
+            mean, variance = running.place(self, dtype)
+        else:
+            mean, variance = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind(0)
         if count == 0:  # must not reach a native kernel
             output = input.clone()
-        elif count == 1:
-            return self._local_batch_norm(input, True)  # raises
         else:
             # With a momentum of 1 the kernel leaves the batch's own statistics in the buffers that it is given.
             weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
             output = F.batch_norm(input, mean, variance, weight, bias, True, 1.0, self.eps)
-        if update:
-            # What it leaves is unbiased. (An empty shard has left zeros.)
-            self._leave(LocalMoments(count, mean, variance * ((count - 1) / max(count, 1))))
+        if pooled:
+            running.add(self, count, mean, variance)
+        elif update:  # no backward can follow to carry them. (An empty shard has left zeros.)
+            local = LocalMoments(count, mean, variance * ((count - 1) / max(count, 1)))
+            running.merge(self, self._point, local)
         return output
 
     @torch.no_grad()

@@ -39,6 +39,10 @@ class LocalMoments(NamedTuple):
     centred: Optional[Tensor] = None  # scratch of the input's shape: input − shift; `normalize` writes its result there
     shift: Optional[Tensor] = None  # (C,) what was subtracted from the input to get `centred`
 
+    def unbiased_variance(self) -> Tensor:
+        """Returns the variance over ``elements − 1``; for a single element the variance itself, 0."""
+        return self.variance * (self.elements / max(self.elements - 1, 1))
+
 
 class GlobalMoments(NamedTuple):
     """Moments of all ranks' elements together."""

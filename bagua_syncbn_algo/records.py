@@ -19,10 +19,12 @@ _MAX_OPEN = 8  # a forward without a backward (evaluation by training mode, say)
 _AGREEMENT = 1e-4  # recomputation repeats the same arithmetic; other batches differ by more, up to 10⁸ elements
 
 
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)  # not before torch 2.0
+
+
 def inside_backward() -> bool:
     """Whether the caller runs inside a backward pass of this thread; always ``False`` before torch 2.0."""
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and current() != -1
+    return _graph_task() != -1
 
 
 def _graph_is_kept() -> bool:

@@ -7,7 +7,7 @@ update.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -51,16 +51,47 @@ class RunningPool:
         #: What is communicated: ``(n, n·m)``, later zeros and ``n[v + (m − M)²]``; shape ``(L + ΣC,)``.
         self.payload = torch.zeros(len(features) + sum(features), dtype=self._dtype, device=self._device)
         self._index = {id(layer): index for index, layer in enumerate(self.layers)}
-        self._moments: Dict[int, LocalMoments] = {}
+        self._elements = [0] * len(features)
+        # Mean and unbiased variance of what each layer has run since the last launch. Kernels write to `_places`, and
+        # autograd keeps these with them; the pool writes to the same memory past autograd's version counter.
+        moments = torch.zeros(2, sum(features), dtype=self._dtype, device=self._device)
+        self._moments = moments.data
+        self._places = list(zip(*(row.split(features) for row in moments)))
+        self._views = list(zip(*(row.split(features) for row in self._moments)))
         self._flight: Optional[_Flight] = None
         self._world: Optional[Tensor] = None
-        self._zeros = [torch.zeros(count, dtype=self._dtype, device=self._device) for count in features]
 
-    def add(self, layer: Any, local: LocalMoments) -> None:
-        """Takes the local moments of one training forward of ``layer``; several before a launch are pooled."""
+    def place(self, layer: Any, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
+        """Returns where a kernel may leave the mean and variance of a forward that :meth:`add` is told of next."""
         index = self._index[id(layer)]
-        earlier = self._moments.get(index)
-        self._moments[index] = local if earlier is None else _pooled(earlier, local)
+        if self._elements[index] == 0 and dtype == self._dtype:
+            return self._places[index]
+        mean, variance = torch.zeros(2, layer.num_features, dtype=dtype, device=self._device).unbind(0)
+        return mean, variance
+
+    @torch.no_grad()
+    def add(self, layer: Any, elements: int, mean: Tensor, variance: Tensor) -> None:
+        """Takes the local moments of one training forward of ``layer``; several before a launch are pooled.
+
+        Args:
+            layer: one of the pool's.
+            elements: per channel; 0 for an empty shard.
+            mean: shape ``(C,)``.
+            variance: shape ``(C,)``, unbiased, as BatchNorm kernels leave it.
+        """
+        index = self._index[id(layer)]
+        earlier = self._elements[index]
+        self._elements[index] += elements
+        if elements == 0 or mean is self._places[index][0]:
+            return
+        own_mean, own_variance = self._views[index]
+        if earlier:
+            counts = torch.tensor([[earlier], [elements]], device=self._device)
+            biased = torch.stack([own_variance, variance.to(self._dtype)]) * ((counts - 1) / counts)
+            merged = merge_moments(counts, torch.stack([own_mean, mean.to(self._dtype)]), biased)
+            mean, variance = merged.mean, merged.unbiased_variance()
+        own_mean.copy_(mean)
+        own_variance.copy_(variance)
 
     def merge(self, layer: Any, point: SyncPoint, local: LocalMoments) -> None:
         """Updates ``layer`` at once by the moments of one training forward of all ranks.
@@ -73,17 +104,16 @@ class RunningPool:
     @torch.no_grad()
     def load(self) -> None:
         """Moves what was pooled into the payload, for the first sum; forwards from now on are pooled anew."""
-        moments, self._moments = self._moments, {}
-        counts, means, variances = [], [], []
-        for index, zeros in enumerate(self._zeros):
-            local = moments.get(index)
-            counts.append(0 if local is None else local.elements)
-            means.append(zeros if local is None else local.mean.to(self._dtype))
-            variances.append(zeros if local is None else local.variance.to(self._dtype))
-        counts_per_layer = torch.tensor(counts, dtype=self._dtype).to(self._device)
-        flight = _Flight(counts_per_layer[self._layer_of], torch.cat(means), torch.cat(variances))
-        torch.cat([counts_per_layer, flight.counts * flight.means], out=self.payload)
-        self._flight = flight
+        elements, self._elements = self._elements, [0] * len(self._elements)
+        # Variances are unbiased and here become biased.
+        factors = [(n - 1) / n if n else 0.0 for n in elements]
+        per_layer = torch.tensor([elements, factors], dtype=self._dtype).to(self._device)
+        counts, factors_of = per_layer[:, self._layer_of]
+        means, variances = self._moments[0].clone(), self._moments[1] * factors_of
+        self._moments.zero_()  # a value that is no number would outlast even a momentum of 1
+        self._flight = _Flight(counts, means, variances)
+        self.payload[: len(elements)] = per_layer[0]
+        torch.mul(counts, means, out=self.payload[len(elements) :])
 
     @torch.no_grad()
     def between(self, *unused: Any) -> None:
@@ -106,20 +136,23 @@ class RunningPool:
         self._flight = self._world = None
         # All layers at once: twenty small operations for each would cost more than the statistics' communication.
         ran = counts > 0
-        tracked = [layer.num_batches_tracked for layer in self.layers]
+        # Past Module.__getattr__, which costs more than some of the operations below.
+        tracked = [layer._buffers["num_batches_tracked"] for layer in self.layers]
         torch._foreach_add_(tracked, list(ran.to(tracked[0].dtype).unbind(0)))
         momenta = [-1.0 if layer.momentum is None else layer.momentum for layer in self.layers]
         weights = torch.tensor(momenta, dtype=self._dtype).to(self._device)
         if min(momenta) < 0:  # the cumulative average
             weights = torch.where(weights < 0, torch.stack(tracked).clamp(min=1).reciprocal().to(self._dtype), weights)
         # Where nobody ran the layer all of these are zeros, and so is the weight.
-        weights = (weights * ran)[self._layer_of]
-        unbiased = self.payload[layers:] / (counts - 1).clamp(min=1)[self._layer_of]
-        for name, values in (("running_mean", means), ("running_var", unbiased)):
-            buffers = [getattr(layer, name) for layer in self.layers]
-            moved = torch.cat([buffer.to(self._dtype) for buffer in buffers]).lerp_(values, weights)
-            for buffer, value in zip(buffers, moved.split(self._features)):
-                buffer.copy_(value)
+        per_layer = torch.stack([weights * ran, (counts - 1).clamp(min=1)])
+        weights_of, divisors = per_layer[:, self._layer_of]
+        values = torch.cat([means, self.payload[layers:] / divisors])
+        buffers = [layer._buffers[name] for name in ("running_mean", "running_var") for layer in self.layers]
+        moved = torch.cat([buffer.to(self._dtype) for buffer in buffers])
+        moved.lerp_(values, weights_of.repeat(2))
+        # A half-precision buffer is rounded once.
+        torch._foreach_zero_(buffers)
+        torch._foreach_add_(buffers, list(moved.split(self._features * 2)))
 
     @property
     def in_flight(self) -> bool:
@@ -130,15 +163,3 @@ class RunningPool:
     def names(self) -> List[str]:
         """The layers' names."""
         return [layer.sync_name for layer in self.layers]
-
-
-def _pooled(first: LocalMoments, second: LocalMoments) -> LocalMoments:
-    if first.elements == 0:
-        return second
-    if second.elements == 0:
-        return first
-    counts = torch.tensor([[first.elements], [second.elements]], device=first.mean.device)
-    merged = merge_moments(
-        counts, torch.stack([first.mean, second.mean]), torch.stack([first.variance, second.variance])
-    )
-    return LocalMoments(first.elements + second.elements, merged.mean, merged.variance)

@@ -30,8 +30,19 @@ def test_the_environment_alone_switches_on() -> None:
     """A flag's default that overrides BAGUA_SYNCBN=1, or layers that stay local although it says "on"."""
     done = run("--steps", 3, BAGUA_SYNCBN="1")
     assert done.returncode == 0, done.stderr
-    assert "synchronized batch normalization: on (2 ranks" in done.stdout
+    assert "synchronized batch normalization: on, over the world (2 ranks" in done.stdout
     assert "18 statistics rounds" in done.stdout  # 9 layers, forward and backward
+
+
+@pytest.mark.multirank
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("span", "rounds"), [("node", 18), ("rank", 1)])
+def test_the_environment_alone_says_over_which_ranks(span: str, rounds: int) -> None:
+    """A variable that is read and then lost on its way to the algorithm."""
+    done = run("--steps", 3, BAGUA_SYNCBN="1", BAGUA_SYNCBN_NORMALIZE_OVER=span)
+    assert done.returncode == 0, done.stderr
+    assert f"synchronized batch normalization: on, over the {span} (2 ranks" in done.stdout
+    assert f"; {rounds} statistics rounds" in done.stdout
 
 
 @pytest.mark.multirank
@@ -50,7 +61,7 @@ def test_joins_the_launcher_that_started_it() -> None:
     """Starting ranks of its own under torchrun: ranks of ranks, or a meeting that never happens."""
     done = run("--steps", 3, "--sync-bn", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **_meeting_place())
     assert done.returncode == 0, done.stderr
-    assert "synchronized batch normalization: on (1 ranks" in done.stdout
+    assert "synchronized batch normalization: on, over the world (1 ranks" in done.stdout
     assert done.stdout.count("test accuracy") == 1
 
 
@@ -77,11 +88,13 @@ def test_compare_prints_the_table_and_draws_the_picture(tmp_path: Path) -> None:
     """A comparison that loses a column, measures no rounds, or draws nothing; synchronized that is not the batch's."""
     done = run("--compare", "--seeds", 0, "--steps", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    for column in ("local", "synchronized", "single process"):
+    for column in ("local", "local, world statistics", "synchronized", "single process"):
         assert column in _row(done.stdout, "local")
-    assert [cell.strip() for cell in _row(done.stdout, "statistics rounds").split("│")[2:5]] == ["0", "18", "0"]
-    _, _, _, synchronized, single, _ = _row(done.stdout, "test accuracy").split("│")
+    assert [cell.strip() for cell in _row(done.stdout, "statistics rounds").split("│")[2:6]] == ["0", "1", "18", "0"]
+    *_, synchronized, single, _ = _row(done.stdout, "test accuracy").split("│")
     assert synchronized.strip() == single.strip()
+    ours, worlds = (cell.split(",") for cell in _row(done.stdout, "each rank").split("│")[2:4])
+    assert len(ours) == 2 and len(worlds) == 2 and worlds[0].strip() == worlds[1].strip()
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -267,6 +267,7 @@ def test_records_do_not_pile_up() -> None:
     assert run_threads(2, body) == [(0, 8), (0, 8)]
 
 
+@pytest.mark.skipif(not hasattr(torch._C, "_current_graph_task_id"), reason="torch 2.0 is the first to tell")
 def test_one_rank_checkpointing_updates_once() -> None:
     """Catches what nn.BatchNorm does under checkpointing: its running statistics move twice a step."""
     norm = SyncBatchNorm(3)
@@ -303,7 +304,8 @@ def test_pickle_and_state_dict() -> None:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
+    # torch 1.12 has no such switch, and later ones default to refusing classes.
+    loaded = torch.load(buffer, **({"weights_only": False} if torch.__version__ >= "2" else {}))
     assert loaded[1].tag[:3] == model[1].tag[:3] and loaded[1].tag.roster.layers == model[1].tag.roster.layers
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
