@@ -23,7 +23,7 @@ upstream = bagua.torch_api.algorithms
 class ProcessGroup:
     """Described, not made: a real one makes a CUDA stream."""
 
-    ranks = [0, 1]
+    ranks = (0, 1)
 
 
 def hooks(kind: type) -> List[str]:
@@ -50,7 +50,7 @@ def check_by_name_and_reified(inner: str) -> None:
     live = algorithm.reify(ProcessGroup())
     assert isinstance(live, SyncBatchNormAlgorithmImpl)
     assert type(live.inner) is type(upstream.Algorithm.init(inner, hierarchical=False).reify(ProcessGroup()))
-    assert live.need_reset() is False and live.process_group.ranks == [0, 1]
+    assert live.need_reset() is False and live.process_group.ranks == (0, 1)
 
 
 def check_async_is_refused() -> None:
