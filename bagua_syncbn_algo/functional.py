@@ -1,8 +1,12 @@
-"""Synchronized batch normalization as a function of tensors and a statistics channel."""
+"""Synchronized batch normalization as a function of tensors and a statistics channel.
+
+Several layers that do not depend on each other share one round: their statistics travel in one message.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional, Tuple
+from functools import lru_cache
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,64 +28,70 @@ from .moments import (
 )
 from .records import Record, Records
 
-__all__ = ["exchange_moments", "sync_batch_norm"]
+__all__ = ["Member", "exchange_moments", "sync_batch_norm"]
+
+_T = TypeVar("_T")
+
+
+class Member(NamedTuple):
+    """One application of a layer in a round."""
+
+    input: Tensor  # (N, C, ...), floating point; N may be 0 on some ranks
+    weight: Optional[Tensor]  # (C,)
+    bias: Optional[Tensor]  # (C,)
+    eps: float
+    name: str  # of the layer, for errors
 
 
 def sync_batch_norm(
-    input: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    eps: float,
-    channel: Channel,
-    point: SyncPoint,
-    records: Optional[Records] = None,
-) -> Tuple[Tensor, Optional[Record]]:
-    """Normalizes ``input`` over the elements of all ranks of ``channel``.
+    members: Sequence[Member], channel: Channel, point: SyncPoint, records: Optional[Records] = None
+) -> Tuple[Tuple[Tensor, ...], Optional[Record]]:
+    """Normalizes the inputs of independent layers, each over the elements of all ranks of ``channel``.
 
     Args:
-        input: shape ``(N, C, ...)``, floating point; ``N`` may be 0 on some ranks.
-        weight: shape ``(C,)``, or ``None``.
-        bias: shape ``(C,)``, or ``None``.
-        eps: added to the variance.
+        members: the layers and their inputs; of the same channels on every rank, on one device.
         channel: the ranks to normalize over.
-        point: names this call to the other ranks.
-        records: the layer's records, through which a forward recomputed in backward reuses the statistics.
+        point: names this round to the other ranks.
+        records: the round's records, through which a forward recomputed in backward reuses the statistics.
 
     Returns:
-        The output, in the input's dtype and memory format, and the record of this forward, with the local and the
-        merged moments; ``None`` in place of the record where the forward was a recomputation.
+        The outputs, each in its input's dtype and memory format, and the record of this forward, with the local and
+        the merged moments; ``None`` in place of the record where the forward was a recomputation. An output that no
+        rank uses gives no gradient to its layer.
 
     Raises:
-        ValueError: if the whole group holds at most one value per channel.
+        ValueError: if the whole group holds at most one value per channel of a layer.
         SyncBatchNormError: if another rank failed, is elsewhere or did not arrive.
 
     Collectives:
-        Forward: one all-gather of ``8 + 2C·itemsize`` payload bytes; none for a recomputation. Backward: one
-        all-gather of ``2C·itemsize`` bytes, if the input requires a gradient. Every rank must call.
+        Forward: one all-gather of ``8 + 2C·itemsize`` payload bytes for each member; none for a recomputation.
+        Backward: one all-gather of ``2C·itemsize`` bytes for each, and of one byte more where there are several, if
+        any input requires a gradient. Every rank must call.
     """
-    detached = dense(input.detach())
+    inputs = [dense(member.input.detach()) for member in members]
+
+    def moments() -> List[LocalMoments]:
+        return [_local(input) for input in inputs]
+
     with torch.no_grad():
-        local = None
         record = None
         if records is not None:
             # A fault before the exchange must reach the ranks that already wait in it.
-            record = _or_fail(channel, point, FORWARD, lambda: records.match(lambda: _local(detached)))
-        merged = None if record is None else record.merged
-        if merged is None:
-            local = _or_fail(channel, point, FORWARD, lambda: _local(detached))
-            merged = exchange_moments(local, channel, point)
-            record = Record(local, merged)
+            record = _or_fail(channel, point, FORWARD, lambda: records.match(moments))
+        recomputed = record is not None
+        if record is None:
+            local = _or_fail(channel, point, FORWARD, moments)
+            record = Record(local, exchange_moments(local, channel, point, [member.name for member in members]))
             if records is not None:
                 records.open(record)
-            recomputed = False
         else:
-            local = LocalMoments(detached.numel() // max(detached.shape[1], 1), merged.mean, merged.variance)
-            recomputed = True
-    call = _Call(local, merged, eps, channel, point, records, record)
+            local = record.local
+    call = _Call(local, record.merged, [member.eps for member in members], channel, point, records, record)
+    tensors = [tensor for member in members for tensor in (member.input, member.weight, member.bias)]
 
-    def apply() -> Tensor:
-        output: Tensor = _SyncBatchNorm.apply(input, weight, bias, call)  # type: ignore[no-untyped-call]
-        return output
+    def apply() -> Tuple[Tensor, ...]:
+        outputs: Tuple[Tensor, ...] = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
+        return outputs
 
     if recomputed:
         return apply(), None  # checkpointing ends a recomputation early by an exception from inside: no fault
@@ -90,59 +100,96 @@ def sync_batch_norm(
 
 
 class _Call(NamedTuple):
-    local: Optional[LocalMoments]
+    local: List[LocalMoments]
     merged: GlobalMoments
-    eps: float
+    eps: List[float]
     channel: Channel
     point: SyncPoint
     records: Optional[Records]
-    record: Optional[Record]
+    record: Record
 
 
 class _SyncBatchNorm(Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _Call) -> Tensor:
-        input = dense(input)
-        mean = call.merged.mean
-        invstd = (call.merged.variance + call.eps).rsqrt_()
-        ctx.save_for_backward(input, weight, mean, invstd, call.merged.elements)
-        ctx.call = call._replace(local=None)  # its scratch tensor becomes the output
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        if input.numel() == 0:
-            return torch.empty_like(input)
-        assert call.local is not None
-        return normalize(input, call.local, mean, invstd, weight, bias)
+    def forward(ctx: Any, call: _Call, *tensors: Optional[Tensor]) -> Tuple[Tensor, ...]:
+        inputs = [dense(tensor) for tensor in tensors[::3] if tensor is not None]
+        weights, biases = tensors[1::3], tensors[2::3]
+        merged = call.merged
+        invstd = (merged.variance + _eps_of(call, merged.variance)).rsqrt_()
+        ctx.save_for_backward(merged.mean, invstd, merged.elements, *inputs, *weights)
+        ctx.call = call._replace(local=[])  # their scratch tensors become the outputs
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        ctx.set_materialize_grads(False)
+        outputs = []
+        for input, weight, bias, local, mean_, invstd_ in zip(
+            inputs, weights, biases, call.local, _split(merged.mean, inputs), _split(invstd, inputs)
+        ):
+            if input.numel() == 0:
+                outputs.append(torch.empty_like(input))
+            else:
+                outputs.append(normalize(input, local, mean_, invstd_, weight, bias))
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Tuple[Optional[Tensor], ...]:
-        input, weight, mean, invstd, count = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         call: _Call = ctx.call
+        mean, invstd, elements, *rest = ctx.saved_tensors
+        count = len(rest) // 2
+        inputs, weights = rest[:count], rest[count:]
+        means, invstds = _split(mean, inputs), _split(invstd, inputs)
+        outputs = [
+            None if grad is None else grad.contiguous(memory_format=memory_format(input))
+            for grad, input in zip(grads, inputs)
+        ]
 
-        def local_sums() -> Tuple[Tensor, Tensor]:
-            nonlocal grad_output
-            grad_output = grad_output.contiguous(memory_format=memory_format(input))
-            if input.numel() == 0:
-                return torch.zeros_like(mean), torch.zeros_like(mean)
-            return gradient_sums(grad_output, input, mean, invstd)
+        def local_sums() -> Tuple[List[Tensor], List[Tensor]]:
+            pairs = [
+                (torch.zeros_like(mean_), torch.zeros_like(mean_))
+                if output is None or input.numel() == 0
+                else gradient_sums(output, input, mean_, invstd_)
+                for output, input, mean_, invstd_ in zip(outputs, inputs, means, invstds)
+            ]
+            return [dy for dy, _ in pairs], [dy_xhat for _, dy_xhat in pairs]
 
         local_dy, local_dy_xhat = _or_fail(call.channel, call.point, BACKWARD, local_sums)
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            (gathered,) = call.channel.exchange(call.point, BACKWARD, [torch.cat([local_dy, local_dy_xhat])])
+        used = [output is not None for output in outputs]
+        gradients: List[Optional[Tensor]] = [None] * (3 * count)
+        if any(ctx.needs_input_grad[1::3]):
+            parts = [torch.cat([part.to(mean.dtype) for part in (*local_dy, *local_dy_xhat)])]
+            if count > 1:
+                parts.append(_constant(tuple(used), torch.uint8, mean.device))
+            gathered, *flags = call.channel.exchange(call.point, BACKWARD, parts)
             # In rank order and in float64, as in the forward: the same bits on every rank.
-            dy, dy_xhat = gathered.double().sum(0).to(mean.dtype).chunk(2)
-            if input.numel() == 0:
-                grad_input = torch.empty_like(input)
-            else:
-                grad_input = input_gradient(grad_output, input, mean, invstd, weight, dy, dy_xhat, count)
-        if ctx.needs_input_grad[1]:
-            grad_weight = local_dy_xhat.to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = local_dy.to(ctx.bias_dtype)
-        if call.records is not None and call.record is not None:
+            dy, dy_xhat = (_split(half, inputs) for half in gathered.double().sum(0).to(mean.dtype).chunk(2))
+            if flags and not all(used):  # only then does the host have to know
+                used = flags[0].any(0).tolist()
+            counts = elements.view(-1)
+            for i, input in enumerate(inputs):
+                if not (used[i] and ctx.needs_input_grad[1 + 3 * i]):
+                    continue
+                if input.numel() == 0:
+                    gradients[3 * i] = torch.empty_like(input)
+                else:
+                    output = outputs[i]
+                    gradients[3 * i] = input_gradient(
+                        torch.zeros_like(input) if output is None else output,
+                        input,
+                        means[i],
+                        invstds[i],
+                        weights[i],
+                        dy[i],
+                        dy_xhat[i],
+                        counts[i],
+                    )
+        for i, weight in enumerate(weights):
+            if used[i] and ctx.needs_input_grad[2 + 3 * i]:
+                gradients[3 * i + 1] = local_dy_xhat[i].to(weight.dtype)
+            if used[i] and ctx.needs_input_grad[3 + 3 * i]:
+                gradients[3 * i + 2] = local_dy[i].to(ctx.bias_dtypes[i])
+        if call.records is not None:
             call.records.close(call.record)
-        return grad_input, grad_weight, grad_bias, None
+        return (None, *gradients)
 
 
 def _local(input: Tensor) -> LocalMoments:
@@ -152,29 +199,77 @@ def _local(input: Tensor) -> LocalMoments:
     return LocalMoments(0, zeros, zeros)
 
 
-def exchange_moments(local: LocalMoments, channel: Channel, point: SyncPoint) -> GlobalMoments:
+def exchange_moments(
+    local: Sequence[LocalMoments], channel: Channel, point: SyncPoint, names: Sequence[str]
+) -> GlobalMoments:
     """Merges the local moments of all ranks of ``channel``.
+
+    Args:
+        local: of each layer in the round.
+        channel: the ranks.
+        point: the round.
+        names: of the layers, for errors.
+
+    Returns:
+        The layers' moments one after the other, in the widest of their dtypes.
 
     Raises:
         ValueError: if the whole group holds at most one value per channel.
         SyncBatchNormError: if another rank failed, is elsewhere or did not arrive.
 
     Collectives:
-        One all-gather of ``8 + 2C·itemsize`` payload bytes. Every rank must call.
+        One all-gather of ``8 + 2C·itemsize`` payload bytes for each layer. Every rank must call.
     """
-    count = torch.full((1,), local.elements, dtype=torch.int64, device=local.mean.device)
-    counts, moments = channel.exchange(point, FORWARD, [count, torch.cat([local.mean, local.variance])])
+    device = local[0].mean.device
+    dtype = torch.float64 if any(part.mean.dtype == torch.float64 for part in local) else torch.float32
+    count = _constant(tuple(part.elements for part in local), torch.int64, device)
+    payload = torch.cat([*(part.mean.to(dtype) for part in local), *(part.variance.to(dtype) for part in local)])
+    counts, moments = channel.exchange(point, FORWARD, [count, payload])
     # Where this rank alone holds two values per channel, the world does too: no need to wait for the others' counts.
-    if local.elements < 2 and int(counts.sum()) < 2:
-        raise ValueError(
-            f"expected more than 1 value per channel in the whole group when training (got {local.elements} here, "
-            f"{int(counts.sum())} on all {channel.world_size} ranks, at {point.name}); use a larger batch or eval()"
-        )
+    for index, part in enumerate(local):
+        if part.elements < 2 and int(counts[:, index].sum()) < 2:
+            raise ValueError(
+                f"expected more than 1 value per channel in the whole group when training (got {part.elements} here, "
+                f"{int(counts[:, index].sum())} on all {channel.world_size} ranks, at {names[index]}); use a larger "
+                "batch or eval()"
+            )
     means, variances = moments.chunk(2, dim=1)
-    return merge_moments(counts, means, variances)
+    if len(local) == 1:
+        return merge_moments(counts, means, variances)
+    return merge_moments(counts, means, variances, _layer_of(tuple(part.mean.numel() for part in local), device))
 
 
-def _or_fail(channel: Channel, point: SyncPoint, phase: int, compute: Any) -> Any:
+@lru_cache(maxsize=1024)
+def _constant(values: Tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns a tensor of Python numbers, never to be written to; on CUDA making one is a wait."""
+    with torch.inference_mode(False):  # it outlives the block that may be running
+        return torch.tensor(values, dtype=dtype).to(device)
+
+
+@lru_cache(maxsize=1024)
+def _layer_of(features: Tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns of which layer each channel is, ``(ΣC,)``: turns a value per layer into one per channel."""
+    with torch.inference_mode(False):
+        return torch.repeat_interleave(torch.tensor(features)).to(device)
+
+
+def _eps_of(call: _Call, like: Tensor) -> Any:
+    if len(set(call.eps)) == 1:
+        return call.eps[0]
+    layer_of = call.merged.layer_of
+    assert layer_of is not None
+    return _constant(tuple(call.eps), like.dtype, like.device)[layer_of]
+
+
+def _split(vector: Tensor, inputs: Sequence[Tensor]) -> List[Tensor]:
+    """Cuts one vector for all layers into the layers' own, each in its statistics' dtype."""
+    if len(inputs) == 1:
+        return [vector]
+    pieces = vector.split([input.shape[1] for input in inputs])
+    return [piece.to(statistics_dtype(input.dtype)) for piece, input in zip(pieces, inputs)]
+
+
+def _or_fail(channel: Channel, point: SyncPoint, phase: int, compute: Callable[[], _T]) -> _T:
     """Runs ``compute``; on an error the other ranks are told before it is raised here."""
     try:
         return compute()

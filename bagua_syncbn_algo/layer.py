@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, channel_of, source_group, sync_point
-from .functional import sync_batch_norm
+from .functional import Member, sync_batch_norm
 from .moments import GlobalMoments, LocalMoments, statistics_dtype
 from .records import Records, inside_backward
 from .running import RunningPool
@@ -174,15 +174,16 @@ class SyncBatchNorm(_BatchNorm):
             if self._running is not None:
                 return self._pooling_batch_norm(input, self._running, update=not inside_backward())
             return self._local_batch_norm(input, True, update=not inside_backward())
-        output, record = sync_batch_norm(input, self.weight, self.bias, self.eps, channel, self._point, self._records)
+        member = Member(input, self.weight, self.bias, self.eps, self.sync_name)
+        (output,), record = sync_batch_norm([member], channel, self._point, self._records)
         if record is not None:
             if self._running is None:
                 self.update_running_statistics(record.merged)
             elif torch.is_grad_enabled():
-                local = record.local
+                (local,) = record.local
                 self._running.add(self, local.elements, local.mean, local.unbiased_variance())
             else:  # no backward can follow to carry them
-                self._running.merge(self, self._point, record.local)
+                self._running.merge(self, self._point, record.local[0])
         return output
 
     def _local_batch_norm(self, input: Tensor, batch_statistics: bool, update: bool = False) -> Tensor:

@@ -43,17 +43,23 @@ class LocalMoments(NamedTuple):
         """Returns the variance over ``elements − 1``; for a single element the variance itself, 0."""
         return self.variance * (self.elements / max(self.elements - 1, 1))
 
+    def forget(self) -> LocalMoments:
+        """Returns the moments without the scratch tensor, which is as large as the activation."""
+        return self._replace(centred=None, shift=None)
+
 
 class GlobalMoments(NamedTuple):
-    """Moments of all ranks' elements together."""
+    """Moments of all ranks' elements together, of one layer or of several one after the other."""
 
-    elements: Tensor  # int64 scalar, per channel
-    mean: Tensor  # (C,)
-    variance: Tensor  # (C,) biased: what normalizes
+    elements: Tensor  # int64, per channel: a scalar, or (L,) for L layers
+    mean: Tensor  # (C,), or (ΣC,)
+    variance: Tensor  # the same shape; biased: what normalizes
+    layer_of: Optional[Tensor] = None  # (ΣC,) of which layer each channel is; None for one layer
 
     def unbiased_variance(self) -> Tensor:
         """Returns the variance over ``elements − 1``, what running_var takes."""
-        return self.variance * (self.elements / (self.elements - 1).double()).to(self.variance.dtype)
+        factor = (self.elements / (self.elements - 1).double()).to(self.variance.dtype)
+        return self.variance * (factor if self.layer_of is None else factor[self.layer_of])
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -90,7 +96,7 @@ def local_moments(input: Tensor) -> LocalMoments:
     return _kernels(input).local_moments(input)
 
 
-def merge_moments(counts: Tensor, means: Tensor, variances: Tensor) -> GlobalMoments:
+def merge_moments(counts: Tensor, means: Tensor, variances: Tensor, layer_of: Optional[Tensor] = None) -> GlobalMoments:
     """Merges the moments of ``W`` ranks, in rank order, so that every rank gets the same bits.
 
     ``N = Σ n_r``, ``M = Σ n_r m_r / N``, ``V = Σ n_r [v_r + (m_r − M)²] / N``: Chan, Golub, LeVeque, "Updating formulae
@@ -98,21 +104,23 @@ def merge_moments(counts: Tensor, means: Tensor, variances: Tensor) -> GlobalMom
     float64, whatever the statistics' dtype: the tensors are small and an int64 count stays exact to 2⁵³.
 
     Args:
-        counts: shape ``(W, 1)``, int64; their sum must be at least 2.
-        means: shape ``(W, C)``.
+        counts: shape ``(W, 1)``, or ``(W, L)`` for L layers; int64; the sum over ranks must be at least 2.
+        means: shape ``(W, C)``; for several layers one after the other.
         variances: shape ``(W, C)``, biased.
+        layer_of: shape ``(C,)``: of which layer each channel is; ``None`` for one layer.
 
     Returns:
         Moments in the dtype of ``means``.
     """
-    total = counts.sum()
+    total = counts.sum() if layer_of is None else counts.sum(0)
     if counts.shape[0] == 1:
-        return GlobalMoments(total, means[0], variances[0])
+        return GlobalMoments(total, means[0], variances[0], layer_of)
     shares = counts / total.double()
+    shares = shares if layer_of is None else shares[:, layer_of]
     doubles = means.double()
     mean = (shares * doubles).sum(0)
     variance = (shares * (variances + (doubles - mean).square())).sum(0)
-    return GlobalMoments(total, mean.to(means.dtype), variance.to(means.dtype))
+    return GlobalMoments(total, mean.to(means.dtype), variance.to(means.dtype), layer_of)
 
 
 def normalize(

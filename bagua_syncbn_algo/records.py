@@ -7,7 +7,7 @@ with the statistics of the first: exchanging again would cost a round, and updat
 from __future__ import annotations
 
 from collections import deque
-from typing import Callable, Deque, Optional
+from typing import Callable, Deque, Optional, Sequence
 
 import torch
 
@@ -33,30 +33,34 @@ def _graph_is_kept() -> bool:
 
 
 class Record:
-    """What one training forward found out."""
+    """What one training forward of a round found out."""
 
     __slots__ = ("local", "merged")
 
-    def __init__(self, local: LocalMoments, merged: GlobalMoments) -> None:
-        self.local = local._replace(centred=None, shift=None)  # the scratch tensor is as large as the activation
+    def __init__(self, local: Sequence[LocalMoments], merged: GlobalMoments) -> None:
+        self.local = [part.forget() for part in local]
         self.merged = merged
 
-    def distance(self, local: LocalMoments) -> float:
+    def distance(self, local: Sequence[LocalMoments]) -> float:
         """Returns how far the local moments are apart: means in standard deviations, variances relative.
 
         What is not a number counts as agreement.
         """
-        if local.elements != self.local.elements:
-            return float("inf")
-        information = torch.finfo(local.mean.dtype)
-        scale = local.variance.sqrt() + information.eps * local.mean.abs() + information.tiny
-        means = (local.mean - self.local.mean).abs() / scale
-        variances = (local.variance - self.local.variance).abs() / (local.variance + information.tiny)
-        return float(torch.stack([means, variances]).nan_to_num(0.0).max())
+        return max(_distance(ours, theirs) for ours, theirs in zip(self.local, local))
+
+
+def _distance(ours: LocalMoments, theirs: LocalMoments) -> float:
+    if ours.elements != theirs.elements:
+        return float("inf")
+    information = torch.finfo(theirs.mean.dtype)
+    scale = theirs.variance.sqrt() + information.eps * theirs.mean.abs() + information.tiny
+    means = (theirs.mean - ours.mean).abs() / scale
+    variances = (theirs.variance - ours.variance).abs() / (theirs.variance + information.tiny)
+    return float(torch.stack([means, variances]).nan_to_num(0.0).max())
 
 
 class Records:
-    """The open records of one layer, the oldest dropped first."""
+    """The open records of one round, the oldest dropped first."""
 
     def __init__(self) -> None:
         self._open: Deque[Record] = deque(maxlen=_MAX_OPEN)
@@ -73,7 +77,7 @@ class Records:
         if record in self._open and not _graph_is_kept():
             self._open.remove(record)
 
-    def match(self, local: Callable[[], LocalMoments]) -> Optional[Record]:
+    def match(self, local: Callable[[], Sequence[LocalMoments]]) -> Optional[Record]:
         """Returns the record that a forward inside a backward repeats, or ``None`` for an ordinary forward.
 
         Args:

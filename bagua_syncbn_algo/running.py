@@ -99,7 +99,7 @@ class RunningPool:
         Collectives:
             One all-gather of ``8 + 2C·itemsize`` payload bytes. Every rank must call.
         """
-        layer.update_running_statistics(exchange_moments(local, self._channel, point))
+        layer.update_running_statistics(exchange_moments([local], self._channel, point, [layer.sync_name]))
 
     @torch.no_grad()
     def load(self) -> None:

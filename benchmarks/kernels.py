@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bagua_syncbn_algo import moments
 from bagua_syncbn_algo.channel import SINGLE_PROCESS, sync_point
-from bagua_syncbn_algo.functional import sync_batch_norm
+from bagua_syncbn_algo.functional import Member, sync_batch_norm
 
 # Shape, memory format, and the ratio that the kernels must not exceed.
 SIZES = [
@@ -51,7 +51,7 @@ def variants(x: Tensor, dy: Tensor) -> Dict[str, Any]:
     point = sync_point("benchmark")
 
     def function() -> Any:
-        y, _ = sync_batch_norm(*leaves, EPS, SINGLE_PROCESS, point)
+        (y,), _ = sync_batch_norm([Member(*leaves, EPS, "test")], SINGLE_PROCESS, point)
         return torch.autograd.grad(y, leaves, dy)
 
     return {

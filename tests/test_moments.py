@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bagua_syncbn_algo import moments
 from bagua_syncbn_algo.channel import SINGLE_PROCESS, sync_point
-from bagua_syncbn_algo.functional import sync_batch_norm
+from bagua_syncbn_algo.functional import Member, sync_batch_norm
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -129,7 +129,7 @@ def test_cuda_kernels_are_called_as_they_want(mocker: Any, affine: bool) -> None
 
     def run() -> Any:
         leaves = [t.clone().requires_grad_() if t is not None else None for t in (x, weight, bias)]
-        y, record = sync_batch_norm(*leaves, 1e-5, SINGLE_PROCESS, sync_point("test"))
+        (y,), record = sync_batch_norm([Member(*leaves, 1e-5, "test")], SINGLE_PROCESS, sync_point("test"))
         y.backward(dy)
         return y.detach(), record.merged.unbiased_variance(), [leaf.grad for leaf in leaves if leaf is not None]
 
@@ -147,7 +147,7 @@ def test_gradcheck(shape: Any, affine: bool) -> None:
 
     def f(x: Tensor, *affine: Tensor) -> Tensor:
         weight, bias = affine or (None, None)
-        return sync_batch_norm(x, weight, bias, 1e-3, SINGLE_PROCESS, sync_point("test"))[0]
+        return sync_batch_norm([Member(x, weight, bias, 1e-3, "test")], SINGLE_PROCESS, sync_point("test"))[0][0]
 
     assert torch.autograd.gradcheck(f, (x, *affines))
 
@@ -155,7 +155,7 @@ def test_gradcheck(shape: Any, affine: bool) -> None:
 def test_second_derivatives_are_refused() -> None:
     """Catches a gradient penalty that would silently miss the terms through the statistics."""
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    y, _ = sync_batch_norm(x, None, None, 1e-3, SINGLE_PROCESS, sync_point("test"))
+    (y,), _ = sync_batch_norm([Member(x, None, None, 1e-3, "test")], SINGLE_PROCESS, sync_point("test"))
     (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()

@@ -221,9 +221,9 @@ def test_variance_survives_a_large_mean(world: int, layout: torch.memory_format)
 def sync_single(x: Tensor) -> Tensor:
     """The project's own arithmetic on one rank, where the layer would use the native kernel."""
     from bagua_syncbn_algo.channel import SINGLE_PROCESS, sync_point
-    from bagua_syncbn_algo.functional import sync_batch_norm
+    from bagua_syncbn_algo.functional import Member, sync_batch_norm
 
-    _, record = sync_batch_norm(x, None, None, 1e-5, SINGLE_PROCESS, sync_point("test"))
+    _, record = sync_batch_norm([Member(x, None, None, 1e-5, "test")], SINGLE_PROCESS, sync_point("test"))
     assert record is not None
     return record.merged.unbiased_variance()
 
