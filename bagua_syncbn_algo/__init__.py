@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, List
 
 from .channel import SyncBatchNormError
+from .coalesce import plan_of
 from .config import SyncBatchNormConfig
 from .convert import (
     BatchNormNd,
@@ -18,6 +19,7 @@ from .convert import (
     tag_table,
 )
 from .layer import SyncBatchNorm, SyncTag
+from .plan import PlannedRound, Prediction, SyncPlan
 from .rounds import Round, Rounds, record_rounds
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchNormNd",
+    "PlannedRound",
+    "Prediction",
     "Round",
     "Rounds",
     "SyncBatchNorm",
@@ -36,10 +40,12 @@ __all__ = [
     "SyncBatchNormAlgorithmImpl",
     "SyncBatchNormConfig",
     "SyncBatchNormError",
+    "SyncPlan",
     "SyncTag",
     "bagua",
     "convert_sync_batchnorm",
     "enable_sync_batchnorm",
+    "plan_of",
     "record_rounds",
     "register_conversion",
     "revert_sync_batchnorm",

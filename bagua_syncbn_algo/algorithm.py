@@ -9,9 +9,10 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from .channel import SINGLE_PROCESS, BaguaChannel, Channel, Roster, sync_point
+from .coalesce import plan_of
 from .config import SyncBatchNormConfig, check_normalize_over
 from .convert import convert_sync_batchnorm, tag_sync_batchnorm, unconverted_layers
 from .host import bagua, statistics_group, streams
@@ -230,11 +231,17 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
             self._bind_running([layer for layer in layers if layer.running_mean is not None], world, bagua_ddp)
         for layer in layers:
             point = sync_point(layer.sync_name, ordinal)
-            if isinstance(channel, BaguaChannel):
-                channel.add_bucket(point, _message_bucket(layer, channel.capacity, device, bagua_ddp))
             layer.bind(channel, point, self.running if layer.running_mean is not None else None)
         if isinstance(channel, BaguaChannel):
             self.channel = channel
+            own = {layer.sync_name: layer for layer in layers}
+            for planned in plan_of(module).rounds:
+                # One bucket for every message that will be sent: a layer's own, or its round's.
+                if planned.layers[0] in own:
+                    tensor = _message(own[planned.layers[0]], channel.capacity, device)
+                    channel.add_bucket(
+                        sync_point(planned.name, ordinal), _message_bucket(tensor, planned.name, bagua_ddp)
+                    )
         logger.info(
             "synchronizing %d layers of %s over %d ranks, running statistics over %d",
             len(layers),
@@ -310,7 +317,7 @@ def enable_sync_batchnorm(
     config = SyncBatchNormConfig.from_env() if config is None else config
     if not config.enabled:
         return model, algorithm
-    model = convert_sync_batchnorm(model)
+    model = convert_sync_batchnorm(model, coalesce=config.coalesce)
     if isinstance(algorithm, SyncBatchNormAlgorithm):
         return model, algorithm
     return model, SyncBatchNormAlgorithm(algorithm, normalize_over=config.normalize_over, timeout=config.timeout)
@@ -341,10 +348,13 @@ def _broadcast_buffers(layers: List[SyncBatchNorm], communicator: Any) -> None:
                 bagua.communication.broadcast(buffer, src=0, comm=communicator)
 
 
-def _message_bucket(layer: SyncBatchNorm, capacity: int, default: torch.device, bagua_ddp: Any) -> Any:
-    """Returns the bucket of one registered tensor that carries the layer's statistics."""
-    message: Any = torch.zeros(capacity, dtype=torch.uint8, device=_device_of(layer, default))
-    name = f"syncbn.{layer.sync_name}"
+def _message(layer: SyncBatchNorm, capacity: int, default: torch.device) -> Tensor:
+    return torch.zeros(capacity, dtype=torch.uint8, device=_device_of(layer, default))
+
+
+def _message_bucket(message: Any, round_name: str, bagua_ddp: Any) -> Any:
+    """Returns the bucket of one registered tensor that carries a round's statistics."""
+    name = f"syncbn.{round_name}"
     return BaguaBucket([message.ensure_bagua_tensor(name, f"{bagua_ddp.bagua_module_name}/syncbn")], name, False)
 
 

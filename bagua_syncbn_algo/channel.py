@@ -27,6 +27,7 @@ from .rounds import active
 __all__ = [
     "BACKWARD",
     "FORWARD",
+    "REHEARSAL",
     "BaguaChannel",
     "Channel",
     "Roster",
@@ -48,6 +49,7 @@ _FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longe
 
 _FIRST_CAPACITY = 64  # bytes of the very first message, which agrees on the length of all others
 _DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,016 float32 channels
+_LONGEST_CAPACITY = 65536  # bytes; statistics of very wide rounds travel in several messages
 _AUTOPSY_SECONDS = 3.0  # how long a failing rank waits for the others to publish where they are
 
 
@@ -60,12 +62,13 @@ class SyncPoint(NamedTuple):
 
     key: int  # 63 bits derived from the name: equal on all ranks without any registration order
     name: str
+    ordinal: int = 0  # of its model in the channel
 
 
 def sync_point(name: str, ordinal: int = 0) -> SyncPoint:
     """Returns the sync point for a layer's qualified ``name`` in the channel's model number ``ordinal``."""
     digest = hashlib.blake2b(f"{ordinal}/{name}".encode(), digest_size=8).digest()
-    return SyncPoint(int.from_bytes(digest, "little") >> 1, name)
+    return SyncPoint(int.from_bytes(digest, "little") >> 1, name, ordinal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,17 +76,21 @@ class Roster:
     """The layers tagged together, that is a model's; two models of one architecture are two rosters."""
 
     layers: Tuple[Tuple[str, int], ...] = ()  # qualified name, num_features; in the model's order
+    rounds: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()  # which layers share a message, in words; their num_features
 
     def capacity(self, itemsize: int) -> int:
-        """Returns the bytes of a message for the longest statistics: header, count, mean, variance."""
+        """Returns the bytes of a message for the longest statistics: header, counts, means, variances."""
         if not self.layers:
             return _DEFAULT_CAPACITY
-        widest = max(features for _, features in self.layers)
-        return -(-(_HEADER_BYTES + 8 + 2 * widest * itemsize) // 64) * 64
+        alone = max(8 + 2 * features * itemsize for _, features in self.layers)
+        longest = max([alone] + [8 * len(each) + 2 * sum(each) * itemsize for _, each in self.rounds])
+        # Up to a limit: every message is as long as the longest.
+        return -(-(_HEADER_BYTES + max(alone, min(longest, _LONGEST_CAPACITY - _HEADER_BYTES))) // 64) * 64
 
     def text(self) -> bytes:
-        """Returns one line a layer, for the comparison between ranks."""
-        return "\n".join(f"{name} with {features} features" for name, features in self.layers).encode()
+        """Returns one line a layer and round, for the comparison between ranks."""
+        layers = [f"{name} with {features} features" for name, features in self.layers]
+        return "\n".join([*layers, *(words for words, _ in self.rounds)]).encode()
 
 
 class Channel:
@@ -94,6 +101,7 @@ class Channel:
 
     rank: int = 0
     world_size: int = 1
+    local: bool = False  # nothing to exchange: layers use PyTorch's own kernels
     label: str = "bagua_syncbn"  # names the channel in the store; the same on all its ranks
 
     def __init__(self) -> None:
@@ -146,24 +154,44 @@ class Channel:
             return self._rosters[roster]
         # In a message like any other: a rank that is elsewhere is told so, and lengths never differ.
         self.capacity = max(self.capacity, _FIRST_CAPACITY)
-        text = roster.text()
-        digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-        mine = torch.tensor([digest, len(text), roster.capacity(itemsize)], device=self.device)
-        point = sync_point("the first use of a model's layers")
-        self.register(point)
-        rows = self.exchange(point, _JOIN, [mine])[0].tolist()
-        if any(row[0] != digest for row in rows):
-            longest = max(row[1] for row in rows)
-            padded = torch.frombuffer(bytearray(text.ljust(longest + 1)), dtype=torch.uint8).to(self.device)
-            texts = self.exchange(point, _JOIN, [padded])[0].cpu()
-            raise SyncBatchNormError(
-                _first_difference([bytes(t[: row[1]].tolist()).decode() for t, row in zip(texts, rows)])
-            )
-        self.capacity = max([self.capacity] + [row[2] for row in rows])
+        rows = self.agree("the first use of a model's layers", roster.text().decode(), roster.capacity(itemsize))
+        self.capacity = max([self.capacity, *rows])
         ordinal = self._rosters[roster] = len(self._rosters)
         for name, _ in roster.layers:
             self.register(sync_point(name, ordinal))
         return ordinal
+
+    def agree(self, occasion: str, text: str, value: int) -> List[int]:
+        """Compares lines of text over all ranks, and gathers a number.
+
+        Args:
+            occasion: what the ranks agree on: names the message.
+            text: must be the same on all ranks.
+            value: this rank's number.
+
+        Returns:
+            The numbers of all ranks.
+
+        Raises:
+            SyncBatchNormError: if the texts differ; names the first difference. All ranks raise.
+
+        Collectives:
+            One all-gather (more only to say what differs). Every rank must call.
+        """
+        lines = text.encode()
+        digest = int.from_bytes(hashlib.blake2b(lines, digest_size=8).digest(), "little") >> 1
+        mine = torch.tensor([digest, len(lines), value], device=self.device)
+        point = sync_point(occasion)
+        self.register(point)
+        rows = self.exchange(point, _JOIN, [mine])[0].tolist()
+        if any(row[0] != digest for row in rows):
+            longest = max(row[1] for row in rows)
+            padded = torch.frombuffer(bytearray(lines.ljust(longest + 1)), dtype=torch.uint8).to(self.device)
+            texts = self.exchange(point, _JOIN, [padded])[0].cpu()
+            raise SyncBatchNormError(
+                _first_difference([bytes(t[: row[1]].tolist()).decode() for t, row in zip(texts, rows)])
+            )
+        return [row[2] for row in rows]
 
     def register(self, point: SyncPoint) -> None:
         """Makes the name of ``point`` known, so that an error on this rank can quote it."""
@@ -292,9 +320,9 @@ class Channel:
 class _SingleProcessChannel(Channel):
     """The null object: one rank, nothing to exchange."""
 
-    def __init__(self) -> None:
+    def __init__(self, local: bool = True) -> None:
         super().__init__()
-        self.capacity = _DEFAULT_CAPACITY
+        self.capacity, self.local = _DEFAULT_CAPACITY, local
 
     def join(self, roster: Roster, itemsize: int = 4) -> int:
         return 0
@@ -307,6 +335,7 @@ class _SingleProcessChannel(Channel):
 
 
 SINGLE_PROCESS = _SingleProcessChannel()
+REHEARSAL = _SingleProcessChannel(local=False)  # one rank, but by the arithmetic of several
 
 
 class TorchChannel(Channel):
@@ -467,13 +496,13 @@ def _first_difference(texts: List[str]) -> str:
     for rank, text in enumerate(texts):
         lines = text.splitlines()
         for index in range(max(len(reference), len(lines))):
-            ours = reference[index] if index < len(reference) else "no such layer"
-            theirs = lines[index] if index < len(lines) else "no such layer"
+            ours = reference[index] if index < len(reference) else "nothing"
+            theirs = lines[index] if index < len(lines) else "nothing"
             if ours != theirs:
                 return (
-                    f"expected the same synchronized layers on every rank (got {len(reference)} on rank 0, "
-                    f"{len(lines)} on rank {rank}; the first difference is layer {index}: {ours} on rank 0, {theirs} "
-                    f"on rank {rank}); build and convert the same model on every rank"
+                    f"expected the same synchronized layers and rounds on every rank (got {len(reference)} on rank "
+                    f"0, {len(lines)} on rank {rank}; the first difference is number {index}: {ours} on rank 0, "
+                    f"{theirs} on rank {rank}); build and convert the same model on every rank, with the same options"
                 )
     raise AssertionError("digests differ but texts do not")
 

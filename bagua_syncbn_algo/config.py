@@ -25,11 +25,13 @@ class SyncBatchNormConfig:
     enabled: bool = True  # BAGUA_SYNCBN=0|1: whether `enable_sync_batchnorm` does anything
     host: str = "auto"  # BAGUA_SYNCBN_HOST=auto|upstream|embedded: which Bagua runs the algorithm
     normalize_over: Union[str, int] = "world"  # BAGUA_SYNCBN_NORMALIZE_OVER=world|node|rank or a number of ranks
+    coalesce: bool = True  # BAGUA_SYNCBN_COALESCE=0|1: whether independent layers share a round of statistics
     timeout: Optional[float] = None  # BAGUA_SYNCBN_TIMEOUT, seconds: how long a rank waits for the others' statistics
 
     def __post_init__(self) -> None:
-        if not isinstance(self.enabled, bool):
-            raise ValueError(f"expected enabled to be True or False (got {self.enabled!r}); pass a bool")
+        for name in ("enabled", "coalesce"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"expected {name} to be True or False (got {getattr(self, name)!r}); pass a bool")
         if self.host not in _HOSTS:
             raise ValueError(f"expected host to be one of {', '.join(_HOSTS)} (got {self.host!r}); choose one of them")
         check_normalize_over(self.normalize_over, "normalize_over")
@@ -55,16 +57,20 @@ class SyncBatchNormConfig:
                 ones.
         """
         environ = os.environ if environ is None else environ
-        known = {_PREFIX, *(f"{_PREFIX}_{name}" for name in ("HOST", "NORMALIZE_OVER", "TIMEOUT"))}
+        known = {_PREFIX, *(f"{_PREFIX}_{name}" for name in ("COALESCE", "HOST", "NORMALIZE_OVER", "TIMEOUT"))}
         for name in sorted(environ):
             if name.startswith(_PREFIX) and name not in known:
                 raise ValueError(
                     f"expected one of {', '.join(sorted(known))} (got the environment variable {name}); "
                     "correct its name or unset it"
                 )
-        switch = environ.get(_PREFIX, "0")
-        if switch not in _SWITCH:
-            raise ValueError(f"expected {_PREFIX} to be 0 or 1 (got {switch!r}); set it to 1 to switch on, 0 to off")
+        switches = {
+            name: environ.get(name, default) for name, default in ((_PREFIX, "0"), (f"{_PREFIX}_COALESCE", "1"))
+        }
+        for name, switch in switches.items():
+            if switch not in _SWITCH:
+                raise ValueError(f"expected {name} to be 0 or 1 (got {switch!r}); set it to 1 to switch on, 0 to off")
+        enabled, coalesce = (_SWITCH[switch] for switch in switches.values())
         host = environ.get(f"{_PREFIX}_HOST", "auto")
         if host not in _HOSTS:
             raise ValueError(
@@ -76,7 +82,7 @@ class SyncBatchNormConfig:
         text = environ.get(f"{_PREFIX}_TIMEOUT")
         try:
             timeout = None if text is None else float(text)
-            return cls(enabled=_SWITCH[switch], host=host, normalize_over=span, timeout=timeout)
+            return cls(enabled=enabled, host=host, normalize_over=span, coalesce=coalesce, timeout=timeout)
         except ValueError:
             raise ValueError(
                 f"expected {_PREFIX}_TIMEOUT to be a positive number of seconds (got {text!r}); set it to, say, 600"

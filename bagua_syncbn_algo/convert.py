@@ -12,6 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from .channel import Roster
+from .coalesce import coalesce as coalesce_rounds
+from .coalesce import plan_of, uncoalesce
+from .config import SyncBatchNormConfig
 from .layer import SyncBatchNorm, SyncTag
 
 __all__ = [
@@ -84,7 +87,13 @@ def register_conversion(source: Type[_BatchNorm], target: Type[SyncBatchNorm]) -
     _conversions[source] = target
 
 
-def convert_sync_batchnorm(module: nn.Module, process_group: Optional[Any] = None) -> nn.Module:
+def convert_sync_batchnorm(
+    module: nn.Module,
+    process_group: Optional[Any] = None,
+    *,
+    coalesce: Optional[bool] = None,
+    example_inputs: Optional[Tuple[Any, ...]] = None,
+) -> nn.Module:
     """Replaces the BatchNorm layers of ``module`` by :class:`SyncBatchNorm` and tags them for the algorithm.
 
     Parameters and buffers are kept by identity (an optimizer built before stays valid), and so are the training flag,
@@ -95,6 +104,12 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Optional[Any] = Non
     Args:
         module: a model, or a BatchNorm layer itself.
         process_group: the ranks to normalize over; ``None`` for all.
+        coalesce: whether layers that do not depend on each other share a round of statistics, where the forward can be
+            traced; ``None`` for what ``BAGUA_SYNCBN_COALESCE`` says (default: yes). What was done is logged, and
+            :func:`plan_of` returns it. A plain attribute that decides what the forward does is read once: after
+            changing one, convert again.
+        example_inputs: arguments of a training forward, to compare the regrouped forward with the original now; else
+            the first training batch does, once.
 
     Returns:
         ``module`` with its layers replaced, or a new layer if ``module`` is itself a BatchNorm.
@@ -113,6 +128,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Optional[Any] = Non
         key: _transform(layer, target, process_group) for key, (layer, target) in targets.items()
     }
     module = _replace(module, replacements)
+    if SyncBatchNormConfig.from_env().coalesce if coalesce is None else coalesce:
+        coalesce_rounds(module, example_inputs)
+    else:
+        uncoalesce(module)
     tag_sync_batchnorm(module)
     return module
 
@@ -133,6 +152,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         RuntimeError: if ``module`` is in ``with_bagua``.
     """
     _refuse_wrapped(module)
+    uncoalesce(module)
     replacements: Dict[int, nn.Module] = {}
     for _, layer in _batch_norms(module):
         if isinstance(layer, SyncBatchNorm):
@@ -156,7 +176,12 @@ def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
     prefix = type(module).__name__
     # The class name tells apart the layers of several models in one job, a generator's and a discriminator's, say.
     names = [f"{prefix}.{name}" if name else prefix for name, _ in named]
-    roster = Roster(tuple((name, layer.num_features) for name, (_, layer) in zip(names, named)))
+    plan = plan_of(module)
+    shared = [planned for planned in plan.rounds if len(planned.layers) > 1]
+    roster = Roster(
+        tuple((name, layer.num_features) for name, (_, layer) in zip(names, named)),
+        tuple((words, planned.features) for words, planned in zip(plan.lines(), shared)),
+    )
     for order, (name, (_, layer)) in enumerate(zip(names, named)):
         layer._go_unbound()
         layer.tag = SyncTag(name, order, _global_ranks(layer.process_group), roster)

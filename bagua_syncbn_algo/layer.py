@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import weakref
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, channel_of, source_group, sync_point
 from .functional import Member, sync_batch_norm
 from .moments import GlobalMoments, LocalMoments, statistics_dtype
-from .records import Records, inside_backward
+from .records import Record, Records, inside_backward
 from .running import RunningPool
 
-__all__ = ["SyncBatchNorm", "SyncTag"]
+__all__ = ["SyncBatchNorm", "SyncTag", "normalize_together", "uncompiled"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def uncompiled(function: _F) -> _F:
+    """Keeps a function out of torch.compile: what it does with other ranks is no part of a graph."""
+    disabled: Any = None
+
+    @functools.wraps(function)
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:
+            disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)
+            if disable is None:  # nobody compiles; importing the compiler takes seconds
+                return function(*args, **kwargs)
+            disabled = disable(function)
+        return disabled(*args, **kwargs)
+
+    outer._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return outer  # type: ignore[return-value]
+
 
 _NO_ROSTER = Roster()  # of layers that were never tagged: they agree on nothing but a message length
 
@@ -163,28 +186,14 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             self._check_input(input)
             return self._local_batch_norm(input, self.running_mean is None and self.running_var is None)
-        channel = self._bound_channel()
-        try:
-            self._check_input(input)
-        except ValueError as error:
-            channel.fail(self._point, FORWARD, error)
-            raise
-        if channel.world_size == 1:
-            # A forward inside a backward recomputes an earlier one, which has updated the statistics.
-            if self._running is not None:
-                return self._pooling_batch_norm(input, self._running, update=not inside_backward())
-            return self._local_batch_norm(input, True, update=not inside_backward())
-        member = Member(input, self.weight, self.bias, self.eps, self.sync_name)
-        (output,), record = sync_batch_norm([member], channel, self._point, self._records)
-        if record is not None:
-            if self._running is None:
-                self.update_running_statistics(record.merged)
-            elif torch.is_grad_enabled():
-                (local,) = record.local
-                self._running.add(self, local.elements, local.mean, local.unbiased_variance())
-            else:  # no backward can follow to carry them
-                self._running.merge(self, self._point, record.local[0])
-        return output
+        return normalize_together([self], [input])[0]
+
+    def _normalize_alone(self, input: Tensor) -> Tensor:
+        """A training forward of this rank only."""
+        # A forward inside a backward recomputes an earlier one, which has updated the statistics.
+        if self._running is not None:
+            return self._pooling_batch_norm(input, self._running, update=not inside_backward())
+        return self._local_batch_norm(input, True, update=not inside_backward())
 
     def _local_batch_norm(self, input: Tensor, batch_statistics: bool, update: bool = False) -> Tensor:
         """Normalizes with this rank's batch or the running statistics, by PyTorch's own kernels."""
@@ -235,17 +244,7 @@ class SyncBatchNorm(_BatchNorm):
     @torch.no_grad()
     def update_running_statistics(self, merged: GlobalMoments) -> None:
         """Moves the running statistics towards ``merged``, the moments of the whole world's batch; counts a batch."""
-        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        mean, variance = merged.mean, merged.unbiased_variance()
-        weight: Any = self.momentum
-        if weight is None:  # the cumulative average; stays on the device
-            weight = self.num_batches_tracked.to(mean.dtype).reciprocal()
-        # The arithmetic is the statistics', the storage the buffer's own: a half-precision buffer is rounded once.
-        self.running_mean.copy_(torch.lerp(self.running_mean.to(mean.dtype), mean, weight))
-        self.running_var.copy_(torch.lerp(self.running_var.to(mean.dtype), variance, weight))
+        _update_running_statistics([self], merged)
 
     def extra_repr(self) -> str:
         group = "" if self.process_group is None else f", process_group={self.process_group}"
@@ -289,3 +288,100 @@ class _GroupReference:
             f"expected a layer over all ranks to pickle (got {self._name or 'SyncBatchNorm'} with a process group, "
             "which lives in this process only); save state_dict(), or set process_group = None first"
         )
+
+
+@uncompiled
+def normalize_together(
+    layers: Sequence[SyncBatchNorm],
+    inputs: Sequence[Tensor],
+    name: Optional[str] = None,
+    records: Optional[Records] = None,
+) -> Tuple[Tensor, ...]:
+    """Runs training forwards that do not depend on each other, in one round of statistics.
+
+    Args:
+        layers: in program order; one may be there several times.
+        inputs: one for each.
+        name: of the round; ``None`` for a layer by itself.
+        records: the round's; ``None`` for the layer's own.
+
+    Returns:
+        The outputs. Layers that cannot share a message, on different devices say, have run one after the other.
+
+    Raises:
+        ValueError: for an input that does not fit its layer.
+        SyncBatchNormError: if another rank failed, is elsewhere or did not arrive.
+
+    Collectives:
+        One all-gather forward, one in backward. Every rank must call.
+    """
+    first = layers[0]
+    channel = first._bound_channel()
+    if len(layers) > 1 and not _can_share(layers, inputs, channel):
+        return tuple(layer(input) for layer, input in zip(layers, inputs))
+    point = first._point if name is None else sync_point(name, first._point.ordinal)
+    try:
+        for layer, input in zip(layers, inputs):
+            layer._check_input(input)
+    except ValueError as error:
+        channel.fail(point, FORWARD, error)
+        raise
+    if channel.local:
+        return tuple(layer._normalize_alone(input) for layer, input in zip(layers, inputs))
+    if name is not None:
+        channel.register(point)
+    members = [
+        Member(input, layer.weight, layer.bias, layer.eps, layer.sync_name) for layer, input in zip(layers, inputs)
+    ]
+    outputs, record = sync_batch_norm(members, channel, point, first._records if records is None else records)
+    if record is not None:
+        _leave_running_statistics(layers, record)
+    return outputs
+
+
+def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:
+    device = inputs[0].device
+    return all(layer.training and layer._bound_channel() is channel for layer in layers) and all(
+        input.device == device for input in inputs
+    )
+
+
+def _leave_running_statistics(layers: Sequence[SyncBatchNorm], record: Record) -> None:
+    if layers[0]._running is None and len(set(map(id, layers))) == len(layers):
+        _update_running_statistics(layers, record.merged)
+        return
+    for layer, local, merged in zip(layers, record.local, record.merged.split([x.num_features for x in layers])):
+        if layer._running is None:
+            _update_running_statistics([layer], merged)
+        elif torch.is_grad_enabled():
+            layer._running.add(layer, local.elements, local.mean, local.unbiased_variance())
+        else:  # no backward can follow to carry them
+            layer._running.merge(layer, layer._point, local)
+
+
+@torch.no_grad()
+def _update_running_statistics(layers: Sequence[SyncBatchNorm], merged: GlobalMoments) -> None:
+    """Moves the running statistics of layers, each there once, towards the moments of the whole world's batch."""
+    features = [layer.num_features for layer in layers]
+    unbiased = merged.unbiased_variance()
+    pairs = list(zip(layers, _split(merged.mean, features), _split(unbiased, features)))
+    kept = [pair for pair in pairs if pair[0].track_running_stats and pair[0].running_mean is not None]
+    if not kept:
+        return
+    counts: List[Tensor] = [layer._buffers["num_batches_tracked"] for layer, _, _ in kept]  # type: ignore[misc]
+    torch._foreach_add_(counts, 1)
+    for count, (layer, mean, variance) in zip(counts, kept):
+        weight: Any = layer.momentum
+        if weight is None:  # the cumulative average; stays on the device
+            weight = count.to(mean.dtype).reciprocal()
+        for buffer, value in ((layer.running_mean, mean), (layer.running_var, variance)):
+            assert buffer is not None
+            if buffer.dtype == value.dtype:
+                buffer.lerp_(value, weight)
+            else:
+                # The arithmetic is the statistics', the storage the buffer's own: half precision is rounded once.
+                buffer.copy_(torch.lerp(buffer.to(value.dtype), value, weight))
+
+
+def _split(vector: Tensor, features: List[int]) -> Sequence[Tensor]:
+    return (vector,) if len(features) == 1 else vector.split(features)

@@ -7,7 +7,7 @@ divide by its size and end the process.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple, Type, Union
+from typing import List, NamedTuple, Optional, Tuple, Type, Union
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ class GlobalMoments(NamedTuple):
         """Returns the variance over ``elements − 1``, what running_var takes."""
         factor = (self.elements / (self.elements - 1).double()).to(self.variance.dtype)
         return self.variance * (factor if self.layer_of is None else factor[self.layer_of])
+
+    def split(self, features: List[int]) -> List[GlobalMoments]:
+        """Returns the moments of each layer by itself."""
+        if self.layer_of is None:
+            return [self]
+        parts = zip(self.elements, self.mean.split(features), self.variance.split(features))
+        return [GlobalMoments(elements, mean, variance) for elements, mean, variance in parts]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

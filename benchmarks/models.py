@@ -1,13 +1,13 @@
-"""Models to measure on, written for the benchmarks."""
+"""Models to measure on, written for the benchmarks and the tests."""
 
 from __future__ import annotations
 
-from typing import List
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ResNet"]
+__all__ = ["Dense", "HighResolution", "Inception", "Pyramid", "ResNet"]
 
 
 class _Block(nn.Module):
@@ -53,4 +53,189 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.head(torch.flatten(self.stages(self.stem(x)).mean((2, 3)), 1))
+        return output
+
+
+def _conv_bn(channels_in: int, channels_out: int, size: int = 3, stride: int = 1, relu: bool = True) -> nn.Sequential:
+    layers: List[nn.Module] = [
+        nn.Conv2d(channels_in, channels_out, size, stride, size // 2, bias=False),
+        nn.BatchNorm2d(channels_out),
+    ]
+    return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
+
+
+class _InceptionBlock(nn.Module):
+    def __init__(self, channels_in: int, width: int) -> None:
+        super().__init__()
+        self.one = _conv_bn(channels_in, width, 1)
+        self.three = nn.Sequential(_conv_bn(channels_in, width, 1), _conv_bn(width, 2 * width))
+        self.five = nn.Sequential(_conv_bn(channels_in, width // 2, 1), _conv_bn(width // 2, width // 2, 5))
+        self.pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), _conv_bn(channels_in, width // 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x), self.three(x), self.five(x), self.pool(x)], 1)
+
+
+class Inception(nn.Module):
+    """Blocks of four parallel branches, concatenated, in the manner of GoogLeNet: 6 layers and 2 levels a block.
+
+    Args:
+        width: channels of a branch.
+        blocks: how many.
+        classes: outputs.
+    """
+
+    def __init__(self, width: int = 32, blocks: int = 9, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv_bn(3, 4 * width, 7, 2), nn.MaxPool2d(3, 2, 1))
+        self.blocks = nn.Sequential(*(_InceptionBlock(4 * width, width) for _ in range(blocks)))
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return output
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = _conv_bn(channels, channels), _conv_bn(channels, channels, relu=False)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x))
+        y += x
+        output: Tensor = self.relu(y)
+        return output
+
+
+class _ExchangeModule(nn.Module):
+    """Parallel branches of falling resolution; at the end every branch takes the sum of all, resampled."""
+
+    def __init__(self, width: int, branches: int, blocks: int) -> None:
+        super().__init__()
+        channels = [width << branch for branch in range(branches)]
+        self.branches = nn.ModuleList(nn.Sequential(*(_BasicBlock(c) for _ in range(blocks))) for c in channels)
+        self.fuse = nn.ModuleList(
+            nn.ModuleList(self._way(channels, source, target) for source in range(branches))
+            for target in range(branches)
+        )
+        self.relu = nn.ReLU(inplace=True)
+
+    @staticmethod
+    def _way(channels: List[int], source: int, target: int) -> nn.Module:
+        if source == target:
+            return nn.Identity()
+        if source > target:
+            up = nn.Upsample(scale_factor=2 ** (source - target), mode="nearest")
+            return nn.Sequential(_conv_bn(channels[source], channels[target], 1, relu=False), up)
+        steps = []
+        for step in range(target - source):
+            last = step == target - source - 1
+            steps.append(_conv_bn(channels[source], channels[target if last else source], 3, 2, relu=not last))
+        return nn.Sequential(*steps)
+
+    def forward(self, inputs: List[Tensor]) -> List[Tensor]:
+        branches = [branch(x) for branch, x in zip(self.branches, inputs)]
+        outputs = []
+        for ways in self.fuse:
+            total = ways[0](branches[0])
+            for way, x in zip(list(ways)[1:], branches[1:]):
+                total = total + way(x)
+            outputs.append(self.relu(total))
+        return outputs
+
+
+class HighResolution(nn.Module):
+    """Two to four branches of different resolution side by side, with exchanges, in the manner of HRNet.
+
+    Args:
+        width: channels of the branch of the highest resolution; doubled at each below.
+        modules: exchange modules with 2, with 3, with 4 branches.
+        blocks: residual blocks in each branch of a module.
+        classes: outputs.
+    """
+
+    def __init__(
+        self, width: int = 18, modules: Tuple[int, int, int] = (1, 3, 2), blocks: int = 2, classes: int = 10
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv_bn(3, width, 3, 2), _conv_bn(width, width, 3, 2))
+        self.stages = nn.ModuleList()
+        self.downs = nn.ModuleList()
+        for stage, count in enumerate(modules):
+            branches = stage + 2
+            self.downs.append(_conv_bn(width << stage, width << (stage + 1), 3, 2))
+            self.stages.append(nn.ModuleList(_ExchangeModule(width, branches, blocks) for _ in range(count)))
+        self.head = nn.Linear(width * 15, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [self.stem(x)]
+        for down, stage in zip(self.downs, self.stages):
+            branches.append(down(branches[-1]))
+            for module in stage:
+                branches = module(branches)
+        output: Tensor = self.head(torch.cat([branch.mean((2, 3)) for branch in branches], 1))
+        return output
+
+
+class Pyramid(nn.Module):
+    """A backbone with lateral ways and one detection head for all levels: its layers are applied at each of them.
+
+    Args:
+        width: channels.
+        depth: layers of the shared head.
+        classes: outputs at every place.
+    """
+
+    def __init__(self, width: int = 32, depth: int = 2, classes: int = 4) -> None:
+        super().__init__()
+        self.backbone = nn.ModuleList(_conv_bn(width if i else 3, width, 3, 2) for i in range(4))
+        self.lateral = nn.ModuleList(_conv_bn(width, width, 1, relu=False) for _ in range(3))
+        self.tower = nn.Sequential(*(_conv_bn(width, width) for _ in range(depth)))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x: Tensor) -> List[Tensor]:
+        features = []
+        for stage in self.backbone:
+            x = stage(x)
+            features.append(x)
+        outputs = []
+        above: Optional[Tensor] = None
+        for lateral, feature in zip(self.lateral, reversed(features[1:])):
+            merged = lateral(feature)
+            if above is not None:
+                merged = merged + nn.functional.interpolate(above, scale_factor=2.0)
+            above = merged
+            outputs.append(self.head(self.tower(merged)))
+        return outputs
+
+
+class Dense(nn.Module):
+    """Each layer sees all before it: nothing is independent, and nothing to be gained.
+
+    Args:
+        width: channels that each layer adds.
+        layers: how many.
+        classes: outputs.
+    """
+
+    def __init__(self, width: int = 16, layers: int = 6, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, 2, 1, bias=False)
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm2d(width * (i + 1)),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(width * (i + 1), width, 3, 1, 1, bias=False),
+            )
+            for i in range(layers)
+        )
+        self.head = nn.Linear(width * (layers + 1), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.stem(x)]
+        for layer in self.layers:
+            features.append(layer(torch.cat(features, 1)))
+        output: Tensor = self.head(torch.cat(features, 1).mean((2, 3)))
         return output

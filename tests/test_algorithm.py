@@ -166,8 +166,8 @@ def _different_models(rank: int) -> None:
 def test_ranks_with_different_layer_counts_at_with_bagua() -> None:
     """Catches models that differ between ranks and hang at the first layer that only one of them has."""
     for text in run_processes(2, _different_models, errors=True):
-        assert "expected the same synchronized layers on every rank (got 2 on rank 0, 3 on rank 1" in text
-        assert "layer 2: no such layer on rank 0, Sequential.9.1 with 2 features on rank 1" in text
+        assert "expected the same synchronized layers and rounds on every rank (got 2 on rank 0, 3 on rank 1" in text
+        assert "number 2: nothing on rank 0, Sequential.9.1 with 2 features on rank 1" in text
 
 
 def _warnings(rank: int) -> Any:

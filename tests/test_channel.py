@@ -212,7 +212,7 @@ def test_different_layers_are_refused_at_the_start() -> None:
 
     for text in messages(run_threads(2, body, errors=True)):
         assert "got 2 on rank 0, 3 on rank 1" in text
-        assert "layer 2: no such layer on rank 0, net.bn3 with 8 features on rank 1" in text
+        assert "number 2: nothing on rank 0, net.bn3 with 8 features on rank 1" in text
 
 
 @pytest.mark.multirank

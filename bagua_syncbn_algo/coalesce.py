@@ -1,0 +1,456 @@
+"""One round per dependency level: a module's training forward, reordered so that independent layers meet.
+
+The user's module stays what it is. What is added is a plain object in its ``__dict__`` under ``forward``: in training
+it runs the regrouped graph *on the user's module*, so that a replaced head or another weight is used; in evaluation,
+and wherever the graph would not be what the forward does, the class's own forward runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import warnings
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .channel import REHEARSAL
+from .layer import SyncBatchNorm, normalize_together, uncompiled
+from .plan import PlannedRound, SyncPlan
+from .records import Records, inside_backward
+from .schedule import Level, levels_of, regroup
+from .tracing import CallPattern, UntraceableError, has_own_forward, hooks_of, random_states_kept, trace, twin_of
+
+__all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_VARIANTS = 8  # graphs of one module, by modes and calls; beyond it runs as written
+_PASSED, _FAILED, _UNDECIDED = 0, 1, 2
+
+
+class CoalescedForward:
+    """The training forward of one module, with one round of statistics for each level of its layers.
+
+    Args:
+        module: whose forward it is.
+        path: of ``module`` in the model; ``""`` for the model itself.
+        model: the model's class name, with which layers' names begin.
+    """
+
+    regroups = True  # tells it from a forward that somebody else has put on a module
+
+    def __init__(self, module: nn.Module, path: str, model: str) -> None:
+        self.module, self.path, self.model = module, path, model
+        self.rounds: Tuple[PlannedRound, ...] = ()
+        self._variants: List[_Variant] = []
+        self._warned = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.module.training:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return _train(self, args, kwargs)
+
+    def prepare(self, pattern: CallPattern) -> _Variant:
+        """Traces and regroups the forward for calls of ``pattern`` in the modes that the module's parts are in."""
+        variant = _Variant(_Snapshot(self.module), pattern)
+        try:
+            traced = trace(self.module, pattern)
+            levels = levels_of(traced.graph, self.module, list(traced.alone))
+            variant.planned(self, levels, traced.opaque, traced.alone)
+            if any(len(level.members) > 1 for level in levels):
+                graph = regroup(traced.graph, self.module, levels, variant.round_of)
+                twin = twin_of(self.module)  # GraphModule looks up the graph's paths, and keeps what it finds
+                variant.run = type(fx.GraphModule(twin, graph)).forward
+        except UntraceableError as error:
+            variant.opaque[""] = str(error)
+        self._variants.append(variant)
+        return variant
+
+    def variant(self, pattern: CallPattern) -> Optional[_Variant]:
+        """Returns the graph for a call, made now if it is the first of its kind; ``None`` if there are too many."""
+        for variant in self._variants:
+            if variant.pattern == pattern and variant.snapshot.holds():
+                return variant
+        if len(self._variants) >= _MOST_VARIANTS:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"expected at most {_MOST_VARIANTS} kinds of training forward of {self.name} (got more: other "
+                    "modes, hooks, submodules or arguments that are no tensors); it runs layer by layer from now on",
+                    stacklevel=4,
+                )
+            return None
+        return self.prepare(pattern)
+
+    @property
+    def name(self) -> str:
+        """Of the module, as errors call it."""
+        return f"{self.model}.{self.path}" if self.path else self.model
+
+    # -- copies: graphs are made again where they are needed ------------------------------------------------------
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "_variants": []}
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> CoalescedForward:
+        twin = CoalescedForward(copy.deepcopy(self.module, memo), self.path, self.model)
+        twin.rounds = self.rounds
+        return twin
+
+
+@uncompiled
+def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any]) -> Any:
+    module = forward.module
+    original = type(module).forward
+    layer = next((part for part in module.modules() if isinstance(part, SyncBatchNorm)), None)
+    if layer is None or layer._bound_channel().local or _has_global_hooks():
+        return original(module, *args, **kwargs)
+    pattern, tensors = CallPattern.of(args, kwargs)
+    variant = None if pattern is None else forward.variant(pattern)
+    if variant is None or variant.run is None:
+        return original(module, *args, **kwargs)
+    if not variant.verified and (inside_backward() or not _agree(forward, variant, layer, tensors)):
+        return original(module, *args, **kwargs)
+    return variant.run(module, *tensors)
+
+
+class _Variant:
+    """The graph for one combination of modes and one kind of call."""
+
+    def __init__(self, snapshot: _Snapshot, pattern: CallPattern) -> None:
+        self.snapshot, self.pattern = snapshot, pattern
+        self.run: Optional[Callable[..., Any]] = None  # of the module and the call's tensors; None: as written
+        self.verified = False
+        self.rounds: List[PlannedRound] = []
+        self.opaque: Dict[str, str] = {}
+        self.alone: Dict[str, str] = {}
+        self._calls: Dict[Level, _Round] = {}
+
+    def planned(
+        self, forward: CoalescedForward, levels: Sequence[Level], opaque: Dict[str, str], alone: Dict[str, str]
+    ) -> None:
+        """Takes what tracing found."""
+        self.opaque, self.alone = opaque, alone
+        for level in levels:
+            names = tuple(f"{forward.name}.{member.path}" for member in level.members)
+            features = tuple(member.layer.num_features for member in level.members)
+            backward = any(member.backward for member in level.members)
+            planned = PlannedRound(forward.path, level.number, names, features, backward)
+            self.rounds.append(planned)
+            self._calls[level] = _Round(planned.name)
+
+    def round_of(self, level: Level) -> _Round:
+        """Returns what runs ``level``."""
+        return self._calls[level]
+
+    def forget_records(self) -> None:
+        """Drops what a rehearsal has left."""
+        for call in self._calls.values():
+            call.records = Records()
+
+
+class _Round:
+    """Runs the layers of a level together. Generated code calls it."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.records = name, Records()
+        self.__name__, self.__module__ = "normalize_together", __name__
+
+    def __call__(self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor]) -> Tuple[Tensor, ...]:
+        outputs = normalize_together(layers, inputs, self.name, self.records)
+        if any(layer._forward_hooks for layer in layers):
+            outputs = tuple(_hooked(*each) for each in zip(layers, inputs, outputs))
+        return outputs
+
+
+def _hooked(layer: SyncBatchNorm, input: Tensor, output: Tensor) -> Tensor:
+    for key, hook in layer._forward_hooks.items():
+        with_kwargs = key in getattr(layer, "_forward_hooks_with_kwargs", {})
+        replaced = hook(layer, (input,), {}, output) if with_kwargs else hook(layer, (input,), output)
+        output = output if replaced is None else replaced
+    return output
+
+
+class _Snapshot:
+    """What a graph depends on in a module besides its code: submodules, their modes, and some of their hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parts = [
+            (part, part.training, tuple(part._modules.values()), self._hooks(part)) for part in module.modules()
+        ]
+
+    def holds(self) -> bool:
+        """Whether the module is as it was."""
+        return all(
+            part.training is training and tuple(part._modules.values()) == children and self._hooks(part) == hooks
+            for part, training, children, hooks in self._parts
+        )
+
+    @staticmethod
+    def _hooks(part: nn.Module) -> Tuple[bool, ...]:
+        if type(part).forward is SyncBatchNorm.forward:  # hooks after it run with the round
+            before, _, *backward = hooks_of(part)
+            return (before, *backward)
+        if type(part).__module__.startswith("torch.nn.") and not part._modules:
+            return ()  # the graph calls it as it is
+        return hooks_of(part)
+
+
+def _has_global_hooks() -> bool:
+    hooks = torch.nn.modules.module
+    return any(
+        getattr(hooks, name, None)
+        for name in ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+    )
+
+
+# -- the first training batch ------------------------------------------------------------------------------------------
+
+
+def _agree(forward: CoalescedForward, variant: _Variant, layer: SyncBatchNorm, tensors: Sequence[Tensor]) -> bool:
+    """Compares the regrouped forward with the original on this batch; goes on only if it passed on all ranks."""
+    verdict, difference = rehearse(forward, variant, tensors)
+    channel = layer._bound_channel()
+    text = "\n".join(SyncPlan(forward.model, tuple(variant.rounds)).lines())
+    verdicts = channel.agree(f"the check of {forward.name}'s first training batch", text, verdict)
+    if _FAILED in verdicts:
+        rank = verdicts.index(_FAILED)
+        what = difference or f"rank {rank} says what"
+        _leave(forward, variant, f"its regrouped forward differs ({what})")
+        return False
+    variant.verified = _PASSED in verdicts
+    return variant.verified
+
+
+def _leave(forward: CoalescedForward, variant: _Variant, reason: str) -> None:
+    variant.run, variant.opaque[""] = None, reason
+    warnings.warn(
+        f"expected the regrouped forward of {forward.name} to do what it does as written (got: {reason}); it runs "
+        "layer by layer: exact, but with more rounds",
+        stacklevel=6,
+    )
+
+
+def rehearse(forward: CoalescedForward, variant: _Variant, tensors: Sequence[Tensor]) -> Tuple[int, str]:
+    """Runs both forwards on twins of the module, by this rank's batch alone, and compares what comes out.
+
+    Returns:
+        A verdict, and what differs: an output, a buffer or the gradient of a parameter or input. Undecided where this
+        rank's batch alone cannot be normalized.
+
+    Collectives:
+        None.
+    """
+    module = forward.module
+    assert variant.run is not None
+    try:
+        with random_states_kept():
+            expected = _Performance(module, tensors, lambda twin, inputs: _as_written(twin, variant, inputs))
+    except Exception as error:
+        return _UNDECIDED, f"{type(error).__name__}: {error}"
+    run = variant.run
+    try:
+        with random_states_kept():
+            found = _Performance(module, tensors, lambda twin, inputs: run(twin, *inputs))
+        difference = expected.difference(found)
+    except Exception as error:
+        difference = f"it fails with {type(error).__name__}: {error}"
+    finally:
+        variant.forget_records()
+        if torch.is_autocast_enabled():
+            torch.clear_autocast_cache()  # it holds the twins' weights
+    return (_FAILED, difference) if difference else (_PASSED, "")
+
+
+def _as_written(twin: nn.Module, variant: _Variant, inputs: Sequence[Tensor]) -> Any:
+    args, kwargs = variant.pattern.fill(inputs)
+    return type(twin).forward(twin, *args, **kwargs)
+
+
+class _Performance:
+    """Outputs, buffers and gradients of one forward and backward of a twin."""
+
+    def __init__(
+        self, module: nn.Module, tensors: Sequence[Tensor], run: Callable[[nn.Module, Sequence[Tensor]], Any]
+    ) -> None:
+        twin = twin_of(module)
+        for layer in twin.modules():
+            if isinstance(layer, SyncBatchNorm):
+                layer._bound_channel = lambda: REHEARSAL  # type: ignore[method-assign]
+        inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        with torch.enable_grad():
+            outputs = [leaf for leaf in pytree.tree_flatten(run(twin, [i.view_as(i) for i in inputs]))[0]]
+            parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+            sources = [*parameters.values(), *(i for i in inputs if i.requires_grad)]
+            targets = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
+            gradients: Sequence[Optional[Tensor]] = []
+            if targets and sources:
+                weights = [torch.linspace(0.5, 1.5, t.numel(), device=t.device).view_as(t).to(t.dtype) for t in targets]
+                gradients = torch.autograd.grad(targets, sources, weights, allow_unused=True)
+        names = [*(f"parameter {name}" for name in parameters), *(f"input {i}" for i in range(len(inputs)))]
+        self._tensors = {f"output {i}": leaf.detach() for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor)}
+        self._tensors.update({f"buffer {name}": value for name, value in twin.named_buffers()})
+        self._gradients = {f"the gradient of {name}": value for name, value in zip(names, gradients)}
+
+    def difference(self, other: _Performance) -> str:
+        """Returns what differs first, or ``""``."""
+        for ours, theirs in ((self._tensors, other._tensors), (self._gradients, other._gradients)):
+            if ours.keys() != theirs.keys():
+                return "other outputs"
+            for name, value in ours.items():
+                reason = _apart(value, theirs[name])
+                if reason:
+                    return f"{name}: {reason}"
+        return ""
+
+
+def _apart(first: Optional[Tensor], second: Optional[Tensor]) -> str:
+    if first is None or second is None:
+        return "" if first is second else "there in one of the two only"
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return f"{tuple(first.shape)} {first.dtype} and {tuple(second.shape)} {second.dtype}"
+    if not first.is_floating_point():
+        return "" if torch.equal(first, second) else "other values"
+    # The same kernels on the same numbers: what may differ is the order in which gradients are added up.
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(first.dtype, 5e-2)
+    a, b = first.double().nan_to_num(), second.double().nan_to_num()
+    distance = float((a - b).abs().max()) if a.numel() else 0.0
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    return "" if distance <= tolerance * scale + 1e-12 else f"off by {distance:.3g} at values up to {scale:.3g}"
+
+
+# -- a model -----------------------------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    forwards: List[CoalescedForward]
+    left: List[Tuple[str, str]]
+
+
+def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None) -> SyncPlan:
+    """Lets the SyncBatchNorm layers of ``model`` share rounds where they do not depend on each other.
+
+    The largest submodules whose forward can be traced faithfully are regrouped, the model itself first.
+
+    Args:
+        model: with SyncBatchNorm layers; changed in place.
+        example_inputs: arguments of a training forward; with them the regrouped forward is compared with the
+            original now, else on the first training batch.
+
+    Returns:
+        The plan.
+
+    Collectives:
+        None.
+    """
+    uncoalesce(model)
+    found = _Found([], [])
+    modes = {part: part.training for part in model.modules()}
+    if not model.training:
+        model.train()  # the plan is for training; layers frozen later are seen when they are
+    try:
+        _regions(model, "", type(model).__name__, found, example_inputs)
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    for forward in found.forwards:
+        forward.module.__dict__["forward"] = forward
+    plan = plan_of(model, found.left)
+    left = "; ".join(f"{name}: {reason}" for name, reason in found.left)
+    logger.info(
+        "coalesced %s: %s%s", type(model).__name__, plan.summary(), f"; left as written: {left}" if left else ""
+    )
+    return plan
+
+
+def uncoalesce(model: nn.Module) -> None:
+    """Takes away what :func:`coalesce` has added to ``model``."""
+    for part in model.modules():
+        if isinstance(part.__dict__.get("forward"), CoalescedForward):
+            del part.__dict__["forward"]
+
+
+def plan_of(model: nn.Module, left: Sequence[Tuple[str, str]] = ()) -> SyncPlan:
+    """Returns the rounds of ``model``'s next training step, as far as they are known.
+
+    Layers that no region covers count one round each.
+    """
+    name = type(model).__name__
+    rounds: List[PlannedRound] = []
+    for part in model.modules():
+        forward = part.__dict__.get("forward")
+        if isinstance(forward, CoalescedForward):
+            rounds += forward.rounds
+    covered = {layer for planned in rounds for layer in planned.layers}
+    for path, layer in model.named_modules():
+        full = f"{name}.{path}" if path else name
+        if isinstance(layer, SyncBatchNorm) and full not in covered:
+            rounds.append(PlannedRound("", 0, (full,), (layer.num_features,)))
+    return SyncPlan(name, tuple(rounds), tuple(left))
+
+
+def _regions(
+    module: nn.Module, path: str, model: str, found: _Found, example: Optional[Tuple[Any, ...]] = None
+) -> None:
+    """Finds the largest submodules that can be regrouped."""
+    if isinstance(module, SyncBatchNorm) or not any(isinstance(part, SyncBatchNorm) for part in module.modules()):
+        return
+    name = f"{model}.{path}" if path else model
+    inner = [child for child, _ in module.named_children()]
+    reason = ""
+    if has_own_forward(module):
+        reason = "has a forward of its own making"
+    elif type(module).forward is not nn.Module.forward and not _is_container(module):
+        forward = CoalescedForward(module, path, model)
+        pattern, tensors = _usual_call(module, example)
+        variant = None if pattern is None else forward.prepare(pattern)
+        if variant is None:
+            reason = "takes arguments that are not tensors"
+        elif "" in variant.opaque:
+            reason = variant.opaque[""]
+        elif variant.run is not None and example is not None:
+            verdict, difference = rehearse(forward, variant, tensors)
+            if verdict == _FAILED:
+                _leave(forward, variant, f"its regrouped forward differs ({difference})")
+            variant.verified = verdict == _PASSED
+        if variant is not None and not reason:
+            forward.rounds = tuple(variant.rounds)
+            if variant.run is not None:
+                found.forwards.append(forward)
+            found.left.extend((f"{name}.{layer}", why) for layer, why in variant.alone.items())
+            inner = []
+            for part, why in variant.opaque.items():
+                submodule = module.get_submodule(part) if part else module
+                if part and any(isinstance(p, SyncBatchNorm) for p in submodule.modules()):
+                    found.left.append((f"{name}.{part}", why))
+                    inner.append(part)
+    if reason:
+        found.left.append((name, reason))
+    for part in inner:
+        submodule = module.get_submodule(part)
+        if not any(f.module is submodule for f in found.forwards):
+            _regions(submodule, f"{path}.{part}" if path else part, model, found)
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def _usual_call(
+    module: nn.Module, example: Optional[Tuple[Any, ...]]
+) -> Tuple[Optional[CallPattern], Sequence[Tensor]]:
+    """Returns how the module is probably called: by one tensor for each argument without a default."""
+    if example is not None:
+        return CallPattern.of(example, {})
+    try:
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return None, ()
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return CallPattern.of([torch.empty(0)] * len(required), {})

@@ -1,0 +1,143 @@
+"""Which layers share a round of statistics, in which order; and what that costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Dict, List, Tuple
+
+__all__ = ["PlannedRound", "Prediction", "SyncPlan"]
+
+_HEADER_BYTES = 32
+
+
+@dataclass(frozen=True)
+class PlannedRound:
+    """Layers that do not depend on each other; their statistics travel in one message."""
+
+    region: str  # the module whose forward runs the round, by qualified name; "" for the model itself
+    level: int  # 1 + the most rounds on any way to it inside its region; 0 for a layer outside of every region
+    layers: Tuple[str, ...]  # qualified names in the model, in program order; a layer applied twice is there twice
+    features: Tuple[int, ...]
+    backward: bool = True  # whether any input needs a gradient
+
+    @property
+    def name(self) -> str:
+        """How errors and tables call it."""
+        if len(self.layers) == 1:
+            return self.layers[0]
+        more = f" and {len(self.layers) - 2} more" if len(self.layers) > 2 else ""
+        return f"round {self.level} ({', '.join(self.layers[:2])}{more})"
+
+    def payload(self, itemsize: int = 4) -> int:
+        """Returns the bytes that a rank sends in forward: count, mean and variance of every layer."""
+        return _HEADER_BYTES + 8 * len(self.layers) + 2 * itemsize * sum(self.features)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Modelled communication time of one training step, in seconds."""
+
+    original: float  # 3 all-gathers and 2 all-reduces a layer, as Bagua's own SyncBatchNorm
+    per_layer: float  # one all-gather a layer forward, one backward
+    planned: float  # one all-gather a round forward, one backward
+
+
+@dataclass(frozen=True)
+class SyncPlan:
+    """The rounds of a model's training step."""
+
+    model: str
+    rounds: Tuple[PlannedRound, ...] = ()
+    left: Tuple[Tuple[str, str], ...] = ()  # modules and layers left as they are, and why
+
+    @property
+    def layers(self) -> int:
+        """Applications of layers: as many rounds as it takes without a plan."""
+        return sum(len(planned.layers) for planned in self.rounds)
+
+    @property
+    def rounds_forward(self) -> int:
+        """Messages of a forward."""
+        return len(self.rounds)
+
+    @property
+    def rounds_backward(self) -> int:
+        """Messages of a backward."""
+        return sum(planned.backward for planned in self.rounds)
+
+    def predict(self, world_size: int, latency: float, bandwidth: float, itemsize: int = 4) -> Prediction:
+        """Models the communication time of a step in which all ranks arrive at every round together.
+
+        With ``p`` ranks, latency ``α`` and bandwidth ``β`` an all-gather of ``m`` bytes a rank takes
+        ``⌈log₂ p⌉·α + (p − 1)·m/β`` and an all-reduce ``2·⌈log₂ p⌉·α + 2·(p − 1)/p·m/β``: the recursive-doubling and
+        reduce-scatter forms in Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in
+        MPICH", 2005. What is left out: the arithmetic, waiting for slower ranks, and NCCL's launches.
+
+        Args:
+            world_size: ranks.
+            latency: seconds that the smallest all-gather between two ranks takes.
+            bandwidth: bytes a second between two ranks.
+            itemsize: bytes of a statistic.
+
+        Raises:
+            ValueError: for a world below 1, a negative latency or a bandwidth that is not positive.
+        """
+        if world_size < 1 or latency < 0 or bandwidth <= 0:
+            raise ValueError(
+                "expected world_size of at least 1, latency of at least 0 and a positive bandwidth (got "
+                f"{world_size}, {latency}, {bandwidth}); give seconds and bytes a second"
+            )
+        hops = math.ceil(math.log2(world_size))
+
+        def gather(size: float) -> float:
+            return hops * latency + (world_size - 1) * size / bandwidth if hops else 0.0
+
+        def reduce(size: float) -> float:
+            return 2 * (hops * latency + (world_size - 1) / world_size * size / bandwidth) if hops else 0.0
+
+        # One length for all messages: the longest one's.
+        longest = max((planned.payload(itemsize) for planned in self.rounds), default=0)
+        widest = max((max(planned.features) for planned in self.rounds), default=0)
+        single = _HEADER_BYTES + 8 + 2 * itemsize * widest
+        original = per_layer = 0.0
+        for planned in self.rounds:
+            for features in planned.features:
+                original += gather(4) + 2 * gather(itemsize * features)
+                original += 2 * reduce(itemsize * features) * planned.backward
+                per_layer += gather(single) * (1 + planned.backward)
+        together = gather(longest) * (self.rounds_forward + self.rounds_backward)
+        return Prediction(original, per_layer, together)
+
+    def lines(self) -> List[str]:
+        """Returns one line a round, by which ranks compare their plans."""
+        return [f"round of {', '.join(planned.layers)}" for planned in self.rounds if len(planned.layers) > 1]
+
+    def summary(self) -> str:
+        """Returns the plan in one line."""
+        return f"layers {self.layers}, rounds forward {self.rounds_forward}, backward {self.rounds_backward}"
+
+    def to_json(self) -> str:
+        """Returns the plan as text that :meth:`from_json` reads."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> SyncPlan:
+        """Reads a plan that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: if the text is no plan.
+        """
+        try:
+            fields: Dict[str, Any] = json.loads(text)
+            rounds = tuple(
+                PlannedRound(**{**entry, "layers": tuple(entry["layers"]), "features": tuple(entry["features"])})
+                for entry in fields["rounds"]
+            )
+            left = tuple((name, reason) for name, reason in fields["left"])
+            return cls(fields["model"], rounds, left)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected a plan as SyncPlan.to_json writes it (got {text[:60]!r}, {error}); write it again"
+            ) from error

@@ -1,0 +1,273 @@
+"""The order of a traced forward in which layers of one dependency level meet in one round."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
+
+from torch import fx, nn
+
+from .layer import SyncBatchNorm
+from .tracing import IN_PLACE_OPERATORS, normalize_alone
+
+__all__ = ["Application", "Level", "levels_of", "regroup"]
+
+
+class Application(NamedTuple):
+    """One use of a layer in a graph."""
+
+    node: fx.Node
+    path: str  # of the layer in the region
+    layer: SyncBatchNorm
+    backward: bool  # whether its input needs a gradient
+
+
+class Level(NamedTuple):
+    """Applications that share a round."""
+
+    number: int
+    members: Tuple[Application, ...]  # in program order
+
+
+def levels_of(graph: fx.Graph, module: nn.Module, alone: Sequence[str]) -> List[Level]:
+    """Returns the rounds of a traced forward, in the order in which they must run.
+
+    A layer's level is 1 + the most layers on any way to it, where a way follows values and what must keep its order:
+    in-place operations and all that touches their memory, random numbers, opaque steps.
+
+    Args:
+        graph: of ``module``.
+        module: where the graph's paths lead.
+        alone: paths of layers that take no part.
+    """
+    before = _dependencies(graph, module)
+    level: Dict[fx.Node, int] = {}
+    needs_gradient: Dict[fx.Node, bool] = {}
+    last_of: Dict[int, int] = {}  # the level of a layer's latest application
+    groups: Dict[Tuple[int, Any], List[Application]] = {}
+    for node in graph.nodes:
+        level[node] = max((level[earlier] for earlier in before[node]), default=0)
+        needs_gradient[node] = any(needs_gradient[i] for i in node.all_input_nodes) or _has_parameters(node, module)
+        path = _layer_path(node, module)
+        if path is None or path in alone:
+            continue
+        layer = module.get_submodule(path)
+        assert isinstance(layer, SyncBatchNorm)
+        if not layer.training:
+            continue
+        # A layer's running statistics move in program order: a later application is never in an earlier round.
+        level[node] = max(level[node] + 1, last_of.get(id(layer), 0))
+        last_of[id(layer)] = level[node]
+        group = (level[node], None if layer.process_group is None else id(layer.process_group))
+        input_ = node.all_input_nodes[-1]
+        groups.setdefault(group, []).append(Application(node, path, layer, needs_gradient[input_]))
+    return [Level(number, tuple(members)) for (number, _), members in sorted(groups.items(), key=lambda g: g[0][0])]
+
+
+def regroup(graph: fx.Graph, module: nn.Module, levels: Sequence[Level], call: Callable[[Level], Any]) -> fx.Graph:
+    """Returns the graph with every level of several layers in one call.
+
+    Args:
+        graph: of ``module``.
+        module: where the graph's paths lead.
+        levels: of the graph.
+        call: gives what runs a level: a function of the layers and the inputs that returns the outputs.
+    """
+    before = _dependencies(graph, module)
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    done: Set[fx.Node] = set()
+    copies: Dict[fx.Node, fx.Node] = {}
+    new = fx.Graph()
+
+    def copy(node: fx.Node) -> None:
+        copies[node] = new.node_copy(node, lambda earlier: copies[earlier])
+        done.add(node)
+
+    def emit_before(nodes: Sequence[fx.Node]) -> None:
+        wanted: Set[fx.Node] = set()
+        stack = [earlier for node in nodes for earlier in before[node]]
+        while stack:
+            node = stack.pop()
+            if node not in done and node not in wanted:
+                wanted.add(node)
+                stack.extend(before[node])
+        for node in sorted(wanted, key=position.__getitem__):
+            copy(node)
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            copy(node)
+    for level in levels:
+        nodes = [member.node for member in level.members]
+        emit_before(nodes)
+        if len(nodes) == 1:
+            copy(nodes[0])
+            continue
+        layers = tuple(new.get_attr(member.path) for member in level.members)
+        inputs = tuple(copies[node.all_input_nodes[-1]] for node in nodes)
+        together = new.call_function(call(level), (layers, inputs))
+        for index, node in enumerate(nodes):
+            copies[node] = new.call_function(_item, (together, index))
+            done.add(node)
+    for node in graph.nodes:
+        if node not in done:
+            copy(node)
+    return new
+
+
+def _item(outputs: Sequence[Any], index: int) -> Any:
+    return outputs[index]
+
+
+def _layer_path(node: fx.Node, module: nn.Module) -> Any:
+    """Returns the path of the layer that ``node`` applies, or ``None``."""
+    if node.op == "call_function" and node.target is normalize_alone:
+        return node.args[0].target  # type: ignore[union-attr]
+    if node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), SyncBatchNorm):
+        layer = module.get_submodule(str(node.target))
+        if type(layer).forward is SyncBatchNorm.forward:
+            return str(node.target)
+    return None
+
+
+def _has_parameters(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        return any(parameter.requires_grad for parameter in module.get_submodule(str(node.target)).parameters())
+    if node.op == "get_attr":
+        value: Any = module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return isinstance(value, nn.Parameter) and value.requires_grad
+    return False
+
+
+# -- what must keep its order -----------------------------------------------------------------------------------------
+
+_RANDOM = (
+    *("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel", "uniform"),
+    *("exponential", "fractional"),
+)
+# Operators that always return memory of their own; whatever is not here may return a view of what it is given.
+_FRESH_MODULES = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+)
+_FRESH_FUNCTIONS = (
+    *("add", "sub", "mul", "truediv", "div", "pow", "neg", "cat", "stack", "matmul", "linear", "clone", "mean", "sum"),
+    *("relu", "silu", "gelu", "sigmoid", "tanh", "softmax", "normalize_alone", "conv1d", "conv2d", "conv3d"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+)
+
+
+def _dependencies(graph: fx.Graph, module: nn.Module) -> Dict[fx.Node, List[fx.Node]]:
+    """Returns for each node those that must run before it, by value or by order."""
+    before = {node: list(node.all_input_nodes) for node in graph.nodes}
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    chain = [node for node in graph.nodes if _is_effect(node, module)]
+    for earlier, later in zip(chain, chain[1:]):
+        before[later].append(earlier)
+    memory = _Memory(graph, module)
+    for node in graph.nodes:
+        target = _written(node, module)
+        if target is None:
+            continue
+        for user in memory.users(target):
+            if position[user] < position[node]:
+                before[node].append(user)
+            elif user is not node:
+                before[user].append(node)
+    return before
+
+
+def _is_effect(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node draws random numbers or does what a graph cannot show: such nodes keep their order."""
+    name = str(getattr(node.target, "__name__", node.target)).lower().replace("normalize", "")
+    if node.op == "call_module":
+        part = module.get_submodule(str(node.target))
+        if isinstance(part, SyncBatchNorm):
+            return False
+        plain = type(part).__module__.startswith("torch.nn")
+        return (
+            not plain or "dropout" in type(part).__name__.lower() or isinstance(part, nn.RReLU) or _has_children(part)
+        )
+    if node.op == "call_function" and node.target is not normalize_alone:
+        home = str(getattr(node.target, "__module__", None) or "torch")
+        ours = home.split(".")[0] in ("torch", "_operator", "builtins", "math")
+        return not ours or any(word in name for word in _RANDOM)
+    return node.op == "call_method" and any(word in name for word in _RANDOM)
+
+
+def _has_children(part: nn.Module) -> bool:
+    return next(part.children(), None) is not None
+
+
+def _written(node: fx.Node, module: nn.Module) -> Any:
+    """Returns the value that ``node`` changes in place, or ``None``."""
+    values = node.all_input_nodes
+    if "out" in node.kwargs and isinstance(node.kwargs["out"], fx.Node):
+        return node.kwargs["out"]
+    if not values:
+        return None
+    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else values[0]
+    if node.op == "call_method":
+        return first if str(node.target).endswith("_") and not str(node.target).endswith("__") else None
+    if node.op == "call_module":
+        return first if getattr(module.get_submodule(str(node.target)), "inplace", False) else None
+    if node.op == "call_function":
+        name = str(getattr(node.target, "__name__", ""))
+        home = str(getattr(node.target, "__module__", None) or "")
+        in_operator = home == "_operator" and name in IN_PLACE_OPERATORS
+        method = name.endswith("_") and not name.endswith("__") and home != "_operator"
+        return first if in_operator or method or name == "setitem" or node.kwargs.get("inplace") is True else None
+    return None
+
+
+class _Memory:
+    """Which nodes may hold the same memory."""
+
+    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
+        self._parent: Dict[Any, Any] = {node: node for node in graph.nodes}
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                self._join(node, str(node.target))
+            elif _written(node, module) is not None:
+                self._join(node, _written(node, module))
+            elif not self._is_fresh(node, module):
+                for value in node.all_input_nodes:
+                    self._join(node, value)
+        self._users: Dict[Any, List[fx.Node]] = {}
+        for node in graph.nodes:
+            roots = {self._root(value) for value in node.all_input_nodes}
+            for root in roots:
+                self._users.setdefault(root, []).append(node)
+
+    def users(self, node: fx.Node) -> List[fx.Node]:
+        """Returns all nodes that read or write the memory of ``node``, in program order."""
+        return self._users.get(self._root(node), [])
+
+    def _is_fresh(self, node: fx.Node, module: nn.Module) -> bool:
+        if node.op == "call_module":
+            return isinstance(module.get_submodule(str(node.target)), _FRESH_MODULES)
+        name = str(getattr(node.target, "__name__", node.target))
+        return node.op in ("call_function", "call_method") and name in _FRESH_FUNCTIONS
+
+    def _root(self, key: Any) -> Any:
+        self._parent.setdefault(key, key)
+        while self._parent[key] is not key:
+            self._parent[key] = self._parent[self._parent[key]]
+            key = self._parent[key]
+        return key
+
+    def _join(self, first: Any, second: Any) -> None:
+        self._parent[self._root(first)] = self._root(second)

@@ -1,0 +1,425 @@
+"""Faithful tracing: a graph of what a module's forward does, or the reason why there is none.
+
+``torch.fx`` drops or bakes in much without a word: contexts, random choices, changes to attributes, hooks, in-place
+arithmetic. Each of these is looked for here. A submodule whose forward cannot be traced faithfully stays one opaque
+step of the graph around it, and is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import operator
+import random
+import sys
+from collections import OrderedDict
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .layer import SyncBatchNorm
+
+__all__ = [
+    "IN_PLACE_OPERATORS",
+    "CallPattern",
+    "Trace",
+    "UntraceableError",
+    "has_own_forward",
+    "hooks_of",
+    "normalize_alone",
+    "random_states_kept",
+    "trace",
+    "twin_of",
+]
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+_SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
+
+
+class UntraceableError(Exception):
+    """Tracing would not be faithful; the text says why."""
+
+
+class CallPattern(NamedTuple):
+    """How a forward is called: which arguments are tensors, and what the others are."""
+
+    structure: Any  # of the arguments, as torch.utils._pytree has it
+    constants: Tuple[Tuple[int, type, Any], ...]  # leaves that are no tensors: position, type (1 is not True), value
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Dict[str, Any]) -> Tuple[Optional[CallPattern], List[Tensor]]:
+        """Returns the pattern of a call and its tensors; ``None`` if there are values that no pattern can hold."""
+        leaves, structure = pytree.tree_flatten((tuple(args), kwargs))
+        tensors, constants = [], []
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                tensors.append(leaf)
+            elif isinstance(leaf, _SIMPLE):
+                constants.append((position, type(leaf), leaf))
+            else:
+                return None, tensors
+        return cls(structure, tuple(constants)), tensors
+
+    def fill(self, tensors: Sequence[Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+        """Returns the arguments of a call with these tensors."""
+        constants, rest = {position: value for position, _, value in self.constants}, iter(tensors)
+        leaves = [constants[i] if i in constants else next(rest) for i in range(self.structure.num_leaves)]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        return args, kwargs
+
+
+class Trace(NamedTuple):
+    """What tracing found."""
+
+    graph: fx.Graph  # takes the call's tensors, in order
+    opaque: Dict[str, str]  # paths of submodules that stay one step, and why
+    alone: Dict[str, str]  # paths of SyncBatchNorm layers that must run by themselves, and why
+
+
+def normalize_alone(layer: SyncBatchNorm, input: Tensor) -> Tensor:
+    """What a layer of a subclass does within its own forward: stands in traced graphs."""
+    return SyncBatchNorm.forward(layer, input)
+
+
+def hooks_of(module: nn.Module) -> Tuple[bool, ...]:
+    """Returns which kinds of hooks a module has: before forward, after it, backward, before backward."""
+    return tuple(bool(module.__dict__.get(kind)) for kind in _HOOKS)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody has given the instance a forward that its class does not have."""
+    own = module.__dict__.get("forward")
+    return own is not None and not getattr(own, "regroups", False)
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    """Returns a copy to try things on: without hooks, and without what other libraries have hung on the module.
+
+    Raises:
+        UntraceableError: if the module cannot be copied.
+    """
+    memo: Dict[int, Any] = {}
+    for part in module.modules():
+        for name, value in part.__dict__.items():
+            if isinstance(value, dict) and (name.endswith("_hooks") or name.endswith("_hooks_with_kwargs")):
+                memo[id(value)] = OrderedDict()
+            elif (name == "forward" or name.startswith("bagua_")) and not isinstance(value, _SIMPLE):
+                memo[id(value)] = None
+    try:
+        twin: nn.Module = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise UntraceableError(f"cannot be copied ({type(error).__name__}: {error})") from error
+    for part in twin.modules():
+        if part.__dict__.get("forward", 0) is None:
+            del part.__dict__["forward"]
+    return twin
+
+
+def trace(module: nn.Module, pattern: CallPattern) -> Trace:
+    """Traces ``module.forward`` for calls of ``pattern``, in the modes (training, evaluation) that its parts are in.
+
+    The module itself is never run: a twin of it is.
+
+    Raises:
+        UntraceableError: if the forward of ``module`` itself cannot be traced.
+
+    Collectives:
+        None.
+    """
+    twin = twin_of(module)
+    pairs = list(zip(module.modules(), twin.modules()))
+    hooks = {twin_: hooks_of(part) for part, twin_ in pairs}
+    tracer = _Tracer(pattern, hooks, [twin_ for part, twin_ in pairs if has_own_forward(part)])
+    with random_states_kept(), torch.enable_grad(), tracer.watching():
+        everything = {part: _Snapshot(part) for part in twin.modules()}
+        here = _Watch(twin)
+        try:
+            graph = tracer.trace(twin)
+        except Exception as error:
+            raise UntraceableError(tracer.reason(error)) from error
+        reason = here.difference() or next(filter(None, (s.difference() for s in everything.values())), None)
+        if reason is None and tracer.swallowed:
+            reason = tracer.swallowed[0]
+        if reason is not None:
+            raise UntraceableError(reason)
+    return Trace(graph, tracer.opaque, tracer.alone)
+
+
+class _Proxy(fx.Proxy):
+    """A traced value. Unlike fx's own it keeps in-place arithmetic in place, and refuses to be changed unseen."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            raise UntraceableError(f"assigns to a tensor's attribute {name}")
+        super().__setattr__(name, value)
+
+
+def _in_place(name: str) -> Any:
+    def method(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+IN_PLACE_OPERATORS = (
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+)
+
+for _name in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self, pattern: CallPattern, hooks: Dict[nn.Module, Tuple[bool, ...]], overridden: Sequence[nn.Module]
+    ) -> None:
+        super().__init__()
+        self._pattern, self._hooks, self._overridden = pattern, hooks, set(overridden)
+        self.opaque: Dict[str, str] = {}
+        self.alone: Dict[str, str] = {}
+        self.swallowed: List[str] = []  # reasons raised, which the module's own code may have caught
+
+    # -- what fx asks -----------------------------------------------------------------------------------------------
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Tuple[Any, List[Any]]:
+        tensors = [
+            self.create_proxy("placeholder", f"tensor_{i}", (), {})
+            for i in range(self._pattern.structure.num_leaves - len(self._pattern.constants))
+        ]
+        args, kwargs = self._pattern.fill(tensors)
+        return (lambda: root_fn(self.root, *args, **kwargs)), []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
+        # Without fx's cache: it would hold nodes of a forward that was given up half-way.
+        return super().getattr(attr, attr_val, {})
+
+    def create_arg(self, a: Any) -> Any:
+        own = isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs
+        if own and not any(a is buffer for buffer in self.root.buffers()):
+            raise UntraceableError("makes a tensor of its own")
+        return super().create_arg(a)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        before, after, *backward = self._hooks.get(m, (False,) * 4)
+        name = module_qualified_name
+        if isinstance(m, SyncBatchNorm) and type(m).forward is SyncBatchNorm.forward:
+            if before or any(backward):
+                self.alone[name] = "has hooks before or in backward"
+            return True
+        if super().is_leaf_module(m, name):
+            return True
+        if before or after or any(backward):
+            self.opaque[name] = "has hooks"
+            return True
+        if m in self._overridden or type(m).__call__ is not nn.Module.__call__:
+            self.opaque[name] = "has a forward or __call__ of its own making"
+            return True
+        return False
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if path in self.opaque:
+            return self.create_proxy("call_module", path, args, kwargs)
+        last = next(iter(reversed(self.graph.nodes)), None)
+        stack, calls = dict(self._stack()), dict(getattr(self, "num_calls", {}))
+        here = _Watch(m)
+        swallowed = len(self.swallowed)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            reason = here.difference()
+            if reason is None and len(self.swallowed) > swallowed:
+                reason = self.swallowed[swallowed]
+        except Exception as error:
+            reason = self.reason(error)
+        if reason is None:
+            return result
+        # This forward is given up, and what it left behind; in the graph around it, it is one step.
+        here.restore()
+        del self.swallowed[swallowed:]
+        while True:
+            node = next(iter(reversed(self.graph.nodes)), None)
+            if node is last or node is None:
+                break
+            self.graph.erase_node(node)
+        self._stack().clear()
+        self._stack().update(stack)
+        if hasattr(self, "num_calls"):
+            self.num_calls = calls
+        for inner in [name for name in self.opaque if name.startswith(f"{path}.")]:
+            del self.opaque[inner]
+        self.opaque[path] = reason
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def _stack(self) -> Dict[str, Any]:
+        stack: Dict[str, Any] = self.__dict__.setdefault("module_stack", OrderedDict())
+        return stack
+
+    # -- what it looks for ------------------------------------------------------------------------------------------
+
+    def reason(self, error: BaseException) -> str:
+        """Returns in words why a forward was given up."""
+        if isinstance(error, UntraceableError):
+            return str(error)
+        if isinstance(error, fx.proxy.TraceError):
+            return "has a branch or loop that depends on data"
+        return f"cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+
+    def refuse(self, reason: str) -> None:
+        self.swallowed.append(reason)
+        raise UntraceableError(reason)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Refuses contexts and custom gradients while the block runs; passes a subclass's normalization on to fx."""
+
+        def refusing(what: str) -> Any:
+            return lambda *args, **kwargs: self.refuse(what)
+
+        original = SyncBatchNorm.forward
+
+        def normalize(layer: SyncBatchNorm, input: Any) -> Any:
+            if not isinstance(input, fx.Proxy):
+                return original(layer, input)
+            path = self.create_proxy("get_attr", self.path_of_module(layer), (), {})
+            return self.create_proxy("call_function", normalize_alone, (path, input), {})
+
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        contexts = [
+            (torch.no_grad, "__enter__", "enters no_grad"),
+            (torch.enable_grad, "__enter__", "enters enable_grad"),
+            (torch.set_grad_enabled, "__init__", "sets the gradient mode"),
+            (torch.inference_mode, "__enter__", "enters inference_mode"),
+            (torch.autocast, "__enter__", "enters autocast"),
+            (hooks, "__enter__", "enters a context for saved tensors, as checkpointing does"),
+            (torch.autograd.Function, "apply", "applies an autograd function of its own"),
+            (torch.utils.checkpoint, "checkpoint", "calls checkpoint"),
+        ]
+        with contextlib.ExitStack() as stack:
+            for owner, name, what in contexts:
+                stack.enter_context(_replaced(owner, name, refusing(what)))
+            stack.enter_context(_replaced(SyncBatchNorm, "forward", normalize))
+            yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)  # it was inherited
+        else:
+            setattr(owner, name, own)
+
+
+class _Snapshot:
+    """The attributes of a module as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._attributes = dict(module.__dict__)
+        self._inside = {
+            name: copy.copy(value) for name, value in module.__dict__.items() if isinstance(value, (list, dict, set))
+        }
+        self._versions = {name: value._version for name, value in self._tensors()}
+
+    def _tensors(self) -> List[Tuple[str, Tensor]]:
+        own = self._module.__dict__
+        groups = (own, own["_buffers"], own["_parameters"])
+        return [(name, value) for group in groups for name, value in group.items() if isinstance(value, Tensor)]
+
+    def difference(self) -> Optional[str]:
+        now = self._module.__dict__
+        for name in {**self._attributes, **now}:
+            if now.get(name, self) is not self._attributes.get(name, self):
+                return f"changes its attribute {name}"
+            if name in self._inside and not _same_inside(self._inside[name], now[name]):
+                return f"changes what is in its attribute {name}"
+        for name, value in self._tensors():
+            if self._versions.get(name) != value._version:
+                return f"changes its tensor {name}"
+        return None
+
+    def restore(self) -> None:
+        now = self._module.__dict__
+        now.clear()
+        now.update(self._attributes)
+        for name, inside in self._inside.items():
+            if not _same_inside(inside, now[name]):
+                now[name] = inside
+
+
+class _Watch:
+    """What one forward must leave as it was: the module's attributes and the random numbers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._snapshot, self._random = _Snapshot(module), _random_states()
+
+    def difference(self) -> Optional[str]:
+        if not _equal(self._random, _random_states()):
+            return "draws random numbers while it decides what to do"
+        return self._snapshot.difference()
+
+    def restore(self) -> None:
+        self._snapshot.restore()
+        _set_random_states(self._random)
+
+
+def _same_inside(first: Any, second: Any) -> bool:
+    if len(first) != len(second):
+        return False
+    if isinstance(first, dict):
+        return all(name in second and second[name] is value for name, value in first.items())
+    if isinstance(first, set):
+        return bool(first == second)
+    return all(a is b for a, b in zip(first, second))
+
+
+def _random_states() -> List[Any]:
+    states: List[Any] = [torch.get_rng_state(), random.getstate()]
+    numpy = sys.modules.get("numpy")
+    states.append(None if numpy is None else numpy.random.get_state(legacy=False))
+    states += torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return states
+
+
+def _set_random_states(states: List[Any]) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    if states[2] is not None:
+        sys.modules["numpy"].random.set_state(states[2])
+    if states[3:]:
+        torch.cuda.set_rng_state_all(states[3:])
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return all(_equal(a, b) for a, b in zip(first, second))
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if hasattr(first, "tobytes"):  # numpy's own key
+        return bool((first == second).all())
+    return bool(first == second)
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Lets a block draw random numbers that nobody will miss: the generators are set back at its end."""
+    states = _random_states()
+    try:
+        yield
+    finally:
+        _set_random_states(states)
