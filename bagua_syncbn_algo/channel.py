@@ -77,11 +77,13 @@ class Roster:
 
     layers: Tuple[Tuple[str, int], ...] = ()  # qualified name, num_features; in the model's order
     rounds: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()  # which layers share a message, in words; their num_features
+    itemsize: int = 4  # bytes of one statistic: 8 where any layer has float64
 
     def capacity(self, itemsize: int) -> int:
         """Returns the bytes of a message for the longest statistics: header, counts, means, variances."""
         if not self.layers:
             return _DEFAULT_CAPACITY
+        itemsize = max(itemsize, self.itemsize)
         alone = max(8 + 2 * features * itemsize for _, features in self.layers)
         longest = max([alone] + [8 * len(each) + 2 * sum(each) * itemsize for _, each in self.rounds])
         # Up to a limit: every message is as long as the longest.

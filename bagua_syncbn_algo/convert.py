@@ -181,6 +181,7 @@ def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
     roster = Roster(
         tuple((name, layer.num_features) for name, (_, layer) in zip(names, named)),
         tuple((words, planned.features) for words, planned in zip(plan.lines(), shared)),
+        max((layer.itemsize for _, layer in named), default=4),
     )
     for order, (name, (_, layer)) in enumerate(zip(names, named)):
         layer._go_unbound()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import operator
 import random
 import sys
+import threading
 from collections import OrderedDict
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LOCK = threading.RLock()  # tracing changes torch.nn.Module while it runs
 _SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 
@@ -133,7 +136,7 @@ def trace(module: nn.Module, pattern: CallPattern) -> Trace:
     pairs = list(zip(module.modules(), twin.modules()))
     hooks = {twin_: hooks_of(part) for part, twin_ in pairs}
     tracer = _Tracer(pattern, hooks, [twin_ for part, twin_ in pairs if has_own_forward(part)])
-    with random_states_kept(), torch.enable_grad(), tracer.watching():
+    with _LOCK, random_states_kept(), torch.enable_grad(), tracer.watching():
         everything = {part: _Snapshot(part) for part in twin.modules()}
         here = _Watch(twin)
         try:
@@ -183,6 +186,7 @@ class _Tracer(fx.Tracer):
         self._pattern, self._hooks, self._overridden = pattern, hooks, set(overridden)
         self.opaque: Dict[str, str] = {}
         self.alone: Dict[str, str] = {}
+        self._thread = threading.get_ident()  # others that run modules meanwhile are not to be traced
         self.swallowed: List[str] = []  # reasons raised, which the module's own code may have caught
 
     # -- what fx asks -----------------------------------------------------------------------------------------------
@@ -199,6 +203,8 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
         # Without fx's cache: it would hold nodes of a forward that was given up half-way.
         return super().getattr(attr, attr_val, {})
 
@@ -226,6 +232,8 @@ class _Tracer(fx.Tracer):
         return False
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if path in self.opaque:
             return self.create_proxy("call_module", path, args, kwargs)
@@ -281,9 +289,20 @@ class _Tracer(fx.Tracer):
     def watching(self) -> Iterator[None]:
         """Refuses contexts and custom gradients while the block runs; passes a subclass's normalization on to fx."""
 
-        def refusing(what: str) -> Any:
-            return lambda *args, **kwargs: self.refuse(what)
+        def refusing(owner: Any, name: str, what: str) -> Any:
+            usual = getattr(owner, name)
 
+            def refuse(*args: Any, **kwargs: Any) -> Any:
+                return self.refuse(what) if threading.get_ident() == self._thread else usual(*args, **kwargs)
+
+            return refuse
+
+        def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == self._thread:
+                self.refuse("applies an autograd function of its own")
+            return usual_apply.__get__(None, function)(*args, **kwargs)
+
+        usual_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")
         original = SyncBatchNorm.forward
 
         def normalize(layer: SyncBatchNorm, input: Any) -> Any:
@@ -300,12 +319,12 @@ class _Tracer(fx.Tracer):
             (torch.inference_mode, "__enter__", "enters inference_mode"),
             (torch.autocast, "__enter__", "enters autocast"),
             (hooks, "__enter__", "enters a context for saved tensors, as checkpointing does"),
-            (torch.autograd.Function, "apply", "applies an autograd function of its own"),
             (torch.utils.checkpoint, "checkpoint", "calls checkpoint"),
         ]
         with contextlib.ExitStack() as stack:
             for owner, name, what in contexts:
-                stack.enter_context(_replaced(owner, name, refusing(what)))
+                stack.enter_context(_replaced(owner, name, refusing(owner, name, what)))
+            stack.enter_context(_replaced(torch.autograd.Function, "apply", classmethod(apply)))
             stack.enter_context(_replaced(SyncBatchNorm, "forward", normalize))
             yield
 

@@ -65,10 +65,12 @@ class BaguaModule:
         )
         return self
 
+    # None before `with_bagua`, not an error: torch.compile reads every attribute that a module's class lists.
+
     @property
-    def bagua_module_name(self) -> str:
+    def bagua_module_name(self) -> Optional[str]:
         """The name by which Bagua tells this module from others."""
-        return self._bagua_module_name
+        return self.__dict__.get("_bagua_module_name")
 
     @bagua_module_name.setter
     def bagua_module_name(self, name: str) -> None:
@@ -77,17 +79,17 @@ class BaguaModule:
     @property
     def bagua_algorithm(self) -> Any:
         """The live algorithm."""
-        return self.bagua_ddp.bagua_algorithm
+        return getattr(self.__dict__.get("bagua_ddp"), "bagua_algorithm", None)
 
     @property
-    def bagua_optimizers(self) -> List[torch.optim.Optimizer]:
+    def bagua_optimizers(self) -> Optional[List[torch.optim.Optimizer]]:
         """The optimizers given to ``with_bagua``."""
-        return self.bagua_ddp.bagua_optimizers
+        return getattr(self.__dict__.get("bagua_ddp"), "bagua_optimizers", None)
 
     @property
-    def bagua_buckets(self) -> List[Any]:
+    def bagua_buckets(self) -> Optional[List[Any]]:
         """The gradient buckets."""
-        return self.bagua_ddp.bagua_buckets
+        return getattr(self.__dict__.get("bagua_ddp"), "bagua_buckets", None)
 
 
 _numbers = itertools.count()
