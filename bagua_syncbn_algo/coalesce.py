@@ -438,7 +438,7 @@ def _regions(
                 if part and any(isinstance(p, SyncBatchNorm) for p in submodule.modules()):
                     found.left.append((f"{name}.{part}", why))
                     inner.append(part)
-    if reason:
+    if reason and name not in dict(found.left):
         found.left.append((name, reason))
     for part in inner:
         submodule = module.get_submodule(part)

@@ -61,13 +61,20 @@ def coalesced_and_not(model: nn.Module, group: Any, **options: Any) -> Tuple[nn.
 
 
 def same(first: nn.Module, second: nn.Module, tolerance: float) -> None:
-    """Gradients and buffers of both: relative to the largest value of each tensor, and to that of all for the zeros."""
+    """Gradients and buffers of both: the gradient's difference relative to its norm; tensor by tensor ten times that.
+
+    By tensor the largest value counts, and a tenth of the largest of all: some gradients are zero but for rounding.
+    """
     largest = max(float(p.grad.abs().max()) for p in second.parameters() if p.grad is not None)
+    difference = norm = 0.0
     for (name, ours), (_, theirs) in zip(first.named_parameters(), second.named_parameters()):
         assert (ours.grad is None) == (theirs.grad is None), name
         if ours.grad is not None and theirs.grad is not None:
             distance, scale = (ours.grad - theirs.grad).abs().max(), theirs.grad.abs().max()
-            assert distance <= tolerance * max(float(scale), 0.1 * largest), (name, distance, scale)
+            assert distance <= 10 * tolerance * max(float(scale), 0.1 * largest), (name, distance, scale)
+            difference += float((ours.grad - theirs.grad).double().square().sum())
+            norm += float(theirs.grad.double().square().sum())
+    assert difference**0.5 <= tolerance * norm**0.5
     for (name, ours), (_, theirs) in zip(first.named_buffers(), second.named_buffers()):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=name)
 
@@ -77,7 +84,7 @@ def same(first: nn.Module, second: nn.Module, tolerance: float) -> None:
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", list(LEVELS))
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_as_many_rounds_as_levels_and_the_same_gradients(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """Catches a level too many, and gradients or running statistics that regrouping has changed.
 
@@ -130,7 +137,7 @@ class Branches(nn.Module):
 @pytest.mark.multirank
 @pytest.mark.parametrize("frozen", [False, True])
 def test_unlike_branches_share_a_round(frozen: bool) -> None:
-    """Catches a message that assumes one dtype or eps, gradients for what nobody uses, and a frozen layer that moves."""
+    """Catches a message that assumes one dtype or eps, gradients for unused outputs, and a frozen layer's move."""
     x = [torch.randn(3, 4), torch.randn(2, 4)]
     module = Branches()
 
@@ -604,7 +611,7 @@ def _groups(rank: int) -> Any:
     torch.manual_seed(rank)
     model: Any = convert_sync_batchnorm(Flagged())
     model.with_bagua([], SyncBatchNormAlgorithm(normalize_over=2))
-    for step in range(2):
+    for _ in range(2):
         x = torch.randn(4, 3).requires_grad_()
         model(x).pow(2).sum().backward()
     return {name: value.clone() for name, value in model.named_buffers()}, model.bagua_algorithm.channel.rounds

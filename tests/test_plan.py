@@ -1,0 +1,49 @@
+"""The plan: counts, text, the cost model."""
+
+from __future__ import annotations
+
+import pytest
+from models import Inception, Pyramid
+
+from bagua_syncbn_algo import PlannedRound, SyncPlan, convert_sync_batchnorm, plan_of
+
+
+def test_counts_and_one_line() -> None:
+    """Catches layers counted once that are applied thrice."""
+    plan = plan_of(convert_sync_batchnorm(Pyramid(4)))
+    assert plan.summary() == "layers 13, rounds forward 7, backward 7"
+    assert plan.rounds[0].name == "Pyramid.backbone.0.1"
+    tower = [r for r in plan.rounds if "Pyramid.tower.0.1" in r.layers]
+    assert sum(r.layers.count("Pyramid.tower.0.1") for r in tower) == 3
+
+
+def test_backward_rounds_only_where_an_input_needs_a_gradient() -> None:
+    """Catches a frozen stem that is said to communicate in backward."""
+    model = Inception(4, blocks=1)
+    model.stem.requires_grad_(False)
+    plan = plan_of(convert_sync_batchnorm(model))
+    assert (plan.rounds_forward, plan.rounds_backward) == (3, 2)
+
+
+def test_json_round_trip_and_its_error() -> None:
+    """Catches a field that is lost on the way."""
+    plan = plan_of(convert_sync_batchnorm(Pyramid(4)), [("Pyramid.head", "has hooks")])
+    assert SyncPlan.from_json(plan.to_json()) == plan
+    with pytest.raises(ValueError, match=r"expected a plan as SyncPlan.to_json writes it \(got 'nonsense'"):
+        SyncPlan.from_json("nonsense")
+
+
+def test_predictions_by_hand() -> None:
+    """Catches a factor in the cost model: two rounds of 1 and 2 layers, 4 ranks, no bandwidth cost, then only that."""
+    plan = SyncPlan("M", (PlannedRound("", 1, ("a",), (8,)), PlannedRound("", 2, ("b", "c"), (8, 8), backward=False)))
+    latency = plan.predict(4, 1e-3, 1e30)
+    assert latency.planned == pytest.approx(3 * 2e-3)  # 2 forward, 1 backward, 2 hops each
+    assert latency.per_layer == pytest.approx(4 * 2e-3)
+    assert latency.original == pytest.approx(3 * 3 * 2e-3 + 2 * 4e-3)
+    size = plan.predict(4, 0.0, 1.0)
+    assert size.planned == pytest.approx(3 * 3 * (32 + 16 + 2 * 4 * 16))
+    assert size.per_layer == pytest.approx(4 * 3 * (32 + 8 + 2 * 4 * 8))
+    assert size.original == pytest.approx(3 * 3 * (4 + 2 * 32) + 2 * 2 * 3 / 4 * 32)
+    assert plan.predict(1, 1.0, 1.0).planned == 0
+    with pytest.raises(ValueError, match=r"positive bandwidth \(got 2, 1.0, 0\)"):
+        plan.predict(2, 1.0, 0)

@@ -1,0 +1,335 @@
+"""What torch.fx drops or bakes in without a word: each is found, named, and costs nothing but rounds."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import threading
+from typing import Any, Callable, List, Type
+
+import pytest
+import torch
+from ranks import run_threads
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bagua_syncbn_algo import convert_sync_batchnorm, sync_batchnorm_layers
+from bagua_syncbn_algo.coalesce import coalesce
+from bagua_syncbn_algo.tracing import CallPattern, UntraceableError, trace
+
+
+class Pair(nn.Module):
+    """Two layers that could share a round, if their forward could be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.n = nn.BatchNorm1d(3), nn.BatchNorm1d(3), 0
+        self.feature: Any = None
+        self.seen: List[Any] = []
+        self.register_buffer("steps", torch.zeros(()))
+        self.memory = torch.zeros(3)
+
+    def both(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x) + self.b(x * 2)
+        return y
+
+
+class NoGrad(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            factor = x.abs().mean()
+        return self.both(x) * factor
+
+
+class Decorated(Pair):
+    @torch.no_grad()
+    def scale(self, x: Tensor) -> Tensor:
+        return x.abs().mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x) * self.scale(x)
+
+
+class Autocast(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.both(x.float())
+
+
+class GradMode(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.n == 0):
+            return self.both(x)
+
+
+class Reentrant(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.both, x, use_reentrant=True)
+        return y
+
+
+class Checkpoint(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.both, x, use_reentrant=False)
+        return y
+
+
+class SavedOnCpu(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return self.both(x)
+
+
+class LayerDrop(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x) if torch.rand(1).item() < 2 else x
+
+
+class PythonRandom(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x) if random.random() < 2 else x
+
+
+class Counter(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        self.n += 1
+        return self.both(x) * self.n
+
+
+class Leaving(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        self.feature = x
+        return self.both(x)
+
+
+class Appending(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return self.both(x)
+
+
+class Remembering(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory.add_(1)
+        return self.both(x)
+
+
+class Branching(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x) if x.sum() < 1e9 else x
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 7  # not what a trace through forward would give
+
+
+class OwnFunction(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(Double.apply(x))
+
+
+class Constant(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x) * torch.tensor(2.0)
+
+
+class Assigning(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        y.data = x * 2
+        return self.both(y)
+
+
+class Swallowing(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            with torch.no_grad():
+                x = x + 1
+        except Exception:
+            x = x + 2
+        return self.both(x)
+
+
+class Replaced(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x)
+
+
+def replaced_forward() -> nn.Module:
+    module = Replaced()
+    module.forward = lambda x: module.both(x) * 2  # type: ignore[method-assign]
+    return module
+
+
+REASONS = [
+    (NoGrad, "enters no_grad"),
+    (Decorated, "enters no_grad"),
+    (Autocast, "enters autocast"),
+    (GradMode, "sets the gradient mode"),
+    (Reentrant, "calls checkpoint|applies an autograd function|enters no_grad"),
+    (Checkpoint, "calls checkpoint|enters a context for saved tensors"),
+    (SavedOnCpu, "enters a context for saved tensors"),
+    (LayerDrop, "draws random numbers"),
+    (PythonRandom, "draws random numbers"),
+    (Counter, "changes its attribute n"),
+    (Leaving, "changes its attribute feature"),
+    (Appending, "changes what is in its attribute seen"),
+    (Remembering, "changes its tensor memory"),
+    (Branching, "has a branch or loop that depends on data"),
+    (OwnFunction, "applies an autograd function of its own"),
+    (Constant, "makes a tensor of its own"),
+    (Assigning, "assigns to a tensor's attribute data"),
+    (Swallowing, "enters no_grad"),
+    (replaced_forward, "has a forward of its own making"),
+]
+
+
+@pytest.mark.parametrize(("build", "reason"), REASONS, ids=[build.__name__ for build, _ in REASONS])
+def test_a_trap_is_named_and_the_module_left(build: Callable[[], nn.Module], reason: str) -> None:
+    """Catches each silent loss: the plan would show one round, and training would go wrong."""
+    module = build()
+    before = {name: value for name, value in module.__dict__.items() if name != "_modules"}
+    random_state, torch_state = random.getstate(), torch.get_rng_state()
+    plan = coalesce(convert_sync_batchnorm(module, coalesce=False))
+    assert plan.rounds_forward == 2
+    ((name, why),) = plan.left
+    assert name == type(module).__name__
+    assert re.search(reason, why), why
+    # Nothing of the attempt remains: no Proxy, no count, no random number used up.
+    assert all(module.__dict__[name] is value for name, value in before.items())
+    assert not module.memory.any() and not module.seen  # type: ignore[union-attr, operator]
+    assert random.getstate() == random_state and torch.equal(torch.get_rng_state(), torch_state)
+
+
+class Around(nn.Module):
+    """A model that could be traced, with a part that cannot."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.inner = nn.BatchNorm1d(3), nn.BatchNorm1d(3), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(self.first(x) + self.second(x * 2))
+        return y
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("inner", [NoGrad, Autocast, Checkpoint, Counter, LayerDrop, Branching, OwnFunction])
+def test_around_an_untraceable_part_the_rest_is_regrouped(inner: Type[nn.Module]) -> None:
+    """Catches one bad part that costs the whole model its rounds, or is run in another way than layer by layer."""
+    model = Around(inner()).double()
+    x = [torch.randn(4, 3, dtype=torch.float64) for _ in range(2)]
+
+    def body(rank: int, group: Any) -> Any:
+        gradients, rounds = [], []
+        for coalesced in (True, False):
+            one = convert_sync_batchnorm(copy.deepcopy(model), group, coalesce=coalesced)
+            for _ in range(2):
+                one.zero_grad()
+                leaf = x[rank].clone().requires_grad_()
+                channel = sync_batchnorm_layers(one)[0]._bound_channel()
+                before = channel.rounds
+                one(leaf).pow(2).sum().backward()
+            gradients.append([leaf.grad, *(p.grad for p in one.parameters())])
+            rounds.append(channel.rounds - before)
+        for ours, theirs in zip(*gradients):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        return rounds
+
+    # LayerDrop draws from generators that both threads share.
+    assert run_threads(2, body) == [[6, 8]] * 2
+
+
+def test_the_largest_traceable_submodules_of_an_untraceable_model() -> None:
+    """Catches a model given up whole because its outermost forward has a context."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([Around(nn.Identity()), Around(Counter())])
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                for part in self.parts:
+                    x = part(x)
+            return x
+
+    model = convert_sync_batchnorm(Outer(), coalesce=False)
+    plan = coalesce(model)
+    assert [len(planned.layers) for planned in plan.rounds] == [2, 2, 1, 1]
+    assert [name for name, _ in plan.left] == ["Outer", "Outer.parts.1.inner"]
+    assert "forward" not in model.__dict__
+    assert all("forward" in part.__dict__ for part in model.parts)  # type: ignore[union-attr]
+
+
+class Faithful(Pair):
+    """What torch.fx by itself would get wrong, and need not."""
+
+    def forward(self, x: Tensor, mask: Any = None, scale: float = 1.0) -> Tensor:
+        y = x * 1
+        other = y
+        y += 1  # in place: `other` sees it
+        self.steps.add_(1)  # type: ignore[operator]
+        y = self.both(other)
+        if mask is not None:
+            y = y * mask
+        return y * scale * self.steps
+
+
+@pytest.mark.multirank
+def test_in_place_arithmetic_buffers_and_arguments_are_traced_as_they_are() -> None:
+    """Catches `+=` out of place, a buffer frozen at its value, and a default argument taken for a tensor."""
+    x = [torch.randn(4, 3, dtype=torch.float64) for _ in range(2)]
+    mask = torch.rand(4, 1, dtype=torch.float64)
+    calls: Any = [((), {}), ((mask,), {}), ((), {"scale": 3.0}), ((None, 1), {}), ((None, True), {})]
+    model = Faithful().double()
+
+    def body(rank: int, group: Any) -> Any:
+        ours = convert_sync_batchnorm(copy.deepcopy(model), group)
+        theirs = convert_sync_batchnorm(copy.deepcopy(model), group, coalesce=False)
+        channel = sync_batchnorm_layers(ours)[0]._bound_channel()
+        rounds = []
+        for args, kwargs in calls:
+            before = channel.rounds
+            first = ours(x[rank], *args, **kwargs)
+            rounds.append(channel.rounds - before)
+            torch.testing.assert_close(first, theirs(x[rank], *args, **kwargs), rtol=1e-12, atol=1e-12)
+        assert ours.steps == theirs.steps == len(calls)
+        return rounds
+
+    assert run_threads(2, body) == [[1] * len(calls)] * 2
+
+
+def test_too_many_kinds_of_calls_are_given_up() -> None:
+    """Catches a trace for every step where an argument counts the steps."""
+    model = convert_sync_batchnorm(Faithful())
+    forward: Any = model.__dict__["forward"]
+    with pytest.warns(UserWarning, match="expected at most 8 kinds of training forward of Faithful"):
+        for step in range(12):
+            pattern, _ = CallPattern.of((torch.ones(2, 3), None, step), {})
+            variant = forward.variant(pattern)
+    assert variant is None
+
+
+def test_values_that_no_pattern_holds() -> None:
+    """Catches an object of the user's that is baked in."""
+    pattern, tensors = CallPattern.of((torch.ones(2), object()), {})
+    assert pattern is None and len(tensors) == 1
+    assert CallPattern.of((1,), {})[0] != CallPattern.of((True,), {})[0]  # 1 == True, but not to a forward
+
+
+def test_a_module_that_cannot_be_copied() -> None:
+    """Catches an error of copy.deepcopy in the user's face."""
+    module = convert_sync_batchnorm(Pair(), coalesce=False)
+    module.lock = threading.Lock()
+    pattern, _ = CallPattern.of((torch.ones(2, 3),), {})
+    assert pattern is not None
+    with pytest.raises(UntraceableError, match="cannot be copied"):
+        trace(module, pattern)
