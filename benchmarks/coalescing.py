@@ -1,0 +1,170 @@
+"""Step time with one round a level, against the original's scheme, torch's scheme and one round a layer.
+
+Two gloo ranks, one thread each; forward, backward and gradient all-reduce of five copies of a model that differ in how
+they exchange their statistics, interleaved in one run. All use the same kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import models
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from measure import interleave, write
+from rich.console import Console
+from rich.table import Table
+from schemes import VARIANTS, build_variant
+from torch import nn
+
+from bagua_syncbn_algo import bagua, plan_of, record_rounds
+from bagua_syncbn_algo.channel import Channel
+
+RANKS = 2
+
+
+class Case(NamedTuple):
+    """A model and its input."""
+
+    model: str
+    arguments: Dict[str, Any]
+    shape: Tuple[int, int, int, int]
+    steps: int
+
+
+CASES = (
+    Case("ResNet", {"width": 64}, (4, 3, 64, 64), 25),
+    Case("Inception", {"width": 32}, (4, 3, 64, 64), 25),
+    Case("HighResolution", {"width": 18}, (2, 3, 64, 64), 20),
+)
+
+
+def run_rank(rank: int, port: int, case: Case, results: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    bagua.init_process_group()
+    images, labels = torch.randn(case.shape), torch.randint(10, (case.shape[0],))
+    built: Dict[str, Any] = {}
+
+    def step(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        nn.functional.cross_entropy(model(images), labels).backward()
+
+    for name in VARIANTS:
+        torch.manual_seed(0)
+        built[name] = build_variant(name, getattr(models, case.model)(**case.arguments))
+        step(built[name])
+        step(built[name])
+    rounds, seconds, smallest = {}, {}, _smallest_round(built["per layer"].bagua_algorithm.channel)
+    for name, model in built.items():
+        channel = _channel(model)
+        before = 0 if channel is None else channel.rounds
+        recorded = []
+        for _ in range(5):
+            with record_rounds() as record:
+                step(model)
+            recorded.append(sum(entry.duration for entry in record))
+        rounds[name] = 0 if channel is None else (channel.rounds - before) // 5
+        seconds[name] = sorted(recorded)[2]
+    spreads = interleave({name: (lambda m=model: step(m)) for name, model in built.items()}, case.steps, warmup=3)
+    if rank == 0:
+        plan = plan_of(built["coalesced"])
+        results.put(
+            {
+                "case": case._asdict(),
+                "rounds": rounds,
+                "spreads": {name: spread._asdict() for name, spread in spreads.items()},
+                "plan": plan.summary(),
+                "rounds_seconds": {name: seconds[name] for name in ("per layer", "coalesced")},
+                "smallest_round": smallest,
+            }
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _channel(model: Any) -> Any:
+    for part in model.modules():
+        channel = part.__dict__.get("_channel")
+        if isinstance(channel, Channel):
+            return channel
+    return None
+
+
+def _smallest_round(channel: Any) -> float:
+    """Returns the seconds of one round by itself, both ranks there: the latency of the model of costs."""
+    from bagua_syncbn_algo.channel import sync_point
+
+    point, part = sync_point("measure"), torch.zeros(8)
+    spread = interleave({"round": lambda: channel.exchange(point, 0, [part])}, 200)["round"]
+    return spread.median
+
+
+def measure(case: Case) -> Dict[str, Any]:
+    """Starts the ranks; returns what rank 0 measured."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(run_rank, (port, case, results), nprocs=RANKS)
+    row: Dict[str, Any] = results.get()
+    return row
+
+
+def draw(rows: List[Dict[str, Any]], path: Path) -> None:
+    """Draws the step times as bars, a group for each model, with the rounds of a step on them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(rows))
+    colors = ("#A6A6A6", "#D55E00", "#E69F00", "#56B4E9", "#0072B2")
+    for row, axis in zip(rows, axes):
+        times = [1000 * row["spreads"][name]["median"] for name in VARIANTS]
+        low = [1000 * row["spreads"][name]["low"] for name in VARIANTS]
+        high = [1000 * row["spreads"][name]["high"] for name in VARIANTS]
+        errors = [[t - a for t, a in zip(times, low)], [b - t for t, b in zip(times, high)]]
+        bars = axis.bar(VARIANTS, times, color=colors, yerr=errors, error_kw={"elinewidth": 1, "ecolor": "#404040"})
+        axis.bar_label(bars, [f"{row['rounds'][name]} rounds" for name in VARIANTS], fontsize=7, padding=4)
+        ratio = times[-1] / times[1]
+        axis.set_title(f"{row['case']['model']}: {ratio:.2f} x the original's", fontsize=10)
+        axis.tick_params(axis="x", rotation=35, labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("step time, ms (median, middle half)")
+    figure.suptitle(
+        "One round of statistics a dependency level, 2 gloo ranks on one machine", x=0.01, ha="left", fontsize=11
+    )
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=[case.model for case in CASES])
+    parser.add_argument("--picture", type=Path, default=Path(__file__).parent.parent / "docs" / "coalescing.png")
+    options = parser.parse_args()
+    rows = []
+    table = Table(
+        "model", *(f"{name}, ms" for name in VARIANTS), "vs original", "vs torch", title="rounds a step in ()"
+    )
+    for case in CASES:
+        if case.model not in options.models:
+            continue
+        row = measure(case)
+        rows.append(row)
+        medians = {name: row["spreads"][name]["median"] for name in VARIANTS}
+        cells = [f"{1000 * medians[name]:.0f} ({row['rounds'][name]})" for name in VARIANTS]
+        ratios = [f"{medians['coalesced'] / medians[name]:.2f}" for name in ("original", "torch")]
+        table.add_row(case.model, *cells, *ratios)
+    Console(width=140).print(table)
+    write("coalescing", rows)
+    if len(rows) == len(CASES):
+        draw(rows, options.picture)
+
+
+if __name__ == "__main__":
+    main()
