@@ -130,15 +130,14 @@ def draw(rows: List[Dict[str, Any]], path: Path) -> None:
         high = [1000 * row["spreads"][name]["high"] for name in VARIANTS]
         errors = [[t - a for t, a in zip(times, low)], [b - t for t, b in zip(times, high)]]
         bars = axis.bar(VARIANTS, times, color=colors, yerr=errors, error_kw={"elinewidth": 1, "ecolor": "#404040"})
-        axis.bar_label(bars, [f"{row['rounds'][name]} rounds" for name in VARIANTS], fontsize=7, padding=4)
+        axis.bar_label(bars, [str(row["rounds"][name]) for name in VARIANTS], fontsize=8, padding=4)
         ratio = times[-1] / times[1]
         axis.set_title(f"{row['case']['model']}: {ratio:.2f} x the original's", fontsize=10)
         axis.tick_params(axis="x", rotation=35, labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("step time, ms (median, middle half)")
-    figure.suptitle(
-        "One round of statistics a dependency level, 2 gloo ranks on one machine", x=0.01, ha="left", fontsize=11
-    )
+    title = "One round of statistics a dependency level: 2 gloo ranks on one machine; on the bars: rounds a step"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.savefig(path)
 
 

@@ -45,6 +45,7 @@ ORDER = [
     "host",
     "algorithm",
     "",
+    "__main__",
 ]
 
 # The contract of the original has the converter as a class method of the layer.

@@ -1,0 +1,84 @@
+"""Peak memory of a training step, a round a level against a round a layer: what PyTorch allocates above its start.
+
+Two gloo ranks; the allocator's own events, of rank 0, after the first steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from typing import Any, Dict
+
+import models
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from coalescing import CASES, RANKS, Case
+from measure import write
+from rich.console import Console
+from rich.table import Table
+from schemes import build_variant
+from torch.profiler import ProfilerActivity, profile
+
+from bagua_syncbn_algo import bagua
+
+VARIANTS = ("per layer", "coalesced")
+
+
+def peak(step: Any) -> int:
+    """Returns the most bytes that ``step`` held at once, above what was there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def run_rank(rank: int, port: int, case: Case, results: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    bagua.init_process_group()
+    images, labels = torch.randn(case.shape), torch.randint(10, (case.shape[0],))
+    peaks: Dict[str, int] = {}
+    for name in VARIANTS:
+        torch.manual_seed(0)
+        model = build_variant(name, getattr(models, case.model)(**case.arguments))
+
+        def step(model: Any = model) -> None:
+            for parameter in model.parameters():
+                parameter.grad = None
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+
+        for _ in range(3):
+            step()
+        peaks[name] = peak(step)
+    if rank == 0:
+        results.put({"model": case.model, "peaks": peaks})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
+    table = Table("model", *(f"{name}, MiB" for name in VARIANTS), "ratio")
+    rows = []
+    for case in CASES:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        results = mp.get_context("spawn").SimpleQueue()
+        mp.spawn(run_rank, (port, case, results), nprocs=RANKS)
+        row = results.get()
+        row["ratio"] = row["peaks"]["coalesced"] / row["peaks"]["per layer"]
+        rows.append(row)
+        table.add_row(row["model"], *(f"{row['peaks'][name] / 2**20:.1f}" for name in VARIANTS), f"{row['ratio']:.3f}")
+    Console(width=100).print(table)
+    write("memory", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The plan's cost model against measured communication, and what it says of 2 to 4096 ranks.
+
+Measured: the statistics messages of one step of three models, one after the other on two gloo ranks without computation
+between, by each scheme. Latency and bandwidth, which the model needs, come from two messages measured in the same run:
+the smallest, packed and checked as all are, and one of a megabyte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import models
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from measure import interleave, write
+from rich.console import Console
+from rich.table import Table
+from schemes import OriginalScheme
+
+from bagua_syncbn_algo import SyncPlan, convert_sync_batchnorm, plan_of
+from bagua_syncbn_algo.channel import BACKWARD, FORWARD, Channel, TorchChannel, sync_point
+
+RANKS = 2
+MODELS: Dict[str, Dict[str, Any]] = {
+    "ResNet": {"width": 64},
+    "Inception": {"width": 32},
+    "HighResolution": {"width": 18},
+}
+SCHEMES = ("original", "per_layer", "planned")
+_MEGABYTE = 1 << 20
+_TRAIN = 20  # messages in a row, as a step has them
+# Seconds and bytes a second, for the picture: orders of magnitude of links within a node and between nodes.
+LINKS = {"within a node (10 µs, 100 GB/s)": (10e-6, 100e9), "between nodes (30 µs, 10 GB/s)": (30e-6, 10e9)}
+
+
+def replay(channel: Channel, plan: SyncPlan, together: bool) -> Callable[[], None]:
+    """Returns what sends one step's messages of ``plan``: a round at once, or every layer by itself."""
+    messages: List[Tuple[List[torch.Tensor], List[torch.Tensor]]] = []
+    for planned in plan.rounds:
+        for features in [planned.features] if together else [(count,) for count in planned.features]:
+            forward = [torch.zeros(len(features), dtype=torch.int64), torch.zeros(2 * sum(features))]
+            messages.append((forward, [torch.zeros(2 * sum(features))]))
+    point = sync_point("replay")
+
+    def step() -> None:
+        for forward, _ in messages:
+            channel.exchange(point, FORWARD, forward)
+        for _, backward in reversed(messages):
+            channel.exchange(point, BACKWARD, backward)
+
+    return step
+
+
+def run_rank(rank: int, port: int, repeats: int, results: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+
+    groups: List[Any] = []  # held: a channel holds its group weakly
+
+    def group() -> Any:
+        groups.append(dist.new_group()._get_backend(torch.device("cpu")))
+        return groups[-1]
+
+    plans = {name: plan_of(convert_sync_batchnorm(getattr(models, name)(**kw))) for name, kw in MODELS.items()}
+    variants: Dict[str, Callable[[], None]] = {}
+    for name, plan in plans.items():
+        for scheme in SCHEMES:
+            channel: Channel = OriginalScheme(group()) if scheme == "original" else TorchChannel(group())
+            widest = max(planned.payload() for planned in plan.rounds)
+            single = 40 + 8 * max(max(planned.features) for planned in plan.rounds)
+            channel.capacity = widest if scheme == "planned" else single
+            variants[f"{name} {scheme}"] = replay(channel, plan, scheme == "planned")
+    probes = {size: TorchChannel(group()) for size in (64, _MEGABYTE)}
+    for size, probe in probes.items():
+        probe.capacity = size
+        part = torch.zeros(size - 32, dtype=torch.uint8)
+        variants[str(size)] = lambda probe=probe, part=part: [  # type: ignore[misc]
+            probe.exchange(sync_point("probe"), FORWARD, [part]) for _ in range(_TRAIN)
+        ]
+    times = {name: spread.median for name, spread in interleave(variants, repeats, warmup=3).items()}
+    if rank == 0:
+        latency = times["64"] / _TRAIN
+        bandwidth = _MEGABYTE / (times[str(_MEGABYTE)] / _TRAIN - latency)
+        rows = []
+        for name, plan in plans.items():
+            predicted = asdict(plan.predict(RANKS, latency, bandwidth))
+            for scheme in SCHEMES:
+                measured = times[f"{name} {scheme}"]
+                rows.append({"model": name, "scheme": scheme, "measured": measured, "predicted": predicted[scheme]})
+        results.put({"latency": latency, "bandwidth": bandwidth, "rows": rows})
+    dist.barrier()
+    groups.clear()
+    dist.destroy_process_group()
+
+
+def measure(repeats: int) -> Dict[str, Any]:
+    """Starts the ranks; returns what rank 0 measured."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(run_rank, (port, repeats, results), nprocs=RANKS)
+    found: Dict[str, Any] = results.get()
+    return found
+
+
+def draw(path: Path) -> None:
+    """Draws the modelled communication time of a step of the high-resolution model for 2 to 4096 ranks."""
+    from matplotlib.figure import Figure
+
+    plan = plan_of(convert_sync_batchnorm(models.HighResolution(18)))
+    worlds = [2**power for power in range(1, 13)]
+    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(LINKS), sharey=True)
+    looks = {"original": ("#D55E00", "original's scheme"), "per_layer": ("#56B4E9", "a round a layer")}
+    looks["planned"] = ("#0072B2", "a round a level")
+    for (link, (latency, bandwidth)), axis in zip(LINKS.items(), axes):
+        for scheme, (color, label) in looks.items():
+            times = [1000 * getattr(plan.predict(world, latency, bandwidth), scheme) for world in worlds]
+            axis.plot(worlds, times, color=color, linewidth=2)
+            axis.annotate(label, (worlds[5], times[5]), (0, -14), textcoords="offset points", color=color, fontsize=8)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title(link, fontsize=10)
+        axis.set_xlabel("ranks")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("communication a step, ms (modelled)")
+    title = f"Statistics of the high-resolution model ({plan.summary()})"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--picture", type=Path, default=Path(__file__).parent.parent / "docs" / "prediction.png")
+    options = parser.parse_args()
+    found = measure(options.repeats)
+    table = Table("model", "scheme", "measured, ms", "predicted, ms", "ratio")
+    for row in found["rows"]:
+        cells = [f"{1000 * row[key]:.1f}" for key in ("measured", "predicted")]
+        table.add_row(row["model"], row["scheme"], *cells, f"{row['predicted'] / row['measured']:.2f}")
+    Console(width=100).print(table)
+    print(f"latency {1e6 * found['latency']:.0f} µs, bandwidth {found['bandwidth'] / 1e9:.2f} GB/s")
+    write("prediction", found)
+    draw(options.picture)
+
+
+if __name__ == "__main__":
+    main()
