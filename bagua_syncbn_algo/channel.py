@@ -14,6 +14,7 @@ import time
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, ContextManager, Deque, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -63,12 +64,14 @@ class SyncPoint(NamedTuple):
     key: int  # 63 bits derived from the name: equal on all ranks without any registration order
     name: str
     ordinal: int = 0  # of its model in the channel
+    layers: Tuple[str, ...] = ()  # that share the message; none for one layer, which gave its name
 
 
-def sync_point(name: str, ordinal: int = 0) -> SyncPoint:
-    """Returns the sync point for a layer's qualified ``name`` in the channel's model number ``ordinal``."""
+@lru_cache(maxsize=4096)
+def sync_point(name: str, ordinal: int = 0, layers: Tuple[str, ...] = ()) -> SyncPoint:
+    """Returns the sync point of a layer's qualified ``name``, or a round's, in the channel's model ``ordinal``."""
     digest = hashlib.blake2b(f"{ordinal}/{name}".encode(), digest_size=8).digest()
-    return SyncPoint(int.from_bytes(digest, "little") >> 1, name, ordinal)
+    return SyncPoint(int.from_bytes(digest, "little") >> 1, name, ordinal, layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +262,11 @@ class Channel:
             torch.cat([header, chunk], out=message[: _HEADER_BYTES + chunk.numel()])
             self.rounds += phase != _JOIN
             record = None if phase == _JOIN else active()
-            entry = None if record is None else record.launch((point.name,), _PHASES[phase], message.numel())
+            entry = (
+                None
+                if record is None
+                else record.launch(point.layers or (point.name,), _PHASES[phase], message.numel())
+            )
             gathered = self._guarded(message, point, phase)
             if entry is not None:
                 entry.wait, entry.finish = entry.launch, time.perf_counter()

@@ -319,7 +319,9 @@ def normalize_together(
     channel = first._bound_channel()
     if len(layers) > 1 and not _can_share(layers, inputs, channel):
         return tuple(layer(input) for layer, input in zip(layers, inputs))
-    point = first._point if name is None else sync_point(name, first._point.ordinal)
+    point = first._point
+    if name is not None:
+        point = sync_point(name, point.ordinal, tuple(layer.sync_name for layer in layers))
     try:
         for layer, input in zip(layers, inputs):
             layer._check_input(input)

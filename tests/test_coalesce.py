@@ -520,9 +520,11 @@ def test_a_difference_is_found_at_conversion_with_example_inputs() -> None:
 def test_ranks_with_other_plans_are_told_the_first_difference() -> None:
     """Catches a rank that coalesces alone: its messages would be another's layers."""
 
+    x = torch.randn(4, 3)
+
     def body(rank: int, group: Any) -> Any:
         model = convert_sync_batchnorm(Flagged(), group, coalesce=rank == 0)
-        model(torch.randn(4, 3))
+        model(x)
 
     for error in run_threads(2, body, errors=True):
         assert "the first difference is number 2: round of Flagged.a, Flagged.b on rank 0, nothing on rank 1" in str(
@@ -549,11 +551,11 @@ def test_bad_input_in_a_round_names_the_layer_on_both_ranks() -> None:
 @pytest.mark.multirank
 def test_ranks_with_one_image_or_none() -> None:
     """Catches a check of the first batch that needs what only the whole batch has."""
+    x = torch.randn(4, 3)
 
     def body(rank: int, group: Any) -> Any:
         model = convert_sync_batchnorm(Flagged(), group)
-        x = torch.randn(4 * rank, 3)
-        rounds = trained(model, x)
+        rounds = trained(model, x[: 4 * rank])
         for layer in sync_batchnorm_layers(model):
             assert layer.num_batches_tracked == 2
         return rounds
