@@ -40,6 +40,9 @@ bench: export MALLOC_TRIM_THRESHOLD_ = 1073741824
 bench: $(VENV)/.test ## all benchmarks; writes benchmarks/results/
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/running_stats.py
+	$(BIN)/python benchmarks/coalescing.py
+	$(BIN)/python benchmarks/prediction.py
+	$(BIN)/python benchmarks/memory.py
 
 # Upstream Bagua's Python layer as published, without its native core: tests/conformance/bagua_core.py stands for that.
 CONFORMANCE ?= .venv-conformance

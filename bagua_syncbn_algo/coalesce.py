@@ -29,6 +29,7 @@ __all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]
 logger = logging.getLogger(__name__)
 
 _MOST_VARIANTS = 8  # graphs of one module, by modes and calls; beyond it runs as written
+_MOST_REHEARSALS = 3  # of a graph, on batches with which no rank can run the forward as written
 _PASSED, _FAILED, _UNDECIDED = 0, 1, 2
 
 
@@ -125,6 +126,7 @@ class _Variant:
         self.snapshot, self.pattern = snapshot, pattern
         self.run: Optional[Callable[..., Any]] = None  # of the module and the call's tensors; None: as written
         self.verified = False
+        self.rehearsals = 0
         self.rounds: List[PlannedRound] = []
         self.opaque: Dict[str, str] = {}
         self.alone: Dict[str, str] = {}
@@ -222,7 +224,10 @@ def _agree(forward: CoalescedForward, variant: _Variant, layer: SyncBatchNorm, t
         what = difference or f"rank {rank} says what"
         _leave(forward, variant, f"its regrouped forward differs ({what})")
         return False
+    variant.rehearsals += 1
     variant.verified = _PASSED in verdicts
+    if not variant.verified and variant.rehearsals == _MOST_REHEARSALS:
+        _leave(forward, variant, f"no rank could run a copy of it by itself in {_MOST_REHEARSALS} batches")
     return variant.verified
 
 

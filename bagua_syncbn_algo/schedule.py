@@ -144,7 +144,7 @@ def _has_parameters(node: fx.Node, module: nn.Module) -> bool:
 
 _RANDOM = (
     *("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel", "uniform"),
-    *("exponential", "fractional"),
+    *("exponential", "fractional", "attention", "lstm", "gru", "rnn"),
 )
 # Operators that always return memory of their own; whatever is not here may return a view of what it is given.
 _FRESH_MODULES = (

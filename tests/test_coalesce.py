@@ -519,7 +519,6 @@ def test_a_difference_is_found_at_conversion_with_example_inputs() -> None:
 @pytest.mark.multirank
 def test_ranks_with_other_plans_are_told_the_first_difference() -> None:
     """Catches a rank that coalesces alone: its messages would be another's layers."""
-
     x = torch.randn(4, 3)
 
     def body(rank: int, group: Any) -> Any:
@@ -561,6 +560,55 @@ def test_ranks_with_one_image_or_none() -> None:
         return rounds
 
     assert run_threads(2, body) == [1, 1]  # forward only
+
+
+class Pooled(nn.Module):
+    """As in DeepLab: one value per channel and image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.part = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.part(x) + self.whole(x.mean((2, 3), keepdim=True))
+        return y
+
+
+@pytest.mark.multirank
+def test_one_image_a_rank_pooled_to_one_value() -> None:
+    """Catches a check of the first batch that fails forever, and costs two forwards in every step."""
+    x = [torch.randn(1, 3, 4, 4) for _ in range(2)]
+
+    def body(rank: int, group: Any) -> Any:
+        model = convert_sync_batchnorm(Pooled(), group)
+        return trained(model, x[rank]), model.__dict__["forward"]._variants[0].verified
+
+    assert run_threads(2, body) == [(1, True)] * 2
+
+
+class Fragile(Flagged):
+    """Its copies do not run."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        other = Fragile.__new__(Fragile)
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "forward"}, memo))
+        other.factor = "a copy"  # type: ignore[assignment]
+        return other
+
+
+@pytest.mark.multirank
+def test_what_cannot_be_checked_stays_as_written() -> None:
+    """Catches a forward that nobody has compared, and a comparison that is tried for ever."""
+    x = torch.randn(4, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        model = convert_sync_batchnorm(Flagged(), group)
+        model.__class__ = Fragile
+        return [trained(model, x) for _ in range(3)], model.__dict__["forward"]._variants[0].rehearsals
+
+    with pytest.warns(UserWarning, match="no rank could run a copy of it by itself in 3 batches"):
+        assert run_threads(2, body) == [([2, 2, 2], 3)] * 2
 
 
 # -- hosts -------------------------------------------------------------------------------------------------------------

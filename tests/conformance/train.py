@@ -14,14 +14,26 @@ import torch
 from torch import Tensor, nn
 
 
+class Fork(nn.Module):
+    """Two ways side by side, whose statistics share a round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6))
+        self.right = nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.left(x) + self.right(x)
+        return y
+
+
 def build() -> nn.Module:
     torch.manual_seed(int(os.environ["RANK"]))  # rank 0's parameters must win
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, bias=False),
         nn.BatchNorm2d(4),
         nn.Tanh(),
-        nn.Conv2d(4, 6, 3, bias=False),
-        nn.BatchNorm2d(6),
+        Fork(),
         nn.Tanh(),
         nn.Flatten(),
         nn.Linear(6 * 4, 3),
