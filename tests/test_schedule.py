@@ -72,9 +72,11 @@ def checked(model: nn.Module) -> Any:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return plan_of(
-            convert_sync_batchnorm(model.double(), example_inputs=(torch.randn(4, 3, dtype=torch.float64),))
-        ).rounds_forward
+        example = (torch.randn(4, 3, dtype=torch.float64),)
+        converted = convert_sync_batchnorm(model.double(), example_inputs=example)
+    forward = converted.__dict__.get("forward")
+    assert forward is None or forward._variants[0].verified
+    return plan_of(converted).rounds_forward
 
 
 def test_random_numbers_are_drawn_in_program_order() -> None:
