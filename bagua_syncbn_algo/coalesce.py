@@ -28,6 +28,7 @@ __all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]
 
 logger = logging.getLogger(__name__)
 
+_LEFT = "_syncbn_left"  # where the model remembers what was left as written
 _MOST_VARIANTS = 8  # graphs of one module, by modes and calls; beyond it runs as written
 _MOST_REHEARSALS = 3  # of a graph, on batches with which no rank can run the forward as written
 _PASSED, _FAILED, _UNDECIDED = 0, 1, 2
@@ -68,6 +69,8 @@ class CoalescedForward:
                 variant.run = type(fx.GraphModule(twin, graph)).forward
         except UntraceableError as error:
             variant.opaque[""] = str(error)
+        except Exception as error:  # a graph that fx or its order cannot cope with costs rounds, not the training
+            variant.opaque[""] = f"cannot be regrouped ({type(error).__name__}: {error})"
         self._variants.append(variant)
         return variant
 
@@ -374,7 +377,8 @@ def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None)
             part.training = training
     for forward in found.forwards:
         forward.module.__dict__["forward"] = forward
-    plan = plan_of(model, found.left)
+    model.__dict__[_LEFT] = tuple(found.left)
+    plan = plan_of(model)
     left = "; ".join(f"{name}: {reason}" for name, reason in found.left)
     logger.info(
         "coalesced %s: %s%s", type(model).__name__, plan.summary(), f"; left as written: {left}" if left else ""
@@ -387,10 +391,11 @@ def uncoalesce(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part.__dict__.get("forward"), CoalescedForward):
             del part.__dict__["forward"]
+        part.__dict__.pop(_LEFT, None)
 
 
-def plan_of(model: nn.Module, left: Sequence[Tuple[str, str]] = ()) -> SyncPlan:
-    """Returns the rounds of ``model``'s next training step, as far as they are known.
+def plan_of(model: nn.Module) -> SyncPlan:
+    """Returns the rounds of ``model``'s training step as it was converted, and what was left as written and why.
 
     Layers that no region covers count one round each.
     """
@@ -405,7 +410,7 @@ def plan_of(model: nn.Module, left: Sequence[Tuple[str, str]] = ()) -> SyncPlan:
         full = f"{name}.{path}" if path else name
         if isinstance(layer, SyncBatchNorm) and full not in covered:
             rounds.append(PlannedRound("", 0, (full,), (layer.num_features,)))
-    return SyncPlan(name, tuple(rounds), tuple(left))
+    return SyncPlan(name, tuple(rounds), model.__dict__.get(_LEFT, ()))
 
 
 def _regions(
@@ -431,6 +436,7 @@ def _regions(
             verdict, difference = rehearse(forward, variant, tensors)
             if verdict == _FAILED:
                 _leave(forward, variant, f"its regrouped forward differs ({difference})")
+                reason = variant.opaque[""]
             variant.verified = verdict == _PASSED
         if variant is not None and not reason:
             forward.rounds = tuple(variant.rounds)
