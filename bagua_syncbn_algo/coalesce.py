@@ -11,6 +11,7 @@ import copy
 import inspect
 import logging
 import warnings
+import weakref
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -29,7 +30,7 @@ __all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]
 logger = logging.getLogger(__name__)
 
 _LEFT = "_syncbn_left"  # where the model remembers what was left as written
-_MOST_VARIANTS = 8  # graphs of one module, by modes and calls; beyond it runs as written
+_MOST_VARIANTS = 32  # graphs of one module, by modes and calls; beyond it runs as written
 _MOST_REHEARSALS = 3  # of a graph, on batches with which no rank can run the forward as written
 _PASSED, _FAILED, _UNDECIDED = 0, 1, 2
 
@@ -46,7 +47,9 @@ class CoalescedForward:
     regroups = True  # tells it from a forward that somebody else has put on a module
 
     def __init__(self, module: nn.Module, path: str, model: str) -> None:
-        self.module, self.path, self.model = module, path, model
+        # Weakly: the module holds this, and is to be gone when its user lets it go.
+        self._module = weakref.ref(module)
+        self.path, self.model = path, model
         self.rounds: Tuple[PlannedRound, ...] = ()
         self._variants: List[_Variant] = []
         self._warned = False
@@ -55,6 +58,35 @@ class CoalescedForward:
         if not self.module.training:
             return type(self.module).forward(self.module, *args, **kwargs)
         return _train(self, args, kwargs)
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose forward this is."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    # What other tools ask of a forward.
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__func__.__get__(self.module))
+
+    @property
+    def __func__(self) -> Any:
+        return type(self.module).forward
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.module
+
+    @property
+    def __code__(self) -> Any:
+        return self.__func__.__code__
+
+    @property
+    def __name__(self) -> str:
+        return "forward"
 
     def prepare(self, pattern: CallPattern) -> _Variant:
         """Traces and regroups the forward for calls of ``pattern`` in the modes that the module's parts are in."""
@@ -66,7 +98,7 @@ class CoalescedForward:
             if any(len(level.members) > 1 for level in levels):
                 graph = regroup(traced.graph, self.module, levels, variant.round_of)
                 twin = twin_of(self.module)  # GraphModule looks up the graph's paths, and keeps what it finds
-                variant.run = type(fx.GraphModule(twin, graph)).forward
+                variant.run = _Regrouped(type(fx.GraphModule(twin, graph)).forward, traced.outputs)
         except UntraceableError as error:
             variant.opaque[""] = str(error)
         except Exception as error:  # a graph that fx or its order cannot cope with costs rounds, not the training
@@ -79,6 +111,7 @@ class CoalescedForward:
         for variant in self._variants:
             if variant.pattern == pattern and variant.snapshot.holds():
                 return variant
+        self._variants = [variant for variant in self._variants if not variant.snapshot.is_dead]
         if len(self._variants) >= _MOST_VARIANTS:
             if not self._warned:
                 self._warned = True
@@ -98,7 +131,10 @@ class CoalescedForward:
     # -- copies: graphs are made again where they are needed ------------------------------------------------------
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_variants": []}
+        return {**self.__dict__, "_variants": [], "_module": self.module}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state, _module=weakref.ref(state["_module"]))
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> CoalescedForward:
         twin = CoalescedForward(copy.deepcopy(self.module, memo), self.path, self.model)
@@ -122,6 +158,16 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     return variant.run(module, *tensors)
 
 
+class _Regrouped:
+    """A regrouped graph as a function of the module and the call's values."""
+
+    def __init__(self, generated: Callable[..., Any], outputs: Any) -> None:
+        self._generated, self._outputs = generated, outputs
+
+    def __call__(self, module: nn.Module, *values: Any) -> Any:
+        return pytree.tree_unflatten(list(self._generated(module, *values)), self._outputs)
+
+
 class _Variant:
     """The graph for one combination of modes and one kind of call."""
 
@@ -133,7 +179,7 @@ class _Variant:
         self.rounds: List[PlannedRound] = []
         self.opaque: Dict[str, str] = {}
         self.alone: Dict[str, str] = {}
-        self._calls: Dict[Level, _Round] = {}
+        self._calls: Dict[Tuple[str, ...], _Round] = {}  # by the members' paths
 
     def planned(
         self, forward: CoalescedForward, levels: Sequence[Level], opaque: Dict[str, str], alone: Dict[str, str]
@@ -146,16 +192,20 @@ class _Variant:
             backward = any(member.backward for member in level.members)
             planned = PlannedRound(forward.path, level.number, names, features, backward)
             self.rounds.append(planned)
-            self._calls[level] = _Round(planned.name)
+            self._calls[_key(level)] = _Round(planned.name)
 
     def round_of(self, level: Level) -> _Round:
         """Returns what runs ``level``."""
-        return self._calls[level]
+        return self._calls[_key(level)]
 
     def forget_records(self) -> None:
         """Drops what a rehearsal has left."""
         for call in self._calls.values():
             call.records = Records()
+
+
+def _key(level: Level) -> Tuple[str, ...]:
+    return (str(level.number), *(member.path for member in level.members))
 
 
 class _Round:
@@ -184,15 +234,34 @@ class _Snapshot:
     """What a graph depends on in a module besides its code: submodules, their modes, and some of their hooks."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._parts = [
-            (part, part.training, tuple(part._modules.values()), self._hooks(part)) for part in module.modules()
-        ]
+        self._parts = [(weakref.ref(part), self._state(part)) for part in module.modules()]
 
     def holds(self) -> bool:
         """Whether the module is as it was."""
-        return all(
-            part.training is training and tuple(part._modules.values()) == children and self._hooks(part) == hooks
-            for part, training, children, hooks in self._parts
+        for reference, state in self._parts:
+            part = reference()
+            if part is None or self._state(part) != state:
+                return False
+        return True
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether a part of what was is gone for good."""
+        return any(reference() is None for reference, _ in self._parts)
+
+    @classmethod
+    def _state(cls, part: nn.Module) -> Tuple[Any, ...]:
+        own = part.__dict__
+        forward = own.get("forward")
+        return (
+            type(part),
+            None if isinstance(part, SyncBatchNorm) else type(part).forward,  # ours changes while a thread traces
+            None if forward is None or getattr(forward, "regroups", False) else id(forward),
+            part.training,
+            [id(child) for child in own["_modules"].values()],
+            [None if t is None else (t.dtype, t.device, t.requires_grad) for t in own["_parameters"].values()],
+            [None if t is None else (t.dtype, t.device) for t in own["_buffers"].values()],
+            cls._hooks(part),
         )
 
     @staticmethod
@@ -275,7 +344,7 @@ def rehearse(forward: CoalescedForward, variant: _Variant, tensors: Sequence[Ten
     return (_FAILED, difference) if difference else (_PASSED, "")
 
 
-def _as_written(twin: nn.Module, variant: _Variant, inputs: Sequence[Tensor]) -> Any:
+def _as_written(twin: nn.Module, variant: _Variant, inputs: Sequence[Any]) -> Any:
     args, kwargs = variant.pattern.fill(inputs)
     return type(twin).forward(twin, *args, **kwargs)
 
@@ -290,18 +359,23 @@ class _Performance:
         for layer in twin.modules():
             if isinstance(layer, SyncBatchNorm):
                 layer._bound_channel = lambda: REHEARSAL  # type: ignore[method-assign]
-        inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        inputs = [
+            value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+            for value in tensors
+        ]
         # Whoever saves tensors in another way, as checkpointing around this module does, has no part in this.
         kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-        with torch.enable_grad(), kept:
-            outputs = [leaf for leaf in pytree.tree_flatten(run(twin, [i.view_as(i) for i in inputs]))[0]]
+        with kept:
+            given = [i.view_as(i) if isinstance(i, Tensor) else i for i in inputs]
+            outputs, self._structure = pytree.tree_flatten(run(twin, given))
             parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad}
-            sources = [*parameters.values(), *(i for i in inputs if i.requires_grad)]
+            sources = [*parameters.values(), *(i for i in inputs if isinstance(i, Tensor) and i.requires_grad)]
             targets = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
             gradients: Sequence[Optional[Tensor]] = []
             if targets and sources:
                 weights = [torch.linspace(0.5, 1.5, t.numel(), device=t.device).view_as(t).to(t.dtype) for t in targets]
                 gradients = torch.autograd.grad(targets, sources, weights, allow_unused=True)
+        self._others = [(i, leaf.requires_grad if isinstance(leaf, Tensor) else leaf) for i, leaf in enumerate(outputs)]
         names = [*(f"parameter {name}" for name in parameters), *(f"input {i}" for i in range(len(inputs)))]
         self._tensors = {f"output {i}": leaf.detach() for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor)}
         self._tensors.update({f"buffer {name}": value for name, value in twin.named_buffers()})
@@ -309,6 +383,8 @@ class _Performance:
 
     def difference(self, other: _Performance) -> str:
         """Returns what differs first, or ``""``."""
+        if self._structure != other._structure or self._others != other._others:
+            return "other outputs"
         for ours, theirs in ((self._tensors, other._tensors), (self._gradients, other._gradients)):
             if ours.keys() != theirs.keys():
                 return "other outputs"

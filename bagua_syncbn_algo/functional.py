@@ -128,6 +128,9 @@ class _SyncBatchNorm(Function):
                 outputs.append(torch.empty_like(input))
             else:
                 outputs.append(normalize(input, local, mean_, invstd_, weight, bias))
+        # A layer without gradients beside one with them gives what it would give by itself.
+        wanted = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(y for i, y in enumerate(outputs) if not any(wanted[3 * i : 3 * i + 3])))
         return tuple(outputs)
 
     @staticmethod

@@ -318,7 +318,8 @@ def normalize_together(
     first = layers[0]
     channel = first._bound_channel()
     if len(layers) > 1 and not _can_share(layers, inputs, channel):
-        return tuple(layer(input) for layer, input in zip(layers, inputs))
+        # Not by calling them: hooks and what a subclass does beyond normalizing are the caller's.
+        return tuple(SyncBatchNorm.forward(layer, input) for layer, input in zip(layers, inputs))
     point = first._point
     if name is not None:
         point = sync_point(name, point.ordinal, tuple(layer.sync_name for layer in layers))

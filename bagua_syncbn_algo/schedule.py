@@ -42,6 +42,7 @@ def levels_of(graph: fx.Graph, module: nn.Module, alone: Sequence[str]) -> List[
     before = _dependencies(graph, module)
     level: Dict[fx.Node, int] = {}
     needs_gradient: Dict[fx.Node, bool] = {}
+    part_of = _backward_parts(graph)
     last_of: Dict[int, int] = {}  # the level of a layer's latest application
     groups: Dict[Tuple[int, Any], List[Application]] = {}
     for node in graph.nodes:
@@ -57,10 +58,26 @@ def levels_of(graph: fx.Graph, module: nn.Module, alone: Sequence[str]) -> List[
         # A layer's running statistics move in program order: a later application is never in an earlier round.
         level[node] = max(level[node] + 1, last_of.get(id(layer), 0))
         last_of[id(layer)] = level[node]
-        group = (level[node], None if layer.process_group is None else id(layer.process_group))
+        group = (level[node], (None if layer.process_group is None else id(layer.process_group), part_of[node]))
         input_ = node.all_input_nodes[-1]
         groups.setdefault(group, []).append(Application(node, path, layer, needs_gradient[input_]))
     return [Level(number, tuple(members)) for (number, _), members in sorted(groups.items(), key=lambda g: g[0][0])]
+
+
+def _backward_parts(graph: fx.Graph) -> Dict[fx.Node, int]:
+    """Returns which nodes belong to one backward: what is connected by values other than inputs and weights.
+
+    Two towers that meet nowhere may each have a backward of its own, with an optimizer's step in between; one round
+    for layers of both would tie these together.
+    """
+    groups = _Groups()
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "get_attr", "output"):
+            for value in node.all_input_nodes:
+                if value.op not in ("placeholder", "get_attr"):
+                    groups.join(node, value)
+    numbers: Dict[Any, int] = {}
+    return {node: numbers.setdefault(groups.root(node), len(numbers)) for node in graph.nodes}
 
 
 def regroup(graph: fx.Graph, module: nn.Module, levels: Sequence[Level], call: Callable[[Level], Any]) -> fx.Graph:
@@ -133,11 +150,16 @@ def _has_parameters(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
         return any(parameter.requires_grad for parameter in module.get_submodule(str(node.target)).parameters())
     if node.op == "get_attr":
-        value: Any = module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = _attribute(module, str(node.target))
         return isinstance(value, nn.Parameter) and value.requires_grad
     return False
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
 
 
 # -- what must keep its order -----------------------------------------------------------------------------------------
@@ -233,41 +255,60 @@ def _written(node: fx.Node, module: nn.Module) -> Any:
     return None
 
 
-class _Memory:
-    """Which nodes may hold the same memory."""
+class _Groups:
+    """Keys that belong together (a union-find structure)."""
 
-    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
-        self._parent: Dict[Any, Any] = {node: node for node in graph.nodes}
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                self._join(node, str(node.target))
-            elif _written(node, module) is not None:
-                self._join(node, _written(node, module))
-            elif not self._is_fresh(node, module):
-                for value in node.all_input_nodes:
-                    self._join(node, value)
-        self._users: Dict[Any, List[fx.Node]] = {}
-        for node in graph.nodes:
-            roots = {self._root(value) for value in node.all_input_nodes}
-            for root in roots:
-                self._users.setdefault(root, []).append(node)
+    def __init__(self) -> None:
+        self._parent: Dict[Any, Any] = {}
 
-    def users(self, node: fx.Node) -> List[fx.Node]:
-        """Returns all nodes that read or write the memory of ``node``, in program order."""
-        return self._users.get(self._root(node), [])
-
-    def _is_fresh(self, node: fx.Node, module: nn.Module) -> bool:
-        if node.op == "call_module":
-            return isinstance(module.get_submodule(str(node.target)), _FRESH_MODULES)
-        name = str(getattr(node.target, "__name__", node.target))
-        return node.op in ("call_function", "call_method") and name in _FRESH_FUNCTIONS
-
-    def _root(self, key: Any) -> Any:
+    def root(self, key: Any) -> Any:
+        """Returns the same key for all that belong together."""
         self._parent.setdefault(key, key)
         while self._parent[key] is not key:
             self._parent[key] = self._parent[self._parent[key]]
             key = self._parent[key]
         return key
 
-    def _join(self, first: Any, second: Any) -> None:
-        self._parent[self._root(first)] = self._root(second)
+    def join(self, first: Any, second: Any) -> None:
+        """Lets two keys, and all that belong to them, belong together."""
+        self._parent[self.root(first)] = self.root(second)
+
+
+class _Memory:
+    """Which nodes may hold the same memory."""
+
+    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
+        self._groups = groups = _Groups()
+        tensors: Dict[int, fx.Node] = {}  # those read by name: a module reads its own without a node
+        inputs: List[fx.Node] = []
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                inputs.append(node)
+                groups.join(node, inputs[0])  # the caller may have given views of one tensor
+            elif node.op == "get_attr":
+                groups.join(node, tensors.setdefault(id(_attribute(module, str(node.target))), node))
+            elif _written(node, module) is not None:
+                groups.join(node, _written(node, module))
+            elif not self._is_fresh(node, module):
+                for value in node.all_input_nodes:
+                    groups.join(node, value)
+        self._users: Dict[Any, List[fx.Node]] = {}
+        for node in graph.nodes:
+            roots = {groups.root(value): None for value in node.all_input_nodes}
+            if node.op == "call_module":
+                part = module.get_submodule(str(node.target))
+                for tensor in (*part.parameters(), *part.buffers()):
+                    if id(tensor) in tensors:
+                        roots[groups.root(tensors[id(tensor)])] = None
+            for root in roots:
+                self._users.setdefault(root, []).append(node)
+
+    def users(self, node: fx.Node) -> List[fx.Node]:
+        """Returns all nodes that read or write the memory of ``node``, in program order."""
+        return self._users.get(self._groups.root(node), [])
+
+    def _is_fresh(self, node: fx.Node, module: nn.Module) -> bool:
+        if node.op == "call_module":
+            return isinstance(module.get_submodule(str(node.target)), _FRESH_MODULES)
+        name = str(getattr(node.target, "__name__", node.target))
+        return node.op in ("call_function", "call_method") and name in _FRESH_FUNCTIONS

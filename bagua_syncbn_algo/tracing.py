@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import inspect
 import operator
 import random
 import sys
 import threading
-from collections import OrderedDict
+import types
+import weakref
+from collections import OrderedDict, deque
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -38,7 +41,13 @@ __all__ = [
 ]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_ATTRIBUTES = frozenset(name for name in nn.Module().__dict__ if "_hooks" in name)
 _LOCK = threading.RLock()  # tracing changes torch.nn.Module while it runs
+_MOST = 10000  # items of one container that are looked at
+_ATTEMPTS = 3  # where random numbers were drawn, perhaps by another thread
+_FUNCTION = "applies an autograd function of its own"
+_is_grad_enabled = torch.is_grad_enabled  # which tracing takes away from others
+_DRAWS = "draws random numbers while it decides what to do"
 _SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 
@@ -47,37 +56,53 @@ class UntraceableError(Exception):
 
 
 class CallPattern(NamedTuple):
-    """How a forward is called: which arguments are tensors, and what the others are."""
+    """How a forward is called: which arguments may differ from call to call, and what the others are."""
 
     structure: Any  # of the arguments, as torch.utils._pytree has it
-    constants: Tuple[Tuple[int, type, Any], ...]  # leaves that are no tensors: position, type (1 is not True), value
+    constants: Tuple[Tuple[int, type, Any], ...]  # leaves that are the same in every call: position, type, value
+    slots: Tuple[int, ...]  # of each other leaf: which of the call's values it is; a tensor may be there twice
+    kinds: Tuple[type, ...]  # of the values: Tensor, int or float
+    autocast: Tuple[bool, ...]  # on CUDA, on the CPU
 
     @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Dict[str, Any]) -> Tuple[Optional[CallPattern], List[Tensor]]:
-        """Returns the pattern of a call and its tensors; ``None`` if there are values that no pattern can hold."""
+    def of(cls, args: Sequence[Any], kwargs: Dict[str, Any]) -> Tuple[Optional[CallPattern], List[Any]]:
+        """Returns the pattern of a call and its values; ``None`` if there are some that no pattern can hold."""
         leaves, structure = pytree.tree_flatten((tuple(args), kwargs))
-        tensors, constants = [], []
+        values: List[Any] = []
+        constants, slots = [], []
         for position, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor):
-                tensors.append(leaf)
+            if isinstance(leaf, Tensor) or type(leaf) in (int, float):
+                known = [i for i, value in enumerate(values) if value is leaf and isinstance(leaf, Tensor)]
+                slots.append(known[0] if known else len(values))
+                values += [] if known else [leaf]
             elif isinstance(leaf, _SIMPLE):
                 constants.append((position, type(leaf), leaf))
             else:
-                return None, tensors
-        return cls(structure, tuple(constants)), tensors
+                return None, values
+        kinds = tuple(Tensor if isinstance(value, Tensor) else type(value) for value in values)
+        return cls(structure, tuple(constants), tuple(slots), kinds, _autocast()), values
 
-    def fill(self, tensors: Sequence[Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
-        """Returns the arguments of a call with these tensors."""
-        constants, rest = {position: value for position, _, value in self.constants}, iter(tensors)
-        leaves = [constants[i] if i in constants else next(rest) for i in range(self.structure.num_leaves)]
+    def fill(self, values: Sequence[Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+        """Returns the arguments of a call with these values."""
+        constants, rest = {position: value for position, _, value in self.constants}, iter(self.slots)
+        leaves = [constants[i] if i in constants else values[next(rest)] for i in range(self.structure.num_leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         return args, kwargs
+
+
+def _autocast() -> Tuple[bool, ...]:
+    try:
+        cpu = torch.is_autocast_enabled("cpu")
+    except TypeError:  # before torch 2.4
+        cpu = torch.is_autocast_cpu_enabled()
+    return torch.is_autocast_enabled(), cpu
 
 
 class Trace(NamedTuple):
     """What tracing found."""
 
-    graph: fx.Graph  # takes the call's tensors, in order
+    graph: fx.Graph  # takes the call's values, returns the leaves of the output
+    outputs: Any  # the structure of the output, as torch.utils._pytree has it
     opaque: Dict[str, str]  # paths of submodules that stay one step, and why
     alone: Dict[str, str]  # paths of SyncBatchNorm layers that must run by themselves, and why
 
@@ -107,9 +132,9 @@ def twin_of(module: nn.Module) -> nn.Module:
     memo: Dict[int, Any] = {}
     for part in module.modules():
         for name, value in part.__dict__.items():
-            if isinstance(value, dict) and (name.endswith("_hooks") or name.endswith("_hooks_with_kwargs")):
+            if name in _HOOK_ATTRIBUTES and isinstance(value, dict):
                 memo[id(value)] = OrderedDict()
-            elif (name == "forward" or name.startswith("bagua_")) and not isinstance(value, _SIMPLE):
+            elif name in ("forward", "bagua_ddp") and value is not None:
                 memo[id(value)] = None
     try:
         twin: nn.Module = copy.deepcopy(module, memo)
@@ -132,6 +157,17 @@ def trace(module: nn.Module, pattern: CallPattern) -> Trace:
     Collectives:
         None.
     """
+    for attempt in range(_ATTEMPTS):
+        with contextlib.suppress(_RandomError):
+            return _trace(module, pattern, last=attempt == _ATTEMPTS - 1)
+    raise AssertionError("the last attempt says why")
+
+
+class _RandomError(Exception):
+    """Random numbers were drawn: by the forward, or by another thread meanwhile."""
+
+
+def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
     twin = twin_of(module)
     pairs = list(zip(module.modules(), twin.modules()))
     hooks = {twin_: hooks_of(part) for part, twin_ in pairs}
@@ -146,9 +182,13 @@ def trace(module: nn.Module, pattern: CallPattern) -> Trace:
         reason = here.difference() or next(filter(None, (s.difference() for s in everything.values())), None)
         if reason is None and tracer.swallowed:
             reason = tracer.swallowed[0]
-        if reason is not None:
-            raise UntraceableError(reason)
-    return Trace(graph, tracer.opaque, tracer.alone)
+        if reason is None and tracer.has_leaked():
+            reason = "keeps a tensor of its forward, in a global, a default argument or an object of its own"
+    if _DRAWS in (reason, *tracer.opaque.values()) and not last:
+        raise _RandomError
+    if reason is not None:
+        raise UntraceableError(reason)
+    return Trace(graph, tracer.outputs, tracer.opaque, tracer.alone)
 
 
 class _Proxy(fx.Proxy):
@@ -184,6 +224,8 @@ class _Tracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self._pattern, self._hooks, self._overridden = pattern, hooks, set(overridden)
+        self._proxies: List[weakref.ref[Any]] = []
+        self.outputs: Any = None
         self.opaque: Dict[str, str] = {}
         self.alone: Dict[str, str] = {}
         self._thread = threading.get_ident()  # others that run modules meanwhile are not to be traced
@@ -192,15 +234,35 @@ class _Tracer(fx.Tracer):
     # -- what fx asks -----------------------------------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Tuple[Any, List[Any]]:
-        tensors = [
-            self.create_proxy("placeholder", f"tensor_{i}", (), {})
-            for i in range(self._pattern.structure.num_leaves - len(self._pattern.constants))
-        ]
-        args, kwargs = self._pattern.fill(tensors)
-        return (lambda: root_fn(self.root, *args, **kwargs)), []
+        pattern = self._pattern
+        values = [self.create_proxy("placeholder", f"value_{i}", (), {}) for i in range(len(pattern.kinds))]
+        args, kwargs = pattern.fill(values)
+        given = pytree.tree_flatten((args, kwargs))[0]
+
+        def call() -> List[Any]:
+            leaves, self.outputs = pytree.tree_flatten(root_fn(self.root, *args, **kwargs))
+            now, structure = pytree.tree_flatten((args, kwargs))
+            if structure != pattern.structure or any(a is not b for a, b in zip(now, given)):
+                self.refuse("changes its arguments")
+            for leaf in leaves:
+                if not isinstance(leaf, (fx.Proxy, Tensor, *_SIMPLE)):
+                    self.refuse(f"returns a {type(leaf).__name__}")
+            return leaves
+
+        return call, []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        if not _is_grad_enabled():  # as it is inside of one, however it was called
+            self.refuse(_FUNCTION)
+        proxy = _Proxy(node, self)
+        self._proxies.append(weakref.ref(proxy))
+        return proxy
+
+    def has_leaked(self) -> bool:
+        """Whether the forward has left traced values anywhere."""
+        if any(proxy() is not None for proxy in self._proxies):
+            gc.collect()  # those that only wait for it
+        return any(proxy() is not None for proxy in self._proxies)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
@@ -299,7 +361,7 @@ class _Tracer(fx.Tracer):
 
         def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == self._thread:
-                self.refuse("applies an autograd function of its own")
+                self.refuse(_FUNCTION)
             return usual_apply.__get__(None, function)(*args, **kwargs)
 
         usual_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")
@@ -320,6 +382,8 @@ class _Tracer(fx.Tracer):
             (torch.autocast, "__enter__", "enters autocast"),
             (hooks, "__enter__", "enters a context for saved tensors, as checkpointing does"),
             (torch.utils.checkpoint, "checkpoint", "calls checkpoint"),
+            (torch, "is_grad_enabled", "asks for the gradient mode"),
+            *((Tensor, name, "reads a tensor's value") for name in ("item", "tolist", "__bool__", "__float__")),
         ]
         with contextlib.ExitStack() as stack:
             for owner, name, what in contexts:
@@ -348,7 +412,8 @@ class _Snapshot:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._attributes = dict(module.__dict__)
-        self._inside = {
+        self._inside = {name: _frozen(value) for name, value in module.__dict__.items()}
+        self._copies = {
             name: copy.copy(value) for name, value in module.__dict__.items() if isinstance(value, (list, dict, set))
         }
         self._versions = {name: value._version for name, value in self._tensors()}
@@ -363,7 +428,7 @@ class _Snapshot:
         for name in {**self._attributes, **now}:
             if now.get(name, self) is not self._attributes.get(name, self):
                 return f"changes its attribute {name}"
-            if name in self._inside and not _same_inside(self._inside[name], now[name]):
+            if self._inside[name] != _frozen(now[name]):
                 return f"changes what is in its attribute {name}"
         for name, value in self._tensors():
             if self._versions.get(name) != value._version:
@@ -374,9 +439,9 @@ class _Snapshot:
         now = self._module.__dict__
         now.clear()
         now.update(self._attributes)
-        for name, inside in self._inside.items():
-            if not _same_inside(inside, now[name]):
-                now[name] = inside
+        for name, contents in self._copies.items():
+            if self._inside[name] != _frozen(now[name]):
+                now[name] = contents
 
 
 class _Watch:
@@ -387,7 +452,7 @@ class _Watch:
 
     def difference(self) -> Optional[str]:
         if not _equal(self._random, _random_states()):
-            return "draws random numbers while it decides what to do"
+            return _DRAWS
         return self._snapshot.difference()
 
     def restore(self) -> None:
@@ -395,14 +460,18 @@ class _Watch:
         _set_random_states(self._random)
 
 
-def _same_inside(first: Any, second: Any) -> bool:
-    if len(first) != len(second):
-        return False
-    if isinstance(first, dict):
-        return all(name in second and second[name] is value for name, value in first.items())
-    if isinstance(first, set):
-        return bool(first == second)
-    return all(a is b for a, b in zip(first, second))
+def _frozen(value: Any, depth: int = 4) -> Any:
+    """Returns what can be compared later: containers and plain objects by what they hold, the rest by identity."""
+    if isinstance(value, (*_SIMPLE, bytes, complex)):
+        return repr(value)
+    opaque = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
+    if depth == 0 or isinstance(value, opaque):
+        return id(value)
+    if isinstance(value, dict):
+        return id(value), [(_frozen(key, 1), _frozen(item, depth - 1)) for key, item in list(value.items())[:_MOST]]
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return id(value), len(value), [_frozen(item, depth - 1) for item in list(value)[:_MOST]]
+    return id(value), _frozen(getattr(value, "__dict__", None), depth - 1)
 
 
 def _random_states() -> List[Any]:

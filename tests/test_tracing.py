@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import re
 import threading
-from typing import Any, Callable, List, Type
+import weakref
+from collections import OrderedDict
+from typing import Any, Callable, List, Tuple, Type
 
 import pytest
 import torch
@@ -135,6 +138,58 @@ class OwnFunction(Pair):
         return self.both(Double.apply(x))
 
 
+captured = Double.apply  # as most do, once for all
+
+
+class CapturedFunction(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(captured(x))
+
+
+class AskingMode(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x) * (1 if torch.is_grad_enabled() else 10)
+
+
+class ReadingBuffer(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x) * (1 + dict(self.named_buffers())["steps"].item())
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Metering(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter = Meter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.meter.count += 1
+        return self.both(x)
+
+
+kept: List[Any] = []
+
+
+class KeepingGlobally(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        kept.append(x)
+        return self.both(x)
+
+
+class Record:
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+class ReturningAnObject(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return Record(self.both(x))
+
+
 class Constant(Pair):
     def forward(self, x: Tensor) -> Tensor:
         return self.both(x) * torch.tensor(2.0)
@@ -174,9 +229,9 @@ REASONS = [
     (Autocast, "enters autocast"),
     (GradMode, "sets the gradient mode"),
     (Reentrant, "calls checkpoint|applies an autograd function|enters no_grad"),
-    (Checkpoint, "calls checkpoint|enters a context for saved tensors"),
+    (Checkpoint, "calls checkpoint|enters a context for saved tensors|asks for the gradient mode"),
     (SavedOnCpu, "enters a context for saved tensors"),
-    (LayerDrop, "draws random numbers"),
+    (LayerDrop, "reads a tensor's value"),
     (PythonRandom, "draws random numbers"),
     (Counter, "changes its attribute n"),
     (Leaving, "changes its attribute feature"),
@@ -184,6 +239,12 @@ REASONS = [
     (Remembering, "changes its tensor memory"),
     (Branching, "has a branch or loop that depends on data"),
     (OwnFunction, "applies an autograd function of its own"),
+    (CapturedFunction, "applies an autograd function of its own"),
+    (AskingMode, "asks for the gradient mode"),
+    (ReadingBuffer, "reads a tensor's value"),
+    (Metering, "changes what is in its attribute meter"),
+    (KeepingGlobally, "keeps a tensor of its forward"),
+    (ReturningAnObject, "returns a Record"),
     (Constant, "makes a tensor of its own"),
     (Assigning, "assigns to a tensor's attribute data"),
     (Swallowing, "enters no_grad"),
@@ -307,13 +368,172 @@ def test_in_place_arithmetic_buffers_and_arguments_are_traced_as_they_are() -> N
     assert run_threads(2, body) == [[1] * len(calls)] * 2
 
 
+class Towers(Pair):
+    """Nothing connects them: each may have a backward, and an optimizer, of its own."""
+
+    def forward(self, x: Tensor, z: Tensor) -> Tuple[Tensor, Tensor]:
+        return self.a(x), self.b(z)
+
+
+class Clamping(Pair):
+    """Changes a submodule's weight before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc.weight.data.clamp_(-1, 1)
+        return self.both(self.fc(x)).sin()
+
+
+class Squaring(Pair):
+    """Changes its input, which may be there twice."""
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        u = self.a(z * 2).sin()
+        x.mul_(x)
+        y: Tensor = u + self.b(z * 3) * (10 if x is z else 1)
+        return y
+
+
+class Ordered(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return OrderedDict(y=self.both(x))
+
+
+class Partly(Pair):
+    """One of two outputs needs no gradient once its layer is frozen."""
+
+    def forward(self, x: Tensor) -> Any:
+        return [self.a(x), self.b(x), self.a(x) + self.b(x)]
+
+
+class Appended(Pair):
+    def forward(self, x: Tensor, features: List[Tensor]) -> Tensor:
+        features.append(x)
+        return self.both(x)
+
+
+def both_ways(model: nn.Module, use: Callable[[nn.Module, int], Any]) -> List[List[Any]]:
+    """Returns what ``use(model, rank)`` returns on two ranks, coalesced and layer by layer, after two steps."""
+
+    def body(rank: int, group: Any) -> Any:
+        results = []
+        for coalesced in (True, False):
+            one = convert_sync_batchnorm(copy.deepcopy(model), group, coalesce=coalesced)
+            results.append(use(one, rank))
+        return results
+
+    return run_threads(2, body)  # type: ignore[no-any-return]
+
+
+@pytest.mark.multirank
+def test_two_towers_have_backwards_of_their_own() -> None:
+    """Catches a round that ties together what one backward after the other uses."""
+    x = torch.randn(4, 3)
+
+    def use(model: nn.Module, rank: int) -> Any:
+        for _ in range(2):
+            u, v = model(x, x * 2)
+            u.pow(3).sum().backward()
+            with torch.no_grad():
+                model.a.weight.add_(1)  # type: ignore[union-attr, operator]
+            v.pow(3).sum().backward()
+        return model.b.weight.grad  # type: ignore[union-attr]
+
+    for ours, theirs in both_ways(Towers(), use):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("kind", ["clamp", "alias", "patched", "number", "ordered", "list", "dtype"])
+def test_the_same_as_layer_by_layer_after_the_first_batch(kind: str) -> None:
+    """Catches what the check of the first batch cannot see, since it comes later or elsewhere.
+
+    A weight's clamp, one tensor given twice, a forward patched on a submodule, a number that differs between ranks,
+    the class of the output, an argument that is changed, another dtype.
+    """
+    x = [torch.randn(4, 3), torch.randn(4, 3)]
+    models = {
+        "clamp": Clamping,
+        "alias": Squaring,
+        "patched": lambda: Around(Branching()),
+        "number": Faithful,
+        "ordered": Ordered,
+        "list": Appended,
+        "dtype": Pair,
+    }
+    model = models[kind]() if kind != "dtype" else Replaced()
+
+    def use(model: nn.Module, rank: int) -> Any:
+        seen = []
+        for step in range(3):
+            data = x[rank].clone()
+            if kind == "clamp":
+                y = model(data)
+                with torch.no_grad():
+                    model.fc.weight.mul_(3)  # type: ignore[union-attr, operator]
+            elif kind == "alias":
+                y = model(data, data if step else data.clone())
+            elif kind == "patched":
+                y = model(data)
+                model.inner.forward = lambda x: x * 7  # type: ignore[union-attr, method-assign, assignment]
+            elif kind == "number":
+                y = model(data, None, 1.0 if step == 0 else 0.5 + rank)
+            elif kind == "ordered":
+                output = model(data)
+                assert type(output) is OrderedDict
+                y = output["y"]
+            elif kind == "list":
+                features: List[Tensor] = []
+                y = model(data, features)
+                assert len(features) == 1
+            else:
+                y = (model.double() if step else model)(data.double() if step else data)
+            seen.append(y.detach().double())
+        return torch.stack(seen)
+
+    for ours, theirs in both_ways(model, use):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.multirank
+def test_an_output_without_gradient_beside_one_with_it() -> None:
+    """Catches a frozen layer's output that says it needs a gradient, because its neighbour's does."""
+    x = torch.randn(4, 3)
+
+    def use(model: nn.Module, rank: int) -> Any:
+        model.b.requires_grad_(False)  # type: ignore[union-attr, operator]
+        model(x)
+        return [output.requires_grad for output in model(x)]
+
+    for ours, theirs in both_ways(Partly(), use):
+        assert ours == theirs == [True, False, True]
+
+
+def test_a_module_is_gone_when_it_is_let_go() -> None:
+    """Catches a forward that holds its module, and graphs that hold a replaced head."""
+    model = convert_sync_batchnorm(Replaced())
+    reference = weakref.ref(model)
+    del model
+    assert reference() is None
+
+
+def test_other_tools_see_a_forward() -> None:
+    """Catches a signature of anything, by which trainers drop a data set's columns."""
+    model = convert_sync_batchnorm(Faithful())
+    assert list(inspect.signature(model.forward).parameters) == ["x", "mask", "scale"]
+    assert model.forward.__self__ is model and model.forward.__name__ == "forward"
+
+
 def test_too_many_kinds_of_calls_are_given_up() -> None:
     """Catches a trace for every step where an argument counts the steps."""
     model = convert_sync_batchnorm(Faithful())
     forward: Any = model.__dict__["forward"]
-    with pytest.warns(UserWarning, match="expected at most 8 kinds of training forward of Faithful"):
-        for step in range(12):
-            pattern, _ = CallPattern.of((torch.ones(2, 3), None, step), {})
+    with pytest.warns(UserWarning, match="expected at most 32 kinds of training forward of Faithful"):
+        for step in range(40):
+            pattern, _ = CallPattern.of((torch.ones(2, 3), None, str(step)), {})
             variant = forward.variant(pattern)
     assert variant is None
 
@@ -323,6 +543,8 @@ def test_values_that_no_pattern_holds() -> None:
     pattern, tensors = CallPattern.of((torch.ones(2), object()), {})
     assert pattern is None and len(tensors) == 1
     assert CallPattern.of((1,), {})[0] != CallPattern.of((True,), {})[0]  # 1 == True, but not to a forward
+    assert CallPattern.of((1,), {})[0] == CallPattern.of((2,), {})[0]  # numbers may differ, between ranks too
+    assert CallPattern.of((tensors[0], tensors[0]), {})[0] != CallPattern.of((tensors[0], torch.ones(2)), {})[0]
 
 
 def test_a_module_that_cannot_be_copied() -> None:
