@@ -7,16 +7,12 @@ they exchange their statistics, interleaved in one run. All use the same kernels
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import models
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from measure import interleave, write
+from measure import interleave, run_ranks, write
 from rich.console import Console
 from rich.table import Table
 from schemes import VARIANTS, build_variant
@@ -24,8 +20,6 @@ from torch import nn
 
 from bagua_syncbn_algo import bagua, plan_of, record_rounds
 from bagua_syncbn_algo.channel import Channel
-
-RANKS = 2
 
 
 class Case(NamedTuple):
@@ -44,9 +38,8 @@ CASES = (
 )
 
 
-def run_rank(rank: int, port: int, case: Case, results: Any) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def run_rank(rank: int, case: Case) -> Dict[str, Any]:
+    """Measures one model."""
     bagua.init_process_group()
     images, labels = torch.randn(case.shape), torch.randint(10, (case.shape[0],))
     built: Dict[str, Any] = {}
@@ -61,7 +54,7 @@ def run_rank(rank: int, port: int, case: Case, results: Any) -> None:
         built[name] = build_variant(name, getattr(models, case.model)(**case.arguments))
         step(built[name])
         step(built[name])
-    rounds, seconds, smallest = {}, {}, _smallest_round(built["per layer"].bagua_algorithm.channel)
+    rounds, seconds = {}, {}
     for name, model in built.items():
         channel = _channel(model)
         before = 0 if channel is None else channel.rounds
@@ -73,20 +66,13 @@ def run_rank(rank: int, port: int, case: Case, results: Any) -> None:
         rounds[name] = 0 if channel is None else (channel.rounds - before) // 5
         seconds[name] = sorted(recorded)[2]
     spreads = interleave({name: (lambda m=model: step(m)) for name, model in built.items()}, case.steps, warmup=3)
-    if rank == 0:
-        plan = plan_of(built["coalesced"])
-        results.put(
-            {
-                "case": case._asdict(),
-                "rounds": rounds,
-                "spreads": {name: spread._asdict() for name, spread in spreads.items()},
-                "plan": plan.summary(),
-                "rounds_seconds": {name: seconds[name] for name in ("per layer", "coalesced")},
-                "smallest_round": smallest,
-            }
-        )
-    dist.barrier()
-    dist.destroy_process_group()
+    return {
+        "case": case._asdict(),
+        "rounds": rounds,
+        "spreads": {name: spread._asdict() for name, spread in spreads.items()},
+        "plan": plan_of(built["coalesced"]).summary(),
+        "rounds_seconds": {name: seconds[name] for name in ("per layer", "coalesced")},
+    }
 
 
 def _channel(model: Any) -> Any:
@@ -95,26 +81,6 @@ def _channel(model: Any) -> Any:
         if isinstance(channel, Channel):
             return channel
     return None
-
-
-def _smallest_round(channel: Any) -> float:
-    """Returns the seconds of one round by itself, both ranks there: the latency of the model of costs."""
-    from bagua_syncbn_algo.channel import sync_point
-
-    point, part = sync_point("measure"), torch.zeros(8)
-    spread = interleave({"round": lambda: channel.exchange(point, 0, [part])}, 200)["round"]
-    return spread.median
-
-
-def measure(case: Case) -> Dict[str, Any]:
-    """Starts the ranks; returns what rank 0 measured."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(run_rank, (port, case, results), nprocs=RANKS)
-    row: Dict[str, Any] = results.get()
-    return row
 
 
 def draw(rows: List[Dict[str, Any]], path: Path) -> None:
@@ -153,7 +119,7 @@ def main() -> None:
     for case in CASES:
         if case.model not in options.models:
             continue
-        row = measure(case)
+        row = run_ranks(run_rank, case)
         rows.append(row)
         medians = {name: row["spreads"][name]["median"] for name in VARIANTS}
         cells = [f"{1000 * medians[name]:.0f} ({row['rounds'][name]})" for name in VARIANTS]

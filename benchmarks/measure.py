@@ -1,17 +1,24 @@
-"""Fair timing for all benchmarks: variants interleaved in one run, medians with spread, results with their machine."""
+"""Fair timing for all benchmarks: variants interleaved in one run, medians with spread, results with their machine.
+
+Also how their ranks are started.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import socket
 import statistics
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
+RANKS = 2
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -46,6 +53,34 @@ def interleave(variants: Dict[str, Callable[[], Any]], repeats: int, warmup: int
         low, median, high = statistics.quantiles(values, n=4)
         spreads[name] = Spread(median, low, high)
     return spreads
+
+
+def run_ranks(body: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs ``body(rank, *arguments)`` in processes with a launcher's environment and one thread each.
+
+    Args:
+        body: a function at module level; initialises the process group.
+        *arguments: passed on.
+
+    Returns:
+        What it returned on rank 0.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_rank_main, (port, body, arguments, results), nprocs=RANKS)
+    return results.get()
+
+
+def _rank_main(rank: int, port: int, body: Callable[..., Any], arguments: Any, results: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    value = body(rank, *arguments)
+    if rank == 0:
+        results.put(value)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def machine() -> Dict[str, Any]:

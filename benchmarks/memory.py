@@ -6,16 +6,12 @@ Two gloo ranks; the allocator's own events, of rank 0, after the first steps.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 from typing import Any, Dict
 
 import models
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from coalescing import CASES, RANKS, Case
-from measure import write
+from coalescing import CASES, Case
+from measure import run_ranks, write
 from rich.console import Console
 from rich.table import Table
 from schemes import build_variant
@@ -38,9 +34,8 @@ def peak(step: Any) -> int:
     return highest
 
 
-def run_rank(rank: int, port: int, case: Case, results: Any) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def run_rank(rank: int, case: Case) -> Dict[str, Any]:
+    """Measures one model."""
     bagua.init_process_group()
     images, labels = torch.randn(case.shape), torch.randint(10, (case.shape[0],))
     peaks: Dict[str, int] = {}
@@ -56,10 +51,7 @@ def run_rank(rank: int, port: int, case: Case, results: Any) -> None:
         for _ in range(3):
             step()
         peaks[name] = peak(step)
-    if rank == 0:
-        results.put({"model": case.model, "peaks": peaks})
-    dist.barrier()
-    dist.destroy_process_group()
+    return {"model": case.model, "peaks": peaks}
 
 
 def main() -> None:
@@ -67,12 +59,7 @@ def main() -> None:
     table = Table("model", *(f"{name}, MiB" for name in VARIANTS), "ratio")
     rows = []
     for case in CASES:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        results = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(run_rank, (port, case, results), nprocs=RANKS)
-        row = results.get()
+        row = run_ranks(run_rank, case)
         row["ratio"] = row["peaks"]["coalesced"] / row["peaks"]["per layer"]
         rows.append(row)
         table.add_row(row["model"], *(f"{row['peaks'][name] / 2**20:.1f}" for name in VARIANTS), f"{row['ratio']:.3f}")

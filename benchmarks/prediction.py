@@ -8,8 +8,6 @@ the smallest, packed and checked as all are, and one of a megabyte.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
@@ -17,8 +15,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import models
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from measure import interleave, write
+from measure import RANKS, interleave, run_ranks, write
 from rich.console import Console
 from rich.table import Table
 from schemes import OriginalScheme
@@ -26,7 +23,6 @@ from schemes import OriginalScheme
 from bagua_syncbn_algo import SyncPlan, convert_sync_batchnorm, plan_of
 from bagua_syncbn_algo.channel import BACKWARD, FORWARD, Channel, TorchChannel, sync_point
 
-RANKS = 2
 MODELS: Dict[str, Dict[str, Any]] = {
     "ResNet": {"width": 64},
     "Inception": {"width": 32},
@@ -57,11 +53,9 @@ def replay(channel: Channel, plan: SyncPlan, together: bool) -> Callable[[], Non
     return step
 
 
-def run_rank(rank: int, port: int, repeats: int, results: Any) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
+    """Measures the messages of all models and schemes."""
     dist.init_process_group("gloo")
-
     groups: List[Any] = []  # held: a channel holds its group weakly
 
     def group() -> Any:
@@ -85,30 +79,15 @@ def run_rank(rank: int, port: int, repeats: int, results: Any) -> None:
             probe.exchange(sync_point("probe"), FORWARD, [part]) for _ in range(_TRAIN)
         ]
     times = {name: spread.median for name, spread in interleave(variants, repeats, warmup=3).items()}
-    if rank == 0:
-        latency = times["64"] / _TRAIN
-        bandwidth = _MEGABYTE / (times[str(_MEGABYTE)] / _TRAIN - latency)
-        rows = []
-        for name, plan in plans.items():
-            predicted = asdict(plan.predict(RANKS, latency, bandwidth))
-            for scheme in SCHEMES:
-                measured = times[f"{name} {scheme}"]
-                rows.append({"model": name, "scheme": scheme, "measured": measured, "predicted": predicted[scheme]})
-        results.put({"latency": latency, "bandwidth": bandwidth, "rows": rows})
-    dist.barrier()
-    groups.clear()
-    dist.destroy_process_group()
-
-
-def measure(repeats: int) -> Dict[str, Any]:
-    """Starts the ranks; returns what rank 0 measured."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(run_rank, (port, repeats, results), nprocs=RANKS)
-    found: Dict[str, Any] = results.get()
-    return found
+    latency = times["64"] / _TRAIN
+    bandwidth = _MEGABYTE / (times[str(_MEGABYTE)] / _TRAIN - latency)
+    rows = []
+    for name, plan in plans.items():
+        predicted = asdict(plan.predict(RANKS, latency, bandwidth))
+        for scheme in SCHEMES:
+            measured = times[f"{name} {scheme}"]
+            rows.append({"model": name, "scheme": scheme, "measured": measured, "predicted": predicted[scheme]})
+    return {"latency": latency, "bandwidth": bandwidth, "rows": rows}
 
 
 def draw(path: Path) -> None:
@@ -143,7 +122,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--picture", type=Path, default=Path(__file__).parent.parent / "docs" / "prediction.png")
     options = parser.parse_args()
-    found = measure(options.repeats)
+    found = run_ranks(run_rank, options.repeats)
     table = Table("model", "scheme", "measured, ms", "predicted, ms", "ratio")
     for row in found["rows"]:
         cells = [f"{1000 * row[key]:.1f}" for key in ("measured", "predicted")]

@@ -7,22 +7,16 @@ the share of the statistics round for which backward's end had to wait, from ``r
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import statistics
 from typing import Any, Dict, List
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from measure import interleave, write
+from measure import interleave, run_ranks, write
 from models import ResNet
 from rich.console import Console
 from rich.table import Table
 
 from bagua_syncbn_algo import SyncBatchNormAlgorithm, bagua, convert_sync_batchnorm, record_rounds
-
-RANKS = 2
 
 
 def trainer(plugin: bool, width: int, size: int, batch: int) -> Any:
@@ -45,40 +39,23 @@ def trainer(plugin: bool, width: int, size: int, batch: int) -> Any:
     return step
 
 
-def run_rank(rank: int, port: int, options: argparse.Namespace, results: Any) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def run_rank(rank: int, options: argparse.Namespace) -> Dict[str, Any]:
+    """Measures one width."""
     bagua.init_process_group()
     variants = {
         name: trainer(name == "plugin", options.width, options.size, options.batch) for name in ("bare", "plugin")
     }
     with record_rounds() as rounds:
         spreads = interleave(variants, options.steps, warmup=5)
-    if rank == 0:
-        # the plugin's steps only: the bare model has no rounds
-        running = [entry for entry in rounds if entry.phase == "running"][5:]
-        results.put(
-            {
-                "spreads": spreads,
-                "rounds_per_step": len(running) / options.steps,
-                "layers": len(running[0].layers),
-                "duration": statistics.median(entry.duration for entry in running),
-                "exposed": statistics.median(entry.exposed / entry.duration for entry in running),
-            }
-        )
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def measure(options: argparse.Namespace) -> Dict[str, Any]:
-    """Starts the ranks; returns what rank 0 measured."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(run_rank, (port, options, results), nprocs=RANKS)
-    row: Dict[str, Any] = results.get()
-    return row
+    # the plugin's steps only: the bare model has no rounds
+    running = [entry for entry in rounds if entry.phase == "running"][5:]
+    return {
+        "spreads": spreads,
+        "rounds_per_step": len(running) / options.steps,
+        "layers": len(running[0].layers),
+        "duration": statistics.median(entry.duration for entry in running),
+        "exposed": statistics.median(entry.exposed / entry.duration for entry in running),
+    }
 
 
 def main() -> None:
@@ -91,7 +68,7 @@ def main() -> None:
     table = Table("width", "without plugin, ms", "with, ratio", "rounds a step", "layers in it", "round, ms", "exposed")
     rows: List[Dict[str, Any]] = []
     for width in options.widths:
-        row = measure(argparse.Namespace(**vars(options), width=width))
+        row = run_ranks(run_rank, argparse.Namespace(**vars(options), width=width))
         bare, plugin = row["spreads"]["bare"], row["spreads"]["plugin"]
         row.update(width=width, ratio=plugin.median / bare.median)
         table.add_row(

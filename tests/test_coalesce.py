@@ -285,6 +285,46 @@ def test_nothing_is_moved_across_an_in_place_operation() -> None:
     assert run_threads(2, body) == [1, 1]
 
 
+class Activated(nn.BatchNorm2d):
+    """BatchNorm with a fused activation, in timm's style."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.a, self.b = nn.Conv2d(3, 3, 1), Activated(3), Activated(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lift(x)
+        z: Tensor = self.a(y) + self.b(y * 2)
+        return z
+
+
+@pytest.mark.multirank
+def test_layers_with_a_fused_activation_share_a_round() -> None:
+    """Catches a subclass that is taken for opaque, or whose activation is lost."""
+    x = images(torch.float64, 4)
+    module = Fused().double()
+
+    def body(rank: int, group: Any) -> Any:
+        ours, theirs = coalesced_and_not(copy.deepcopy(module), group)
+        for one in (ours, theirs):
+            one.zero_grad()
+            total(one(x[rank])).backward()
+        same(ours, theirs, 1e-12)
+        return plan_of(ours).rounds_forward, trained(ours, x[rank])
+
+    assert run_threads(2, body) == [(1, 2)] * 2
+
+
 # -- the user's module -------------------------------------------------------------------------------------------------
 
 
