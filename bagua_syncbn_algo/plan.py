@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 __all__ = ["PlannedRound", "Prediction", "SyncPlan"]
 
@@ -67,11 +67,18 @@ class SyncPlan:
         """Messages of a backward."""
         return sum(planned.backward for planned in self.rounds)
 
-    def predict(self, world_size: int, latency: float, bandwidth: float, itemsize: int = 4) -> Prediction:
+    def predict(
+        self,
+        world_size: int,
+        latency: float,
+        bandwidth: float,
+        itemsize: int = 4,
+        reduce_latency: Optional[float] = None,
+    ) -> Prediction:
         """Models the communication time of a step in which all ranks arrive at every round together.
 
         With ``p`` ranks, latency ``α`` and bandwidth ``β`` an all-gather of ``m`` bytes a rank takes
-        ``⌈log₂ p⌉·α + (p − 1)·m/β`` and an all-reduce ``2·⌈log₂ p⌉·α + 2·(p − 1)/p·m/β``: the recursive-doubling and
+        ``⌈log₂ p⌉·α + (p − 1)·m/β`` and an all-reduce ``⌈log₂ p⌉·ρ + 2·(p − 1)/p·m/β``: the recursive-doubling and
         reduce-scatter forms in Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in
         MPICH", 2005. What is left out: the arithmetic, waiting for slower ranks, and NCCL's launches.
 
@@ -80,6 +87,7 @@ class SyncPlan:
             latency: seconds that the smallest all-gather between two ranks takes.
             bandwidth: bytes a second between two ranks.
             itemsize: bytes of a statistic.
+            reduce_latency: ``ρ``, seconds that the smallest all-reduce between two ranks takes; ``None`` for ``2·α``.
 
         Raises:
             ValueError: for a world below 1, a negative latency or a bandwidth that is not positive.
@@ -89,13 +97,14 @@ class SyncPlan:
                 "expected world_size of at least 1, latency of at least 0 and a positive bandwidth (got "
                 f"{world_size}, {latency}, {bandwidth}); give seconds and bytes a second"
             )
+        rho = 2 * latency if reduce_latency is None else reduce_latency
         hops = math.ceil(math.log2(world_size))
 
         def gather(size: float) -> float:
             return hops * latency + (world_size - 1) * size / bandwidth if hops else 0.0
 
         def reduce(size: float) -> float:
-            return 2 * (hops * latency + (world_size - 1) / world_size * size / bandwidth) if hops else 0.0
+            return hops * rho + 2 * (world_size - 1) / world_size * size / bandwidth if hops else 0.0
 
         # One length for all messages: the longest one's.
         longest = max((planned.payload(itemsize) for planned in self.rounds), default=0)

@@ -1,8 +1,8 @@
 """The plan's cost model against measured communication, and what it says of 2 to 4096 ranks.
 
 Measured: the statistics messages of one step of three models, one after the other on two gloo ranks without computation
-between, by each scheme. Latency and bandwidth, which the model needs, come from two messages measured in the same run:
-the smallest, packed and checked as all are, and one of a megabyte.
+between, by each scheme. Latencies and bandwidth, which the model needs, come from messages measured in the same run:
+the smallest round, packed and checked as all are, the smallest all-reduce, and a round of a megabyte.
 """
 
 from __future__ import annotations
@@ -78,16 +78,18 @@ def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
         variants[str(size)] = lambda probe=probe, part=part: [  # type: ignore[misc]
             probe.exchange(sync_point("probe"), FORWARD, [part]) for _ in range(_TRAIN)
         ]
+    reducing, sums = OriginalScheme(group()), torch.zeros(8)
+    variants["reduce"] = lambda: [reducing._reduce(sums) for _ in range(_TRAIN)]  # type: ignore[assignment]
     times = {name: spread.median for name, spread in interleave(variants, repeats, warmup=3).items()}
-    latency = times["64"] / _TRAIN
-    bandwidth = _MEGABYTE / (times[str(_MEGABYTE)] / _TRAIN - latency)
+    latency, reduce_latency, large = (times[name] / _TRAIN for name in ("64", "reduce", str(_MEGABYTE)))
+    bandwidth = _MEGABYTE / (large - latency)
     rows = []
     for name, plan in plans.items():
-        predicted = asdict(plan.predict(RANKS, latency, bandwidth))
+        predicted = asdict(plan.predict(RANKS, latency, bandwidth, reduce_latency=reduce_latency))
         for scheme in SCHEMES:
             measured = times[f"{name} {scheme}"]
             rows.append({"model": name, "scheme": scheme, "measured": measured, "predicted": predicted[scheme]})
-    return {"latency": latency, "bandwidth": bandwidth, "rows": rows}
+    return {"latency": latency, "reduce_latency": reduce_latency, "bandwidth": bandwidth, "rows": rows}
 
 
 def draw(path: Path) -> None:
@@ -128,7 +130,8 @@ def main() -> None:
         cells = [f"{1000 * row[key]:.1f}" for key in ("measured", "predicted")]
         table.add_row(row["model"], row["scheme"], *cells, f"{row['predicted'] / row['measured']:.2f}")
     Console(width=100).print(table)
-    print(f"latency {1e6 * found['latency']:.0f} µs, bandwidth {found['bandwidth'] / 1e9:.2f} GB/s")
+    latency, reduction = (f"{1e6 * found[name]:.0f} µs" for name in ("latency", "reduce_latency"))
+    print(f"latency {latency}, of an all-reduce {reduction}, bandwidth {found['bandwidth'] / 1e9:.2f} GB/s")
     write("prediction", found)
     draw(options.picture)
 

@@ -52,6 +52,7 @@ def test_predictions_by_hand() -> None:
     assert size.planned == pytest.approx(3 * 3 * (32 + 16 + 2 * 4 * 16))
     assert size.per_layer == pytest.approx(4 * 3 * (32 + 8 + 2 * 4 * 8))
     assert size.original == pytest.approx(3 * 3 * (4 + 2 * 32) + 2 * 2 * 3 / 4 * 32)
+    assert plan.predict(4, 1e-3, 1e30, reduce_latency=0.0).original == pytest.approx(3 * 3 * 2e-3)
     assert plan.predict(1, 1.0, 1.0).planned == 0
     with pytest.raises(ValueError, match=r"positive bandwidth \(got 2, 1.0, 0\)"):
         plan.predict(2, 1.0, 0)
