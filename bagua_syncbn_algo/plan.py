@@ -74,13 +74,15 @@ class SyncPlan:
         bandwidth: float,
         itemsize: int = 4,
         reduce_latency: Optional[float] = None,
+        overhead: float = 0.0,
     ) -> Prediction:
         """Models the communication time of a step in which all ranks arrive at every round together.
 
         With ``p`` ranks, latency ``α`` and bandwidth ``β`` an all-gather of ``m`` bytes a rank takes
         ``⌈log₂ p⌉·α + (p − 1)·m/β`` and an all-reduce ``⌈log₂ p⌉·ρ + 2·(p − 1)/p·m/β``: the recursive-doubling and
         reduce-scatter forms in Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in
-        MPICH", 2005. What is left out: the arithmetic, waiting for slower ranks, and NCCL's launches.
+        MPICH", 2005. A packed and checked round takes the host ``overhead`` beyond its all-gather. What is left out: the
+        arithmetic, waiting for slower ranks, and NCCL's launches.
 
         Args:
             world_size: ranks.
@@ -88,20 +90,24 @@ class SyncPlan:
             bandwidth: bytes a second between two ranks.
             itemsize: bytes of a statistic.
             reduce_latency: ``ρ``, seconds that the smallest all-reduce between two ranks takes; ``None`` for ``2·α``.
+            overhead: seconds of packing a round's message and checking what came.
 
         Raises:
-            ValueError: for a world below 1, a negative latency or a bandwidth that is not positive.
+            ValueError: for a world below 1, a negative latency or overhead, or a bandwidth that is not positive.
         """
-        if world_size < 1 or latency < 0 or bandwidth <= 0:
+        if world_size < 1 or latency < 0 or overhead < 0 or bandwidth <= 0:
             raise ValueError(
-                "expected world_size of at least 1, latency of at least 0 and a positive bandwidth (got "
-                f"{world_size}, {latency}, {bandwidth}); give seconds and bytes a second"
+                "expected world_size of at least 1, latency and overhead of at least 0 and a positive bandwidth (got "
+                f"{world_size}, {latency}, {overhead}, {bandwidth}); give seconds and bytes a second"
             )
         rho = 2 * latency if reduce_latency is None else reduce_latency
         hops = math.ceil(math.log2(world_size))
 
         def gather(size: float) -> float:
             return hops * latency + (world_size - 1) * size / bandwidth if hops else 0.0
+
+        def round_of(size: float) -> float:
+            return gather(size) + overhead if hops else 0.0
 
         def reduce(size: float) -> float:
             return hops * rho + 2 * (world_size - 1) / world_size * size / bandwidth if hops else 0.0
@@ -115,8 +121,8 @@ class SyncPlan:
             for features in planned.features:
                 original += gather(4) + 2 * gather(itemsize * features)
                 original += 2 * reduce(itemsize * features) * planned.backward
-                per_layer += gather(single) * (1 + planned.backward)
-        together = gather(longest) * (self.rounds_forward + self.rounds_backward)
+                per_layer += round_of(single) * (1 + planned.backward)
+        together = round_of(longest) * (self.rounds_forward + self.rounds_backward)
         return Prediction(original, per_layer, together)
 
     def lines(self) -> List[str]:

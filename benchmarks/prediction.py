@@ -1,8 +1,8 @@
 """The plan's cost model against measured communication, and what it says of 2 to 4096 ranks.
 
 Measured: the statistics messages of one step of three models, one after the other on two gloo ranks without computation
-between, by each scheme. Latencies and bandwidth, which the model needs, come from messages measured in the same run:
-the smallest round, packed and checked as all are, the smallest all-reduce, and a round of a megabyte.
+between, by each scheme. What the model needs comes from messages measured in the same run: the smallest all-gather and
+all-reduce, bare; the smallest round, packed and checked as all are; and a round of a megabyte.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODELS: Dict[str, Dict[str, Any]] = {
 }
 SCHEMES = ("original", "per_layer", "planned")
 _MEGABYTE = 1 << 20
-_TRAIN = 20  # messages in a row, as a step has them
+_TRAIN = 100  # messages in a row, as a step has them; a fifth of it for large ones
 # Seconds and bytes a second, for the picture: orders of magnitude of links within a node and between nodes.
 LINKS = {"within a node (10 µs, 100 GB/s)": (10e-6, 100e9), "between nodes (30 µs, 10 GB/s)": (30e-6, 10e9)}
 
@@ -75,21 +75,27 @@ def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
     for size, probe in probes.items():
         probe.capacity = size
         part = torch.zeros(size - 32, dtype=torch.uint8)
-        variants[str(size)] = lambda probe=probe, part=part: [  # type: ignore[misc]
-            probe.exchange(sync_point("probe"), FORWARD, [part]) for _ in range(_TRAIN)
+        count = _TRAIN if size == 64 else _TRAIN // 5
+        variants[str(size)] = lambda probe=probe, part=part, count=count: [  # type: ignore[misc]
+            probe.exchange(sync_point("probe"), FORWARD, [part]) for _ in range(count)
         ]
-    reducing, sums = OriginalScheme(group()), torch.zeros(8)
-    variants["reduce"] = lambda: [reducing._reduce(sums) for _ in range(_TRAIN)]  # type: ignore[assignment]
+    bare, sums = OriginalScheme(group()), torch.zeros(8)
+    for name, collective in (("gather", bare._gather), ("reduce", bare._reduce)):
+        variants[name] = lambda collective=collective: [  # type: ignore[misc]
+            collective(sums) for _ in range(_TRAIN)
+        ]
     times = {name: spread.median for name, spread in interleave(variants, repeats, warmup=3).items()}
-    latency, reduce_latency, large = (times[name] / _TRAIN for name in ("64", "reduce", str(_MEGABYTE)))
-    bandwidth = _MEGABYTE / (large - latency)
+    latency, reduction, small = (times[name] / _TRAIN for name in ("gather", "reduce", "64"))
+    large = times[str(_MEGABYTE)] / (_TRAIN // 5)
+    found = {"latency": latency, "reduce_latency": reduction, "overhead": max(0.0, small - latency)}
+    found["bandwidth"] = _MEGABYTE / (large - small)
     rows = []
     for name, plan in plans.items():
-        predicted = asdict(plan.predict(RANKS, latency, bandwidth, reduce_latency=reduce_latency))
+        predicted = asdict(plan.predict(RANKS, **found))
         for scheme in SCHEMES:
             measured = times[f"{name} {scheme}"]
             rows.append({"model": name, "scheme": scheme, "measured": measured, "predicted": predicted[scheme]})
-    return {"latency": latency, "reduce_latency": reduce_latency, "bandwidth": bandwidth, "rows": rows}
+    return {**found, "rows": rows}
 
 
 def draw(path: Path) -> None:
@@ -130,8 +136,8 @@ def main() -> None:
         cells = [f"{1000 * row[key]:.1f}" for key in ("measured", "predicted")]
         table.add_row(row["model"], row["scheme"], *cells, f"{row['predicted'] / row['measured']:.2f}")
     Console(width=100).print(table)
-    latency, reduction = (f"{1e6 * found[name]:.0f} µs" for name in ("latency", "reduce_latency"))
-    print(f"latency {latency}, of an all-reduce {reduction}, bandwidth {found['bandwidth'] / 1e9:.2f} GB/s")
+    latency, reduction, packing = (f"{1e6 * found[key]:.0f} µs" for key in ("latency", "reduce_latency", "overhead"))
+    print(f"latency {latency}, of an all-reduce {reduction}, overhead of a round {packing}, bandwidth {found['bandwidth'] / 1e9:.2f} GB/s")
     write("prediction", found)
     draw(options.picture)
 

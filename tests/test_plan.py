@@ -53,9 +53,13 @@ def test_predictions_by_hand() -> None:
     assert size.per_layer == pytest.approx(4 * 3 * (32 + 8 + 2 * 4 * 8))
     assert size.original == pytest.approx(3 * 3 * (4 + 2 * 32) + 2 * 2 * 3 / 4 * 32)
     assert plan.predict(4, 1e-3, 1e30, reduce_latency=0.0).original == pytest.approx(3 * 3 * 2e-3)
-    assert plan.predict(1, 1.0, 1.0).planned == 0
-    with pytest.raises(ValueError, match=r"positive bandwidth \(got 2, 1.0, 0\)"):
+    packed = plan.predict(4, 0.0, 1e30, overhead=1.0)
+    assert (packed.original, packed.per_layer, packed.planned) == (pytest.approx(0), pytest.approx(4), pytest.approx(3))
+    assert plan.predict(1, 1.0, 1.0, overhead=1.0).planned == 0
+    with pytest.raises(ValueError, match=r"positive bandwidth \(got 2, 1.0, 0.0, 0\)"):
         plan.predict(2, 1.0, 0)
+    with pytest.raises(ValueError, match=r"overhead of at least 0"):
+        plan.predict(2, 1.0, 1.0, overhead=-1.0)
 
 
 def test_the_command_line(capsys: Any, tmp_path: Path) -> None:
