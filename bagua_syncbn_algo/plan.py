@@ -81,8 +81,8 @@ class SyncPlan:
         With ``p`` ranks, latency ``α`` and bandwidth ``β`` an all-gather of ``m`` bytes a rank takes
         ``⌈log₂ p⌉·α + (p − 1)·m/β`` and an all-reduce ``⌈log₂ p⌉·ρ + 2·(p − 1)/p·m/β``: the recursive-doubling and
         reduce-scatter forms in Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in
-        MPICH", 2005. A packed and checked round takes the host ``overhead`` beyond its all-gather. What is left out: the
-        arithmetic, waiting for slower ranks, and NCCL's launches.
+        MPICH", 2005. A packed and checked round takes the host ``overhead`` beyond its all-gather. What is left out:
+        the arithmetic, waiting for slower ranks, and NCCL's launches.
 
         Args:
             world_size: ranks.

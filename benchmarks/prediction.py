@@ -136,8 +136,9 @@ def main() -> None:
         cells = [f"{1000 * row[key]:.1f}" for key in ("measured", "predicted")]
         table.add_row(row["model"], row["scheme"], *cells, f"{row['predicted'] / row['measured']:.2f}")
     Console(width=100).print(table)
-    latency, reduction, packing = (f"{1e6 * found[key]:.0f} µs" for key in ("latency", "reduce_latency", "overhead"))
-    print(f"latency {latency}, of an all-reduce {reduction}, overhead of a round {packing}, bandwidth {found['bandwidth'] / 1e9:.2f} GB/s")
+    names = {"latency": "latency", "reduce_latency": "of an all-reduce", "overhead": "overhead of a round"}
+    print(", ".join(f"{name} {1e6 * found[key]:.0f} µs" for key, name in names.items()), end=", ")
+    print(f"bandwidth {found['bandwidth'] / 1e9:.2f} GB/s")
     write("prediction", found)
     draw(options.picture)
 
