@@ -317,7 +317,7 @@ def enable_sync_batchnorm(
     config = SyncBatchNormConfig.from_env() if config is None else config
     if not config.enabled:
         return model, algorithm
-    model = convert_sync_batchnorm(model, coalesce=config.coalesce)
+    model = convert_sync_batchnorm(model, coalesce=config.coalesce, overlap=config.coalesce and config.overlap)
     if isinstance(algorithm, SyncBatchNormAlgorithm):
         return model, algorithm
     return model, SyncBatchNormAlgorithm(algorithm, normalize_over=config.normalize_over, timeout=config.timeout)

@@ -15,7 +15,7 @@ import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, ContextManager, Deque, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .config import SyncBatchNormConfig
 from .groups import default_group, is_nccl, member_group, timeout_of
-from .rounds import active
+from .rounds import Round, active
 
 __all__ = [
     "BACKWARD",
@@ -117,6 +117,8 @@ class Channel:
         self._rosters: Dict[Roster, int] = {}
         self._headers: Dict[Tuple[Any, ...], Tensor] = {}
         self._checks: Deque[_DeferredCheck] = collections.deque()
+        self._in_flight: Optional[_Flight] = None
+        self.delay = 0.0  # seconds by which every round arrives later: models a network, for benchmarks
 
     # -- the collective -------------------------------------------------------------------------------------------
 
@@ -124,8 +126,13 @@ class Channel:
         """Returns the uint8 tensor of ``capacity`` bytes that carries this point's statistics."""
         raise NotImplementedError
 
-    def _all_gather(self, message: Tensor) -> Tensor:
-        """Returns every rank's ``message`` as ``(W, *message.shape)``, in rank order; valid until the next call."""
+    def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
+        """Sets off the gathering of every rank's ``message``; the message stays as it is until that is done.
+
+        Returns:
+            The result ``(W, *message.shape)``, in rank order, valid until the next call; and a
+            ``torch.distributed.Work``, or what else has its ``wait``, after which it is there.
+        """
         raise NotImplementedError
 
     def _store(self) -> Optional[Any]:
@@ -208,7 +215,13 @@ class Channel:
         return f"SyncBatchNorm({features}) number {self._anonymous}"
 
     def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
-        """Exchanges the statistics of one sync point.
+        """Exchanges the statistics of one sync point: :meth:`launch`, and waits for the result."""
+        return self.launch(point, phase, parts)()
+
+    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
+        """Sends the statistics of one sync point on their way.
+
+        One round is in flight at a time: launching another one first waits for it, which keeps its result.
 
         Args:
             point: where this rank is.
@@ -216,22 +229,29 @@ class Channel:
             parts: 1-D tensors, the ones with the largest elements first (for alignment); same lengths on all ranks.
 
         Returns:
-            For each part of length ``L`` a tensor ``(W, L)`` of its dtype, ranks in order.
+            What waits for the round, and returns for each part of length ``L`` a tensor ``(W, L)`` of its dtype, ranks
+            in order.
 
         Raises:
-            SyncBatchNormError: if another rank is elsewhere, sent another length, failed, or did not arrive.
+            SyncBatchNormError: here or from waiting: if another rank is elsewhere, sent another length, failed, or did
+                not arrive.
 
         Collectives:
             One all-gather of ``capacity`` bytes a rank (one for every ``capacity − 32`` bytes of payload, should the
             payload be longer). Every rank must call.
         """
         payload = torch.cat([part.contiguous().view(torch.uint8) for part in parts])
-        body = self._send(point, phase, 0, payload)
-        result, offset = [], 0
-        for part in parts:
-            length = part.numel() * part.element_size()
-            result.append(body[:, offset : offset + length].view(part.dtype))
-            offset += length
+        bodies = self._send(point, phase, 0, payload)
+
+        def result() -> List[Tensor]:
+            body = bodies()
+            found, offset = [], 0
+            for part in parts:
+                length = part.numel() * part.element_size()
+                found.append(body[:, offset : offset + length].view(part.dtype))
+                offset += length
+            return found
+
         return result
 
     def fail(self, point: SyncPoint, phase: int, error: BaseException) -> None:
@@ -243,37 +263,39 @@ class Channel:
         text = f"{type(error).__name__}: {error}".encode()[: self.capacity - _HEADER_BYTES]
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
         with contextlib.suppress(SyncBatchNormError):  # this rank's own error is the one to raise
-            self._send(point, phase, _FAULT, payload)
+            self._send(point, phase, _FAULT, payload)()
 
     def flush(self) -> None:
-        """Raises what deferred header checks have found; on CUDA they lag behind by a few rounds."""
+        """Waits for what is in flight, and raises what header checks have found; on CUDA these lag a few rounds."""
+        if self._in_flight is not None:
+            self._in_flight.land()
         while self._checks:
             self._checks.popleft().finish(self)
 
     # -- frames ---------------------------------------------------------------------------------------------------
 
-    def _send(self, point: SyncPoint, phase: int, flags: int, payload: Tensor) -> Tensor:
-        room = self.capacity - _HEADER_BYTES
-        chunks = payload.split(room)
-        bodies = []
-        for index, chunk in enumerate(chunks):
-            header = self._header(point, phase, flags | index << _FRAME_SHIFT, payload.numel(), payload.device)
-            message = self._message(point, payload.device)
-            torch.cat([header, chunk], out=message[: _HEADER_BYTES + chunk.numel()])
-            self.rounds += phase != _JOIN
-            record = None if phase == _JOIN else active()
-            entry = (
-                None
-                if record is None
-                else record.launch(point.layers or (point.name,), _PHASES[phase], message.numel())
-            )
-            gathered = self._guarded(message, point, phase)
-            if entry is not None:
-                entry.wait, entry.finish = entry.launch, time.perf_counter()
-            self._check(gathered, header, point, phase)
-            body = gathered[:, _HEADER_BYTES:]
-            bodies.append(body if len(chunks) == 1 else body.clone())  # the next frame may be received in its place
-        return bodies[0] if len(bodies) == 1 else torch.cat(bodies, dim=1)
+    def _send(self, point: SyncPoint, phase: int, flags: int, payload: Tensor) -> Callable[[], Tensor]:
+        chunks = payload.split(self.capacity - _HEADER_BYTES)
+        frames = [
+            self._depart(chunk, point, phase, flags | index << _FRAME_SHIFT, payload.numel())
+            for index, chunk in enumerate(chunks)
+        ]
+        return frames[0].land if len(frames) == 1 else lambda: torch.cat([frame.land() for frame in frames], dim=1)
+
+    def _depart(self, chunk: Tensor, point: SyncPoint, phase: int, flags: int, length: int) -> _Flight:
+        if self._in_flight is not None:
+            self._in_flight.land(keep=True)  # its message and what was received are written to again
+        header = self._header(point, phase, flags, length, chunk.device)
+        message = self._message(point, chunk.device)
+        torch.cat([header, chunk], out=message[: _HEADER_BYTES + chunk.numel()])
+        self.rounds += phase != _JOIN
+        record = None if phase == _JOIN else active()
+        entry = None
+        if record is not None:
+            entry = record.launch(point.layers or (point.name,), _PHASES[phase], message.numel())
+        self._in_flight = flight = _Flight(self, header, point, phase, entry)
+        flight.depart(message)
+        return flight
 
     def _header(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> Tensor:
         # Kept per device: building one from Python numbers on CUDA is a copy from pageable memory, i.e. a wait.
@@ -296,12 +318,6 @@ class Channel:
         self._checks.append(check)
         while self._checks and self._checks[0].ready():
             self._checks.popleft().finish(self)
-
-    def _guarded(self, message: Tensor, point: SyncPoint, phase: int) -> Tensor:
-        try:
-            return self._all_gather(message)
-        except RuntimeError as error:
-            raise SyncBatchNormError(self._autopsy(f"{point.name} ({_PHASES[phase]})", error)) from error
 
     def _autopsy(self, where: str, error: BaseException) -> str:
         """Says where each rank was when a collective failed, as far as the ranks could still tell."""
@@ -338,8 +354,8 @@ class _SingleProcessChannel(Channel):
     def join(self, roster: Roster, itemsize: int = 4) -> int:
         return 0
 
-    def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
-        return [part.unsqueeze(0) for part in parts]
+    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
+        return lambda: [part.unsqueeze(0) for part in parts]
 
     def fail(self, point: SyncPoint, phase: int, error: BaseException) -> None:
         pass
@@ -350,10 +366,11 @@ class _RehearsalChannel(_SingleProcessChannel):
 
     local = False
 
-    def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
+    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
         # The other one has two elements more, with other moments; its gradient sums are the same.
         others = {torch.int64: 2, torch.uint8: 0}
-        return [torch.stack([part, part + (others.get(part.dtype, 1) if phase == FORWARD else 0)]) for part in parts]
+        both = [torch.stack([part, part + (others.get(part.dtype, 1) if phase == FORWARD else 0)]) for part in parts]
+        return lambda: both
 
 
 SINGLE_PROCESS = _SingleProcessChannel()
@@ -388,7 +405,7 @@ class TorchChannel(Channel):
                 message = self._messages[device] = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
         return message
 
-    def _all_gather(self, message: Tensor) -> Tensor:
+    def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
         with torch.inference_mode(False):  # gloo writes to it from a thread that is not in that mode
             gathered = message.new_empty((self.world_size, *message.shape))
         # The group's own methods: the functional API refuses bare backends and costs 40 µs more a call. gloo has no
@@ -397,11 +414,8 @@ class TorchChannel(Channel):
         if group is None:
             raise RuntimeError("the process group was destroyed")
         if self._flat:
-            work = group._allgather_base(gathered.view(-1), message.view(-1))
-        else:
-            work = group.allgather([list(gathered.unbind(0))], [message])
-        work.wait()
-        return gathered
+            return gathered, group._allgather_base(gathered.view(-1), message.view(-1))
+        return gathered, group.allgather([list(gathered.unbind(0))], [message])
 
     def _store(self) -> Optional[Any]:
         return self._key_value_store
@@ -424,6 +438,8 @@ class BaguaChannel(Channel):
         self._buckets: Dict[int, Any] = {}
         self._unregistered: Optional[Tensor] = None  # for points without a bucket: the rare merge outside of backward
         self._gathered: Dict[Tuple[int, torch.dtype], Tensor] = {}
+        # Upstream's call enqueues on its stream and returns; the embedded host's waits, and has this one beside it.
+        self._begin = getattr(communicator, "begin_allgather", communicator.allgather)
 
     @property
     def device(self) -> torch.device:
@@ -447,7 +463,7 @@ class BaguaChannel(Channel):
                 self._unregistered = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
         return self._unregistered
 
-    def _all_gather(self, message: Tensor) -> Tensor:
+    def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
         send: Any = message
         if not send.is_bagua_tensor():
             send = send.to_bagua_tensor()
@@ -457,14 +473,96 @@ class BaguaChannel(Channel):
                 empty: Any = torch.empty((self.world_size, *message.shape), dtype=message.dtype, device=message.device)
                 self._gathered[key] = empty.to_bagua_tensor()
         receive: Any = self._gathered[key]
-        ordered: ContextManager[None] = self._streams.ordered(self._communicator.cuda_stream)
-        with ordered:
-            self._communicator.allgather(send.bagua_backend_tensor(), receive.bagua_backend_tensor())
-        gathered: Tensor = receive
-        return gathered
+        stream = self._communicator.cuda_stream
+        with self._streams.after(stream, [self._streams.record_event()]):
+            work = self._begin(send.bagua_backend_tensor(), receive.bagua_backend_tensor())
+        return receive, _Enqueued(work, self._streams, self._streams.event_behind(stream))
 
     def _store(self) -> Optional[Any]:
         return self._key_value_store
+
+
+class _Enqueued:
+    """A collective on a stream of its own; ``work`` is ``None`` on a host that has no such thing."""
+
+    def __init__(self, work: Any, streams: Any, event: Any) -> None:
+        self._work, self._streams, self._event = work, streams, event
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        self._streams.wait(self._event)
+
+    def get_future(self) -> Any:
+        return self._work.get_future()
+
+
+class _Flight:
+    """One frame on its way to all ranks."""
+
+    def __init__(self, channel: Channel, header: Tensor, point: SyncPoint, phase: int, entry: Optional[Round]) -> None:
+        self._channel, self._header, self._point, self._phase, self._entry = channel, header, point, phase, entry
+        self._gathered: Optional[Tensor] = None
+        self._work: Any = None
+        self._arrival: Optional[float] = None
+        self._landed = False
+        self._error: Optional[BaseException] = None
+
+    def depart(self, message: Tensor) -> None:
+        """Sets off; errors are raised by :meth:`land`."""
+        try:
+            self._gathered, self._work = self._channel._all_gather(message)
+        except RuntimeError as error:
+            self._error = error
+        if self._work is not None and (self._entry is not None or self._channel.delay):
+            with contextlib.suppress(AttributeError, RuntimeError):  # not every backend can tell
+                self._work.get_future().add_done_callback(self._note_arrival)
+
+    def _note_arrival(self, _: Any) -> None:
+        self._arrival = time.perf_counter()
+
+    def land(self, keep: bool = False) -> Tensor:
+        """Waits, checks the headers and returns the payloads ``(W, capacity − 32)``.
+
+        Args:
+            keep: the next flight is about to use the memory of this one.
+
+        Raises:
+            SyncBatchNormError: the same at every call.
+        """
+        channel = self._channel
+        if not self._landed:
+            self._landed = True
+            if channel._in_flight is self:
+                channel._in_flight = None
+            try:
+                self._wait()
+                assert self._gathered is not None
+                channel._check(self._gathered, self._header, self._point, self._phase)
+            except SyncBatchNormError as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
+        assert self._gathered is not None
+        if keep:
+            self._gathered = self._gathered.clone()
+        return self._gathered[:, _HEADER_BYTES:]
+
+    def _wait(self) -> None:
+        start = time.perf_counter()
+        try:
+            if self._error is not None:
+                raise self._error
+            self._work.wait()
+        except RuntimeError as error:
+            where = f"{self._point.name} ({_PHASES[self._phase]})"
+            raise SyncBatchNormError(self._channel._autopsy(where, error)) from error
+        finish = time.perf_counter() if self._arrival is None else self._arrival
+        if self._channel.delay:
+            finish += self._channel.delay
+            time.sleep(max(0.0, finish - time.perf_counter()))
+        if self._entry is not None:
+            self._entry.wait, self._entry.finish = start, finish
 
 
 class _DeferredCheck:

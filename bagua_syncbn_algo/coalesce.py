@@ -19,10 +19,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .channel import REHEARSAL
+from .deferred import Deferral
 from .layer import SyncBatchNorm, normalize_together, uncompiled
+from .overlap import defer_weights
 from .plan import PlannedRound, SyncPlan
 from .records import Records, inside_backward
-from .schedule import Level, levels_of, regroup
+from .schedule import Level, followers_of, levels_of, regroup
 from .tracing import CallPattern, UntraceableError, has_own_forward, hooks_of, random_states_kept, trace, twin_of
 
 __all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]
@@ -42,15 +44,17 @@ class CoalescedForward:
         module: whose forward it is.
         path: of ``module`` in the model; ``""`` for the model itself.
         model: the model's class name, with which layers' names begin.
+        overlap: whether backward rounds hide behind weight gradients.
     """
 
     regroups = True  # tells it from a forward that somebody else has put on a module
 
-    def __init__(self, module: nn.Module, path: str, model: str) -> None:
+    def __init__(self, module: nn.Module, path: str, model: str, overlap: bool = True) -> None:
         # Weakly: the module holds this, and is to be gone when its user lets it go.
         self._module = weakref.ref(module)
-        self.path, self.model = path, model
+        self.path, self.model, self.overlap = path, model, overlap
         self.rounds: Tuple[PlannedRound, ...] = ()
+        self.whole: Tuple[Tuple[str, str], ...] = ()
         self._variants: List[_Variant] = []
         self._warned = False
 
@@ -94,9 +98,12 @@ class CoalescedForward:
         try:
             traced = trace(self.module, pattern)
             levels = levels_of(traced.graph, self.module, list(traced.alone))
-            variant.planned(self, levels, traced.opaque, traced.alone)
-            if any(len(level.members) > 1 for level in levels):
-                graph = regroup(traced.graph, self.module, levels, variant.round_of)
+            followers: List[List[fx.Node]] = [[] for _ in levels]
+            if self.overlap:
+                followers, variant.whole = followers_of(traced.graph, self.module, levels)
+            variant.planned(self, levels, followers, traced.opaque, traced.alone)
+            if any(len(level.members) > 1 or behind for level, behind in zip(levels, followers)):
+                graph = regroup(traced.graph, self.module, levels, followers, variant.round_of)
                 twin = twin_of(self.module)  # GraphModule looks up the graph's paths, and keeps what it finds
                 variant.run = _Regrouped(type(fx.GraphModule(twin, graph)).forward, traced.outputs)
         except UntraceableError as error:
@@ -137,8 +144,8 @@ class CoalescedForward:
         self.__dict__.update(state, _module=weakref.ref(state["_module"]))
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> CoalescedForward:
-        twin = CoalescedForward(copy.deepcopy(self.module, memo), self.path, self.model)
-        twin.rounds = self.rounds
+        twin = CoalescedForward(copy.deepcopy(self.module, memo), self.path, self.model, self.overlap)
+        twin.rounds, twin.whole = self.rounds, self.whole
         return twin
 
 
@@ -179,20 +186,27 @@ class _Variant:
         self.rounds: List[PlannedRound] = []
         self.opaque: Dict[str, str] = {}
         self.alone: Dict[str, str] = {}
+        self.whole: Dict[str, str] = {}
         self._calls: Dict[Tuple[str, ...], _Round] = {}  # by the members' paths
 
     def planned(
-        self, forward: CoalescedForward, levels: Sequence[Level], opaque: Dict[str, str], alone: Dict[str, str]
+        self,
+        forward: CoalescedForward,
+        levels: Sequence[Level],
+        followers: Sequence[Sequence[fx.Node]],
+        opaque: Dict[str, str],
+        alone: Dict[str, str],
     ) -> None:
         """Takes what tracing found."""
         self.opaque, self.alone = opaque, alone
-        for level in levels:
+        for level, behind in zip(levels, followers):
             names = tuple(f"{forward.name}.{member.path}" for member in level.members)
             features = tuple(member.layer.num_features for member in level.members)
             backward = any(member.backward for member in level.members)
-            planned = PlannedRound(forward.path, level.number, names, features, backward)
+            hidden_behind = tuple(f"{forward.name}.{node.target}" for node in behind)
+            planned = PlannedRound(forward.path, level.number, names, features, backward, hidden_behind)
             self.rounds.append(planned)
-            self._calls[_key(level)] = _Round(planned.name)
+            self._calls[_key(level)] = _Round(planned)
 
     def round_of(self, level: Level) -> _Round:
         """Returns what runs ``level``."""
@@ -211,15 +225,26 @@ def _key(level: Level) -> Tuple[str, ...]:
 class _Round:
     """Runs the layers of a level together. Generated code calls it."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.records = name, Records()
+    def __init__(self, planned: PlannedRound) -> None:
+        self.records = Records()
+        self._name = planned.name if len(planned.layers) > 1 else None  # a layer by itself has its own
+        self._behind = planned.hidden_behind
         self.__name__, self.__module__ = "normalize_together", __name__
 
-    def __call__(self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor]) -> Tuple[Tensor, ...]:
-        outputs = normalize_together(layers, inputs, self.name, self.records)
+    def __call__(
+        self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], followers: Sequence[nn.Module]
+    ) -> Tuple[Any, ...]:
+        deferrals: List[Optional[Deferral]] = [None] * len(followers)
+
+        def meanwhile() -> None:
+            device = inputs[0].device
+            deferrals[:] = [defer_weights(*follower, device) for follower in zip(followers, self._behind)]
+
+        records = None if self._name is None else self.records
+        outputs = normalize_together(layers, inputs, self._name, records, meanwhile if followers else None)
         if any(layer._forward_hooks for layer in layers):
             outputs = tuple(_hooked(*each) for each in zip(layers, inputs, outputs))
-        return outputs
+        return (*outputs, *deferrals)
 
 
 def _hooked(layer: SyncBatchNorm, input: Tensor, output: Tensor) -> Tensor:
@@ -289,7 +314,7 @@ def _agree(forward: CoalescedForward, variant: _Variant, layer: SyncBatchNorm, t
     """Compares the regrouped forward with the original on this batch; goes on only if it passed on all ranks."""
     verdict, difference = rehearse(forward, variant, tensors)
     channel = layer._bound_channel()
-    text = "\n".join(SyncPlan(forward.model, tuple(variant.rounds)).lines())
+    text = "\n".join(words for words, _ in SyncPlan(forward.model, tuple(variant.rounds)).agreement())
     verdicts = channel.agree(f"the check of {forward.name}'s first training batch", text, verdict)
     if _FAILED in verdicts:
         rank = verdicts.index(_FAILED)
@@ -425,7 +450,7 @@ class _Found(NamedTuple):
     left: List[Tuple[str, str]]
 
 
-def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None) -> SyncPlan:
+def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None, overlap: bool = True) -> SyncPlan:
     """Lets the SyncBatchNorm layers of ``model`` share rounds where they do not depend on each other.
 
     The largest submodules whose forward can be traced faithfully are regrouped, the model itself first.
@@ -434,6 +459,7 @@ def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None)
         model: with SyncBatchNorm layers; changed in place.
         example_inputs: arguments of a training forward; with them the regrouped forward is compared with the
             original now, else on the first training batch.
+        overlap: whether backward rounds hide behind the weight gradients of the layers that follow.
 
     Returns:
         The plan.
@@ -447,7 +473,7 @@ def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None)
     if not model.training:
         model.train()  # the plan is for training; layers frozen later are seen when they are
     try:
-        _regions(model, "", type(model).__name__, found, example_inputs)
+        _regions(model, "", type(model).__name__, found, overlap, example_inputs)
     finally:
         for part, training in modes.items():
             part.training = training
@@ -477,20 +503,22 @@ def plan_of(model: nn.Module) -> SyncPlan:
     """
     name = type(model).__name__
     rounds: List[PlannedRound] = []
+    whole: List[Tuple[str, str]] = []
     for part in model.modules():
         forward = part.__dict__.get("forward")
         if isinstance(forward, CoalescedForward):
             rounds += forward.rounds
+            whole += forward.whole
     covered = {layer for planned in rounds for layer in planned.layers}
     for path, layer in model.named_modules():
         full = f"{name}.{path}" if path else name
         if isinstance(layer, SyncBatchNorm) and full not in covered:
             rounds.append(PlannedRound("", 0, (full,), (layer.num_features,)))
-    return SyncPlan(name, tuple(rounds), model.__dict__.get(_LEFT, ()))
+    return SyncPlan(name, tuple(rounds), model.__dict__.get(_LEFT, ()), tuple(whole))
 
 
 def _regions(
-    module: nn.Module, path: str, model: str, found: _Found, example: Optional[Tuple[Any, ...]] = None
+    module: nn.Module, path: str, model: str, found: _Found, overlap: bool, example: Optional[Tuple[Any, ...]] = None
 ) -> None:
     """Finds the largest submodules that can be regrouped."""
     if isinstance(module, SyncBatchNorm) or not any(isinstance(part, SyncBatchNorm) for part in module.modules()):
@@ -501,7 +529,7 @@ def _regions(
     if has_own_forward(module):
         reason = "has a forward of its own making"
     elif type(module).forward is not nn.Module.forward and not _is_container(module):
-        forward = CoalescedForward(module, path, model)
+        forward = CoalescedForward(module, path, model, overlap)
         pattern, tensors = _usual_call(module, example)
         variant = None if pattern is None else forward.prepare(pattern)
         if variant is None:
@@ -516,6 +544,7 @@ def _regions(
             variant.verified = verdict == _PASSED
         if variant is not None and not reason:
             forward.rounds = tuple(variant.rounds)
+            forward.whole = tuple((f"{name}.{layer}", why) for layer, why in variant.whole.items())
             if variant.run is not None:
                 found.forwards.append(forward)
             found.left.extend((f"{name}.{layer}", why) for layer, why in variant.alone.items())
@@ -530,7 +559,7 @@ def _regions(
     for part in inner:
         submodule = module.get_submodule(part)
         if not any(f.module is submodule for f in found.forwards):
-            _regions(submodule, f"{path}.{part}" if path else part, model, found)
+            _regions(submodule, f"{path}.{part}" if path else part, model, found, overlap)
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -26,10 +26,11 @@ class SyncBatchNormConfig:
     host: str = "auto"  # BAGUA_SYNCBN_HOST=auto|upstream|embedded: which Bagua runs the algorithm
     normalize_over: Union[str, int] = "world"  # BAGUA_SYNCBN_NORMALIZE_OVER=world|node|rank or a number of ranks
     coalesce: bool = True  # BAGUA_SYNCBN_COALESCE=0|1: whether independent layers share a round of statistics
+    overlap: bool = True  # BAGUA_SYNCBN_OVERLAP=0|1: whether backward rounds hide behind weight gradients
     timeout: Optional[float] = None  # BAGUA_SYNCBN_TIMEOUT, seconds: how long a rank waits for the others' statistics
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "coalesce"):
+        for name in ("enabled", "coalesce", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"expected {name} to be True or False (got {getattr(self, name)!r}); pass a bool")
         if self.host not in _HOSTS:
@@ -57,7 +58,10 @@ class SyncBatchNormConfig:
                 ones.
         """
         environ = os.environ if environ is None else environ
-        known = {_PREFIX, *(f"{_PREFIX}_{name}" for name in ("COALESCE", "HOST", "NORMALIZE_OVER", "TIMEOUT"))}
+        known = {
+            _PREFIX,
+            *(f"{_PREFIX}_{name}" for name in ("COALESCE", "HOST", "NORMALIZE_OVER", "OVERLAP", "TIMEOUT")),
+        }
         for name in sorted(environ):
             if name.startswith(_PREFIX) and name not in known:
                 raise ValueError(
@@ -65,12 +69,13 @@ class SyncBatchNormConfig:
                     "correct its name or unset it"
                 )
         switches = {
-            name: environ.get(name, default) for name, default in ((_PREFIX, "0"), (f"{_PREFIX}_COALESCE", "1"))
+            name: environ.get(name, default)
+            for name, default in ((_PREFIX, "0"), (f"{_PREFIX}_COALESCE", "1"), (f"{_PREFIX}_OVERLAP", "1"))
         }
         for name, switch in switches.items():
             if switch not in _SWITCH:
                 raise ValueError(f"expected {name} to be 0 or 1 (got {switch!r}); set it to 1 to switch on, 0 to off")
-        enabled, coalesce = (_SWITCH[switch] for switch in switches.values())
+        enabled, coalesce, overlap = (_SWITCH[switch] for switch in switches.values())
         host = environ.get(f"{_PREFIX}_HOST", "auto")
         if host not in _HOSTS:
             raise ValueError(
@@ -82,7 +87,7 @@ class SyncBatchNormConfig:
         text = environ.get(f"{_PREFIX}_TIMEOUT")
         try:
             timeout = None if text is None else float(text)
-            return cls(enabled=enabled, host=host, normalize_over=span, coalesce=coalesce, timeout=timeout)
+            return cls(enabled, host, span, coalesce, overlap, timeout)
         except ValueError:
             raise ValueError(
                 f"expected {_PREFIX}_TIMEOUT to be a positive number of seconds (got {text!r}); set it to, say, 600"

@@ -92,6 +92,7 @@ def convert_sync_batchnorm(
     process_group: Optional[Any] = None,
     *,
     coalesce: Optional[bool] = None,
+    overlap: Optional[bool] = None,
     example_inputs: Optional[Tuple[Any, ...]] = None,
 ) -> nn.Module:
     """Replaces the BatchNorm layers of ``module`` by :class:`SyncBatchNorm` and tags them for the algorithm.
@@ -108,6 +109,10 @@ def convert_sync_batchnorm(
             traced; ``None`` for what ``BAGUA_SYNCBN_COALESCE`` says (default: yes). What was done is logged, and
             :func:`plan_of` returns it. A plain attribute that decides what the forward does is read once: after
             changing one, convert again.
+        overlap: whether backward computes the weight gradients of convolutions and linear layers while the statistics
+            of the normalization before them travel, where the forward was traced; ``None`` for what
+            ``BAGUA_SYNCBN_OVERLAP`` says (default: yes). Gradients stay bitwise the same; ``create_graph=True`` is
+            refused.
         example_inputs: arguments of a training forward, to compare the regrouped forward with the original now; else
             the first training batch does, once.
 
@@ -116,10 +121,16 @@ def convert_sync_batchnorm(
 
     Raises:
         RuntimeError: if ``module`` is already in ``with_bagua``.
-        ValueError: for a lazy layer without a shape yet.
+        ValueError: for a lazy layer without a shape yet; for ``overlap=True`` without coalescing, which wires it.
         TypeError: for a BatchNorm subclass whose own ``forward`` is unknown. On any of these nothing is converted.
     """
     _refuse_wrapped(module)
+    config = SyncBatchNormConfig.from_env()
+    if overlap and coalesce is False:
+        raise ValueError(
+            "expected coalescing where backward rounds are to be hidden (got coalesce=False, overlap=True), for it "
+            "finds what to hide them behind; leave one of the two away"
+        )
     targets: Dict[int, Tuple[_BatchNorm, Type[SyncBatchNorm]]] = {}
     for name, layer in _batch_norms(module):
         if not isinstance(layer, SyncBatchNorm):
@@ -128,8 +139,8 @@ def convert_sync_batchnorm(
         key: _transform(layer, target, process_group) for key, (layer, target) in targets.items()
     }
     module = _replace(module, replacements)
-    if SyncBatchNormConfig.from_env().coalesce if coalesce is None else coalesce:
-        coalesce_rounds(module, example_inputs)
+    if config.coalesce if coalesce is None else coalesce:
+        coalesce_rounds(module, example_inputs, overlap=config.overlap if overlap is None else overlap)
     else:
         uncoalesce(module)
     tag_sync_batchnorm(module)
@@ -176,11 +187,9 @@ def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
     prefix = type(module).__name__
     # The class name tells apart the layers of several models in one job, a generator's and a discriminator's, say.
     names = [f"{prefix}.{name}" if name else prefix for name, _ in named]
-    plan = plan_of(module)
-    shared = [planned for planned in plan.rounds if len(planned.layers) > 1]
     roster = Roster(
         tuple((name, layer.num_features) for name, (_, layer) in zip(names, named)),
-        tuple((words, planned.features) for words, planned in zip(plan.lines(), shared)),
+        plan_of(module).agreement(),
         max((layer.itemsize for _, layer in named), default=4),
     )
     for order, (name, (_, layer)) in enumerate(zip(names, named)):

@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .channel import BACKWARD, FORWARD, Channel, SyncPoint
+from .deferred import Deferral, refuse_second_derivative
 from .moments import (
     GlobalMoments,
     LocalMoments,
@@ -44,7 +45,11 @@ class Member(NamedTuple):
 
 
 def sync_batch_norm(
-    members: Sequence[Member], channel: Channel, point: SyncPoint, records: Optional[Records] = None
+    members: Sequence[Member],
+    channel: Channel,
+    point: SyncPoint,
+    records: Optional[Records] = None,
+    meanwhile: Optional[Callable[[], None]] = None,
 ) -> Tuple[Tuple[Tensor, ...], Optional[Record]]:
     """Normalizes the inputs of independent layers, each over the elements of all ranks of ``channel``.
 
@@ -53,6 +58,8 @@ def sync_batch_norm(
         channel: the ranks to normalize over.
         point: names this round to the other ranks.
         records: the round's records, through which a forward recomputed in backward reuses the statistics.
+        meanwhile: called where backward will have a round of statistics; the :class:`~.deferred.Deferral` objects that
+            it creates compute their gradients while that round is in flight.
 
     Returns:
         The outputs, each in its input's dtype and memory format, and the record of this forward, with the local and
@@ -88,9 +95,18 @@ def sync_batch_norm(
             local = record.local
     call = _Call(local, record.merged, [member.eps for member in members], channel, point, records, record)
     tensors = [tensor for member in members for tensor in (member.input, member.weight, member.bias)]
+    communicates = torch.is_grad_enabled() and any(member.input.requires_grad for member in members)
 
     def apply() -> Tuple[Tensor, ...]:
-        outputs: Tuple[Tensor, ...] = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
+        if meanwhile is None or not communicates:
+            outputs: Tuple[Tensor, ...] = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
+            return outputs
+        # Created before and after: backward launches the round, computes what was deferred, and finishes.
+        finish = Deferral(tensors, members[0].input.device, point.name)
+        meanwhile()
+        fixed = [None if tensor is None else tensor.detach() for tensor in tensors]
+        needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
+        outputs = _LaunchingBatchNorm.apply(call, finish, finish.token, needs, *fixed)  # type: ignore[no-untyped-call]
         return outputs
 
     if recomputed:
@@ -110,66 +126,107 @@ class _Call(NamedTuple):
 
 
 class _SyncBatchNorm(Function):
+    """A round whose backward waits for the statistics that it sends."""
+
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Optional[Tensor]) -> Tuple[Tensor, ...]:
-        inputs = [dense(tensor) for tensor in tensors[::3] if tensor is not None]
-        weights, biases = tensors[1::3], tensors[2::3]
-        merged = call.merged
-        invstd = (merged.variance + _eps_of(call, merged.variance)).rsqrt_()
-        ctx.save_for_backward(merged.mean, invstd, merged.elements, *inputs, *weights)
-        ctx.call = call._replace(local=[])  # their scratch tensors become the outputs
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        ctx.set_materialize_grads(False)
-        outputs = []
-        for input, weight, bias, local, mean_, invstd_ in zip(
-            inputs, weights, biases, call.local, _split(merged.mean, inputs), _split(invstd, inputs)
-        ):
-            if input.numel() == 0:
-                outputs.append(torch.empty_like(input))
-            else:
-                outputs.append(normalize(input, local, mean_, invstd_, weight, bias))
-        # A layer without gradients beside one with them gives what it would give by itself.
-        wanted = ctx.needs_input_grad[1:]
-        ctx.mark_non_differentiable(*(y for i, y in enumerate(outputs) if not any(wanted[3 * i : 3 * i + 3])))
-        return tuple(outputs)
+        return _normalize(ctx, call, tensors, ctx.needs_input_grad[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        call: _Call = ctx.call
-        mean, invstd, elements, *rest = ctx.saved_tensors
-        count = len(rest) // 2
-        inputs, weights = rest[:count], rest[count:]
-        means, invstds = _split(mean, inputs), _split(invstd, inputs)
-        outputs = [
-            None if grad is None else grad.contiguous(memory_format=memory_format(input))
-            for grad, input in zip(grads, inputs)
+        return (None, *_launch(ctx, grads, ctx.needs_input_grad[1:])(ctx.needs_input_grad[1:]))
+
+
+class _LaunchingBatchNorm(Function):
+    """A round whose backward leaves the gradients, and waiting for the statistics, to a deferral."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, finish: Deferral, token: Tensor, needs: Sequence[bool], *tensors: Optional[Tensor]
+    ) -> Tuple[Tensor, ...]:
+        ctx.finish, ctx.needs = finish, needs
+        return _normalize(ctx, call, tensors, needs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        refuse_second_derivative(ctx.call.point.name)
+        ctx.finish.leave(_launch(ctx, grads, ctx.needs))
+        return (None,) * (4 + len(ctx.needs))
+
+
+def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> Tuple[Tensor, ...]:
+    """The forward: input, weight and bias of each layer to its output."""
+    inputs = [dense(tensor) for tensor in tensors[::3] if tensor is not None]
+    weights, biases = tensors[1::3], tensors[2::3]
+    merged = call.merged
+    invstd = (merged.variance + _eps_of(call, merged.variance)).rsqrt_()
+    ctx.save_for_backward(merged.mean, invstd, merged.elements, *inputs, *weights)
+    ctx.call = call._replace(local=[])  # their scratch tensors become the outputs
+    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+    ctx.set_materialize_grads(False)
+    outputs = []
+    for input, weight, bias, local, mean_, invstd_ in zip(
+        inputs, weights, biases, call.local, _split(merged.mean, inputs), _split(invstd, inputs)
+    ):
+        if input.numel() == 0:
+            outputs.append(torch.empty_like(input))
+        else:
+            outputs.append(normalize(input, local, mean_, invstd_, weight, bias))
+    # A layer without gradients beside one with them gives what it would give by itself.
+    ctx.mark_non_differentiable(*(y for i, y in enumerate(outputs) if not any(needs[3 * i : 3 * i + 3])))
+    return tuple(outputs)
+
+
+def _launch(
+    ctx: Any, grads: Sequence[Optional[Tensor]], needs: Sequence[bool]
+) -> Callable[[Sequence[bool]], List[Optional[Tensor]]]:
+    """The first half of backward: local sums, and their message on its way.
+
+    Returns:
+        The second half, which waits for the sums of all ranks: from which gradients are wanted to the gradients.
+    """
+    call: _Call = ctx.call
+    mean, invstd, elements, *rest = ctx.saved_tensors
+    bias_dtypes = ctx.bias_dtypes
+    count = len(rest) // 2
+    inputs, weights = rest[:count], rest[count:]
+    means, invstds = _split(mean, inputs), _split(invstd, inputs)
+    outputs = [
+        None if grad is None else grad.contiguous(memory_format=memory_format(input))
+        for grad, input in zip(grads, inputs)
+    ]
+
+    def local_sums() -> Tuple[List[Tensor], List[Tensor]]:
+        pairs = [
+            (torch.zeros_like(mean_), torch.zeros_like(mean_))
+            if output is None or input.numel() == 0
+            else gradient_sums(output, input, mean_, invstd_)
+            for output, input, mean_, invstd_ in zip(outputs, inputs, means, invstds)
         ]
+        return [dy for dy, _ in pairs], [dy_xhat for _, dy_xhat in pairs]
 
-        def local_sums() -> Tuple[List[Tensor], List[Tensor]]:
-            pairs = [
-                (torch.zeros_like(mean_), torch.zeros_like(mean_))
-                if output is None or input.numel() == 0
-                else gradient_sums(output, input, mean_, invstd_)
-                for output, input, mean_, invstd_ in zip(outputs, inputs, means, invstds)
-            ]
-            return [dy for dy, _ in pairs], [dy_xhat for _, dy_xhat in pairs]
+    local_dy, local_dy_xhat = _or_fail(call.channel, call.point, BACKWARD, local_sums)
+    arrived: Optional[Callable[[], List[Tensor]]] = None
+    if any(needs[::3]):
+        parts = [torch.cat([part.to(mean.dtype) for part in (*local_dy, *local_dy_xhat)])]
+        if count > 1:
+            used = tuple(output is not None for output in outputs)
+            parts.append(_constant(used, torch.uint8, mean.device))
+        arrived = call.channel.launch(call.point, BACKWARD, parts)
 
-        local_dy, local_dy_xhat = _or_fail(call.channel, call.point, BACKWARD, local_sums)
+    def finish(needs: Sequence[bool]) -> List[Optional[Tensor]]:
         used = [output is not None for output in outputs]
         gradients: List[Optional[Tensor]] = [None] * (3 * count)
-        if any(ctx.needs_input_grad[1::3]):
-            parts = [torch.cat([part.to(mean.dtype) for part in (*local_dy, *local_dy_xhat)])]
-            if count > 1:
-                parts.append(_constant(tuple(used), torch.uint8, mean.device))
-            gathered, *flags = call.channel.exchange(call.point, BACKWARD, parts)
+        if arrived is not None:
+            gathered, *flags = arrived()
             # In rank order and in float64, as in the forward: the same bits on every rank.
             dy, dy_xhat = (_split(half, inputs) for half in gathered.double().sum(0).to(mean.dtype).chunk(2))
             if flags and not all(used):  # only then does the host have to know
                 used = flags[0].any(0).tolist()
             counts = elements.view(-1)
             for i, input in enumerate(inputs):
-                if not (used[i] and ctx.needs_input_grad[1 + 3 * i]):
+                if not (used[i] and needs[3 * i]):
                     continue
                 if input.numel() == 0:
                     gradients[3 * i] = torch.empty_like(input)
@@ -186,13 +243,15 @@ class _SyncBatchNorm(Function):
                         counts[i],
                     )
         for i, weight in enumerate(weights):
-            if used[i] and ctx.needs_input_grad[2 + 3 * i]:
+            if used[i] and needs[3 * i + 1]:
                 gradients[3 * i + 1] = local_dy_xhat[i].to(weight.dtype)
-            if used[i] and ctx.needs_input_grad[3 + 3 * i]:
-                gradients[3 * i + 2] = local_dy[i].to(ctx.bias_dtypes[i])
+            if used[i] and needs[3 * i + 2]:
+                gradients[3 * i + 2] = local_dy[i].to(bias_dtypes[i])
         if call.records is not None:
             call.records.close(call.record)
-        return (None, *gradients)
+        return gradients
+
+    return finish
 
 
 def _local(input: Tensor) -> LocalMoments:

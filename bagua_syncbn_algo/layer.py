@@ -296,6 +296,7 @@ def normalize_together(
     inputs: Sequence[Tensor],
     name: Optional[str] = None,
     records: Optional[Records] = None,
+    meanwhile: Optional[Callable[[], None]] = None,
 ) -> Tuple[Tensor, ...]:
     """Runs training forwards that do not depend on each other, in one round of statistics.
 
@@ -304,6 +305,7 @@ def normalize_together(
         inputs: one for each.
         name: of the round; ``None`` for a layer by itself.
         records: the round's; ``None`` for the layer's own.
+        meanwhile: see :func:`~.functional.sync_batch_norm`; not called where there will be no round in backward.
 
     Returns:
         The outputs. Layers that cannot share a message, on different devices say, have run one after the other.
@@ -336,7 +338,8 @@ def normalize_together(
     members = [
         Member(input, layer.weight, layer.bias, layer.eps, layer.sync_name) for layer, input in zip(layers, inputs)
     ]
-    outputs, record = sync_batch_norm(members, channel, point, first._records if records is None else records)
+    kept = first._records if records is None else records
+    outputs, record = sync_batch_norm(members, channel, point, kept, meanwhile)
     if record is not None:
         _leave_running_statistics(layers, record)
     return outputs

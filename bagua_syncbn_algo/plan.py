@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 __all__ = ["PlannedRound", "Prediction", "SyncPlan"]
 
@@ -21,6 +21,7 @@ class PlannedRound:
     layers: Tuple[str, ...]  # qualified names in the model, in program order; a layer applied twice is there twice
     features: Tuple[int, ...]
     backward: bool = True  # whether any input needs a gradient
+    hidden_behind: Tuple[str, ...] = ()  # layers whose weight gradients are computed while the backward round travels
 
     @property
     def name(self) -> str:
@@ -51,6 +52,7 @@ class SyncPlan:
     model: str
     rounds: Tuple[PlannedRound, ...] = ()
     left: Tuple[Tuple[str, str], ...] = ()  # modules and layers left as they are, and why
+    whole: Tuple[Tuple[str, str], ...] = ()  # convolutions behind which no round can hide, and why
 
     @property
     def layers(self) -> int:
@@ -125,9 +127,22 @@ class SyncPlan:
         together = round_of(longest) * (self.rounds_forward + self.rounds_backward)
         return Prediction(original, per_layer, together)
 
-    def lines(self) -> List[str]:
-        """Returns one line a round, by which ranks compare their plans."""
-        return [f"round of {', '.join(planned.layers)}" for planned in self.rounds if len(planned.layers) > 1]
+    @property
+    def rounds_hidden(self) -> int:
+        """Messages of a backward for which nothing has to wait, if what they hide behind takes as long."""
+        return sum(planned.backward and bool(planned.hidden_behind) for planned in self.rounds)
+
+    def agreement(self) -> Tuple[Tuple[str, Tuple[int, ...]], ...]:
+        """Returns what must be the same on all ranks, in words: the rounds of several layers; and their features.
+
+        What a round hides behind is a part of it: it decides in which order a backward sends its rounds.
+        """
+        words = []
+        for planned in self.rounds:
+            behind = f" behind {', '.join(planned.hidden_behind)}" if planned.hidden_behind else ""
+            if len(planned.layers) > 1:
+                words.append((f"round of {', '.join(planned.layers)}{behind}", planned.features))
+        return tuple(words)
 
     def summary(self) -> str:
         """Returns the plan in one line."""
@@ -147,12 +162,15 @@ class SyncPlan:
         try:
             fields: Dict[str, Any] = json.loads(text)
             rounds = tuple(
-                PlannedRound(**{**entry, "layers": tuple(entry["layers"]), "features": tuple(entry["features"])})
-                for entry in fields["rounds"]
+                PlannedRound(**{key: _frozen(value) for key, value in entry.items()}) for entry in fields["rounds"]
             )
-            left = tuple((name, reason) for name, reason in fields["left"])
-            return cls(fields["model"], rounds, left)
+            left, whole = (tuple((name, reason) for name, reason in fields.get(key, ())) for key in ("left", "whole"))
+            return cls(fields["model"], rounds, left, whole)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"expected a plan as SyncPlan.to_json writes it (got {text[:60]!r}, {error}); write it again"
             ) from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -7,9 +7,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
 from torch import fx, nn
 
 from .layer import SyncBatchNorm
+from .overlap import apply_split, is_weighted, why_whole
 from .tracing import IN_PLACE_OPERATORS, normalize_alone
 
-__all__ = ["Application", "Level", "levels_of", "regroup"]
+__all__ = ["Application", "Level", "followers_of", "levels_of", "regroup"]
 
 
 class Application(NamedTuple):
@@ -80,15 +81,57 @@ def _backward_parts(graph: fx.Graph) -> Dict[fx.Node, int]:
     return {node: numbers.setdefault(groups.root(node), len(numbers)) for node in graph.nodes}
 
 
-def regroup(graph: fx.Graph, module: nn.Module, levels: Sequence[Level], call: Callable[[Level], Any]) -> fx.Graph:
-    """Returns the graph with every level of several layers in one call.
+def followers_of(
+    graph: fx.Graph, module: nn.Module, levels: Sequence[Level]
+) -> Tuple[List[List[fx.Node]], Dict[str, str]]:
+    """Returns behind which convolutions and linear layers the backward round of each level can hide.
+
+    These are the ones on a way from the level's outputs to the next level's inputs, through whatever: what such a layer
+    gives back to its input the round must wait for, but not for its weight gradient.
+
+    Returns:
+        Their nodes, for each of ``levels``; and the paths of such layers that cannot be split, with the reason.
+    """
+    own = {member.node: index for index, level in enumerate(levels) for member in level.members}
+    latest: Dict[fx.Node, int] = {}  # the last level, in the order in which they run, that a value depends on
+    followers: List[List[fx.Node]] = [[] for _ in levels]
+    whole: Dict[str, str] = {}
+    for node in graph.nodes:
+        index = latest[node] = own.get(node, max((latest[value] for value in node.all_input_nodes), default=-1))
+        if node.op != "call_module" or index < 0 or not any(member.backward for member in levels[index].members):
+            continue
+        path = str(node.target)
+        layer = module.get_submodule(path)
+        if not is_weighted(layer):
+            continue
+        reason = why_whole(layer)
+        if reason is None and (len(node.args) != 1 or node.kwargs):
+            reason = "is called with more than its input"
+        if reason is not None:
+            whole[path] = reason
+        elif _has_parameters(node, module):
+            followers[index].append(node)
+    return followers, whole
+
+
+def regroup(
+    graph: fx.Graph,
+    module: nn.Module,
+    levels: Sequence[Level],
+    followers: Sequence[Sequence[fx.Node]],
+    call: Callable[[Level], Any],
+) -> fx.Graph:
+    """Returns the graph with every level of several layers, or with followers, in one call.
 
     Args:
         graph: of ``module``.
         module: where the graph's paths lead.
         levels: of the graph.
-        call: gives what runs a level: a function of the layers and the inputs that returns the outputs.
+        followers: for each level the nodes whose weight gradients its backward round hides behind.
+        call: gives what runs a level: a function of the layers, the inputs and the followers' modules that returns the
+            outputs and, for each follower, what :func:`apply_split` takes.
     """
+    deferrals: Dict[fx.Node, fx.Node] = {}
     before = _dependencies(graph, module)
     position = {node: index for index, node in enumerate(graph.nodes)}
     done: Set[fx.Node] = set()
@@ -96,7 +139,11 @@ def regroup(graph: fx.Graph, module: nn.Module, levels: Sequence[Level], call: C
     new = fx.Graph()
 
     def copy(node: fx.Node) -> None:
-        copies[node] = new.node_copy(node, lambda earlier: copies[earlier])
+        if node in deferrals:
+            arguments = (new.get_attr(str(node.target)), copies[node.all_input_nodes[0]], deferrals[node])
+            copies[node] = new.call_function(apply_split, arguments)
+        else:
+            copies[node] = new.node_copy(node, lambda earlier: copies[earlier])
         done.add(node)
 
     def emit_before(nodes: Sequence[fx.Node]) -> None:
@@ -113,18 +160,21 @@ def regroup(graph: fx.Graph, module: nn.Module, levels: Sequence[Level], call: C
     for node in graph.nodes:
         if node.op == "placeholder":
             copy(node)
-    for level in levels:
+    for level, behind in zip(levels, followers):
         nodes = [member.node for member in level.members]
         emit_before(nodes)
-        if len(nodes) == 1:
+        if len(nodes) == 1 and not behind:
             copy(nodes[0])
             continue
         layers = tuple(new.get_attr(member.path) for member in level.members)
         inputs = tuple(copies[node.all_input_nodes[-1]] for node in nodes)
-        together = new.call_function(call(level), (layers, inputs))
+        modules = tuple(new.get_attr(str(node.target)) for node in behind)
+        together = new.call_function(call(level), (layers, inputs, modules))
         for index, node in enumerate(nodes):
             copies[node] = new.call_function(_item, (together, index))
             done.add(node)
+        for index, node in enumerate(behind, start=len(nodes)):
+            deferrals[node] = new.call_function(_item, (together, index))
     for node in graph.nodes:
         if node not in done:
             copy(node)

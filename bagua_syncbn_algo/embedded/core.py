@@ -119,9 +119,13 @@ class BaguaSingleCommunicatorPy:
 
     def allgather(self, send: BaguaTensorPy, recv: BaguaTensorPy) -> None:
         """Writes every rank's ``send`` into ``recv``, in rank order."""
+        self.begin_allgather(send, recv).wait()
+
+    def begin_allgather(self, send: BaguaTensorPy, recv: BaguaTensorPy) -> Any:
+        """Sets :meth:`allgather` off; what it returns waits for it. (Upstream's own calls do not wait.)"""
         source = send.effective().detach()
         rows = list(recv.effective().detach().view((self.nranks(), *source.shape)).unbind(0))
-        self._group.allgather([rows], [source]).wait()
+        return self._group.allgather([rows], [source])
 
     def allgather_inplace(self, tensor: BaguaTensorPy) -> None:
         """Fills ``tensor``, of which each rank has written its own part, with every rank's part, in rank order."""
