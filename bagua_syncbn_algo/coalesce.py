@@ -19,9 +19,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .channel import REHEARSAL
-from .deferred import Deferral
 from .layer import SyncBatchNorm, normalize_together, uncompiled
-from .overlap import defer_weights
+from .overlap import WORTHWHILE, Follower, Share, defer_weights
 from .plan import PlannedRound, SyncPlan
 from .records import Records, inside_backward
 from .schedule import Level, followers_of, levels_of, regroup
@@ -228,23 +227,23 @@ class _Round:
     def __init__(self, planned: PlannedRound) -> None:
         self.records = Records()
         self._name = planned.name if len(planned.layers) > 1 else None  # a layer by itself has its own
-        self._behind = planned.hidden_behind
+        self._followers = [Follower(name) for name in planned.hidden_behind]
         self.__name__, self.__module__ = "normalize_together", __name__
 
     def __call__(
-        self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], followers: Sequence[nn.Module]
+        self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], modules: Sequence[nn.Module]
     ) -> Tuple[Any, ...]:
-        deferrals: List[Optional[Deferral]] = [None] * len(followers)
+        shares = [Share(follower) for follower in self._followers]
 
         def meanwhile() -> None:
-            device = inputs[0].device
-            deferrals[:] = [defer_weights(*follower, device) for follower in zip(followers, self._behind)]
+            shares[:] = defer_weights(self._followers, modules, inputs[0].device, layers[0].sync_name)
 
+        hides = any(follower.work >= WORTHWHILE for follower in self._followers)
         records = None if self._name is None else self.records
-        outputs = normalize_together(layers, inputs, self._name, records, meanwhile if followers else None)
+        outputs = normalize_together(layers, inputs, self._name, records, meanwhile if hides else None)
         if any(layer._forward_hooks for layer in layers):
             outputs = tuple(_hooked(*each) for each in zip(layers, inputs, outputs))
-        return (*outputs, *deferrals)
+        return (*outputs, *shares)
 
 
 def _hooked(layer: SyncBatchNorm, input: Tensor, output: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Gradients that backward computes later than it could: while a round of statistics is in flight.
 
 PyTorch's engine runs, of the nodes that are ready, the one that was created last in forward. A :class:`Deferral` is a
-node created *before* another one, which takes its token: what the other one's backward leaves in the deferral runs
-once everything created between the two has run that can. Whichever order an engine chooses, the gradients are right.
+node created *before* others, which take its token: what their backwards leave in it is computed once everything
+created between it and them has run that can. Whichever order an engine chooses, the gradients are right.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -15,57 +15,65 @@ from torch.autograd import Function
 
 __all__ = ["Deferral", "refuse_second_derivative"]
 
-Gradients = Sequence[Optional[Tensor]]
+# Takes for each tensor whether a gradient is wanted; returns the gradients.
+Compute = Callable[[Sequence[bool]], Sequence[Optional[Tensor]]]
 
 
 class Deferral:
-    """A node of the backward graph whose gradients another node, created later, provides for.
+    """A node of the backward graph whose gradients other nodes, created later, provide for.
 
     Args:
-        tensors: whose gradients come late; at least one of them requires one.
-        device: where the other node runs: a token elsewhere would move this one to another thread of the engine.
-        name: of the layer, for errors.
+        shares: tensors whose gradients come late, by the node that provides for them; one at least requires one.
+        device: where the other nodes run: a token elsewhere would move this one to another thread of the engine.
+        name: for errors.
     """
 
-    def __init__(self, tensors: Sequence[Optional[Tensor]], device: torch.device, name: str) -> None:
-        cell = _Cell()
-        # The token alone holds the node: whoever holds this object after backward holds no graph.
-        self.token: Tensor = _Deferred.apply(cell, device, name, *tensors)  # type: ignore[no-untyped-call]
-        self.name, self._cell, self._node = name, cell, self.token.grad_fn
+    def __init__(self, shares: Sequence[Sequence[Optional[Tensor]]], device: torch.device, name: str) -> None:
+        self.name = name
+        self._computes: List[Optional[Compute]] = [None] * len(shares)
+        sizes = [len(tensors) for tensors in shares]
+        tensors = [tensor for share in shares for tensor in share]
+        self.token: Tensor = _Deferred.apply(self._computes, sizes, device, name, *tensors)  # type: ignore[no-untyped-call]
+        self._node = self.token.grad_fn
 
-    def leave(self, compute: Callable[[Sequence[bool]], Gradients]) -> None:
-        """Leaves what computes the gradients; the other node's backward calls it.
+    def leave(self, index: int, compute: Compute) -> None:
+        """Leaves what computes the gradients of share ``index``; the other node's backward calls it.
 
-        Args:
-            compute: takes for each tensor whether a gradient is wanted. Dropped where this backward, one of
-                ``torch.autograd.grad`` for other tensors, will not run the deferred node: nothing is held for it.
+        It is dropped where this backward, one of ``torch.autograd.grad`` for other tensors, will not run the deferred
+        node: nothing is held for it.
         """
         if _will_run(self._node):
-            self._cell.compute = compute
-
-
-class _Cell:
-    compute: Optional[Callable[[Sequence[bool]], Gradients]] = None
+            self._computes[index] = compute
 
 
 class _Deferred(Function):
     @staticmethod
-    def forward(ctx: Any, cell: _Cell, device: torch.device, name: str, *tensors: Optional[Tensor]) -> Tensor:
-        ctx.cell, ctx.name, ctx.count = cell, name, len(tensors)
+    def forward(
+        ctx: Any,
+        computes: List[Optional[Compute]],
+        sizes: Sequence[int],
+        device: torch.device,
+        name: str,
+        *tensors: Optional[Tensor],
+    ) -> Tensor:
+        ctx.computes, ctx.sizes, ctx.name = computes, sizes, name
         ctx.set_materialize_grads(False)
         return torch.empty((), device=device)
 
     @staticmethod
     def backward(ctx: Any, _: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         refuse_second_derivative(ctx.name)
-        compute, ctx.cell.compute = ctx.cell.compute, None  # emptied: it holds activations
-        gradients: Gradients = (None,) * ctx.count if compute is None else compute(ctx.needs_input_grad[3:])
-        return (None, None, None, *gradients)
+        gradients: List[Optional[Tensor]] = [None] * 4
+        for index, size in enumerate(ctx.sizes):
+            compute, ctx.computes[index] = ctx.computes[index], None  # emptied: it holds activations
+            position = len(gradients)
+            needs = ctx.needs_input_grad[position : position + size]
+            gradients += (None,) * size if compute is None else compute(needs)
+        return tuple(gradients)
 
 
-def _will_run(node: Any) -> bool:
-    ask = getattr(torch._C, "_will_engine_execute_node", None)  # not before torch 2.0
-    return True if ask is None else bool(ask(node))
+# Not before torch 2.0: there what is left is held until the graph is gone.
+_will_run: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 def refuse_second_derivative(name: str) -> None:

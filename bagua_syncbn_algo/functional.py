@@ -102,7 +102,7 @@ def sync_batch_norm(
             outputs: Tuple[Tensor, ...] = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
             return outputs
         # Created before and after: backward launches the round, computes what was deferred, and finishes.
-        finish = Deferral(tensors, members[0].input.device, point.name)
+        finish = Deferral([tensors], members[0].input.device, point.name)
         meanwhile()
         fixed = [None if tensor is None else tensor.detach() for tensor in tensors]
         needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
@@ -151,7 +151,7 @@ class _LaunchingBatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         refuse_second_derivative(ctx.call.point.name)
-        ctx.finish.leave(_launch(ctx, grads, ctx.needs))
+        ctx.finish.leave(0, _launch(ctx, grads, ctx.needs))
         return (None,) * (4 + len(ctx.needs))
 
 

@@ -6,7 +6,8 @@ split in two: the input gradient at once, because the statistics wait for it, an
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+import math
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,18 @@ from torch.autograd import Function
 
 from .deferred import Deferral, refuse_second_derivative
 
-__all__ = ["apply_split", "defer_weights", "is_weighted", "why_whole"]
+__all__ = ["Follower", "Share", "apply_split", "defer_weights", "is_weighted", "WORTHWHILE", "why_whole"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SPLIT = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# Multiplications of a weight gradient from which splitting pays: it costs 0.1 ms of Python, in which one core of a
+# server does about 5 million (benchmarks/overlap.py). Smaller layers run as they are.
+WORTHWHILE = 5e6
+
+Weighted = Union[nn.modules.conv._ConvNd, nn.Linear]
 
 
 def is_weighted(module: nn.Module) -> bool:
@@ -41,26 +48,61 @@ def why_whole(module: nn.Module) -> Optional[str]:
     return None
 
 
-def defer_weights(module: nn.Module, name: str, device: torch.device) -> Optional[Deferral]:
-    """Defers the gradients of a layer's weight and bias, from where this is called in forward.
+class Follower:
+    """A place in a graph where a convolution or linear layer follows a round of statistics.
 
     Args:
-        module: a convolution or linear layer.
         name: of the layer, for errors.
-        device: of its input.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.work = math.inf  # multiplications of its weight gradient, by its last forward; a first one is split
+        self._shape: Optional[torch.Size] = None  # of that forward's input
+
+    def note(self, module: Any, input: Tensor, output: Tensor) -> None:
+        """Takes the size of a forward: what is too small is not split the next time."""
+        if input.shape != self._shape:
+            weight: Tensor = module.weight
+            many = input if isinstance(module, _TRANSPOSED) else output  # one of its elements is one use of a filter
+            self._shape, self.work = input.shape, many.numel() * weight.numel() / weight.shape[0]
+
+
+class Share(NamedTuple):
+    """What one forward of a follower needs in order to be split."""
+
+    follower: Follower
+    index: int = 0
+    deferral: Optional[Deferral] = None  # None: the layer is to run as it is
+
+
+def defer_weights(
+    followers: Sequence[Follower], modules: Sequence[Any], device: torch.device, name: str
+) -> List[Share]:
+    """Defers the gradients of the followers' weights and biases, from where this is called in forward.
+
+    Args:
+        followers: of one round.
+        modules: the layers that stand there now.
+        device: of their inputs.
+        name: of the round, for errors.
 
     Returns:
-        What :func:`apply_split` takes; ``None`` where the layer is to run as it is.
+        For each follower what :func:`apply_split` takes.
     """
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-    needed = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not needed or weight.device != device or why_whole(module) is not None:
-        return None
-    return Deferral((weight, bias), device, name)
+    indices, tensors = [], []
+    for follower, module in zip(followers, modules):
+        weight = module.weight
+        if follower.work >= WORTHWHILE and weight.requires_grad and weight.device == device and not why_whole(module):
+            indices.append(len(tensors))
+            tensors.append((weight, module.bias))
+        else:
+            indices.append(-1)
+    deferral = Deferral(tensors, device, name) if tensors else None
+    return [Share(each, index, None if index < 0 else deferral) for each, index in zip(followers, indices)]
 
 
-def apply_split(module: nn.Module, input: Tensor, deferral: Optional[Deferral]) -> Tensor:
+def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
     """Runs a convolution or linear layer, its weight gradient deferred.
 
     Bitwise the same output and gradients as ``module(input)``.
@@ -68,59 +110,55 @@ def apply_split(module: nn.Module, input: Tensor, deferral: Optional[Deferral]) 
     Args:
         module: the layer.
         input: as the layer takes it.
-        deferral: from :func:`defer_weights`; ``None`` to run the layer as it is.
+        share: from :func:`defer_weights`.
     """
-    if deferral is None or not (torch.is_grad_enabled() and input.requires_grad):
+    if share.deferral is None or not (torch.is_grad_enabled() and input.requires_grad):
         output: Tensor = module(input)
-        return output
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-    input, fixed_weight, fixed_bias = _autocast(input, weight.detach(), None if bias is None else bias.detach())
-    dtypes = weight.dtype, None if bias is None else bias.dtype
-    if isinstance(module, nn.Linear):
-        shape = input.shape
-        rows = input.reshape(-1, shape[-1])
-        output = _SplitLinear.apply(  # type: ignore[no-untyped-call]
-            rows, fixed_weight, fixed_bias, deferral.token, deferral, dtypes
-        )
-        return output.view(*shape[:-1], output.shape[-1])
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    geometry = _Geometry(
-        list(module.stride),
-        [0] * len(module.stride),
-        list(module.dilation),
-        isinstance(module, _TRANSPOSED),
-        list(module.output_padding),
-        module.groups,
-    )
+    else:
+        weight, bias = module.weight, module.bias
+        tensors = _autocast(input, weight.detach(), None if bias is None else bias.detach())
+        dtypes = weight.dtype, None if bias is None else bias.dtype
+        run = _linear if isinstance(module, nn.Linear) else _convolve
+        output = run(module, *tensors, share, dtypes)
+    share.follower.note(module, input, output)
+    return output
+
+
+def _linear(module: nn.Linear, input: Tensor, weight: Tensor, bias: Any, share: Share, dtypes: Any) -> Tensor:
+    assert share.deferral is not None
+    rows = input.reshape(-1, input.shape[-1])
+    arguments = rows, weight, bias, share.deferral.token, share, dtypes
+    output: Tensor = _SplitLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    return output.view(*input.shape[:-1], output.shape[-1])
+
+
+def _convolve(
+    module: nn.modules.conv._ConvNd, input: Tensor, weight: Tensor, bias: Any, share: Share, dtypes: Any
+) -> Tensor:
+    assert share.deferral is not None
     if module.padding_mode != "zeros":
         input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = [0] * len(module.stride)
     else:
-        padding = _padding(module)
-        assert padding is not None
-        geometry = geometry._replace(padding=padding)
-    batched = input if input.dim() == weight.dim() else input.unsqueeze(0)
-    output = _SplitConvolution.apply(  # type: ignore[no-untyped-call]
-        batched, fixed_weight, fixed_bias, deferral.token, deferral, geometry, dtypes
+        padding = _padding(module) or []
+    geometry = (
+        module.stride,
+        padding,
+        module.dilation,
+        isinstance(module, _TRANSPOSED),
+        module.output_padding,
+        module.groups,
     )
+    batched = input if input.dim() == weight.dim() else input.unsqueeze(0)
+    arguments = batched, weight, bias, share.deferral.token, share, dtypes, geometry
+    output: Tensor = _SplitConvolution.apply(*arguments)  # type: ignore[no-untyped-call]
     return output if batched is input else output.squeeze(0)
 
 
-class _Geometry(NamedTuple):
-    """The arguments of ATen's convolution after its tensors."""
-
-    stride: List[int]
-    padding: List[int]
-    dilation: List[int]
-    transposed: bool
-    output_padding: List[int]
-    groups: int
-
-
-def _padding(module: nn.modules.conv._ConvNd) -> Optional[List[int]]:
+def _padding(module: nn.modules.conv._ConvNd) -> Optional[Sequence[int]]:
     """Returns the zeros on either side of each dimension; ``None`` if the sides differ."""
     if not isinstance(module.padding, str):
-        return list(module.padding)
+        return module.padding
     if module.padding == "valid":
         return [0] * len(module.stride)
     whole = [dilation * (size - 1) for dilation, size in zip(module.dilation, module.kernel_size)]
@@ -129,16 +167,17 @@ def _padding(module: nn.modules.conv._ConvNd) -> Optional[List[int]]:
 
 def _autocast(*tensors: Optional[Tensor]) -> Tuple[Any, ...]:
     """Casts as autocast does: it does not reach what an autograd Function saves."""
-    device = tensors[0].device.type if tensors[0] is not None else "cpu"
-    dtype = _autocast_dtype(device)
+    assert tensors[0] is not None
+    dtype = _autocast_dtype(tensors[0].device.type) if _any_autocast() else None
     if dtype is None:
         return tensors
     return tuple(
-        tensor
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64
-        else tensor.to(dtype)
+        tensor if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64 else tensor.to(dtype)
         for tensor in tensors
     )
+
+
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # not before torch 2.4
 
 
 def _autocast_dtype(device: str) -> Optional[torch.dtype]:
@@ -151,7 +190,7 @@ def _autocast_dtype(device: str) -> Optional[torch.dtype]:
 
 
 def _cast(gradients: Sequence[Optional[Tensor]], dtypes: Sequence[Optional[torch.dtype]]) -> List[Optional[Tensor]]:
-    return [None if g is None or dtype is None else g.to(dtype) for g, dtype in zip(gradients, dtypes)]
+    return [g if g is None or dtype is None or g.dtype == dtype else g.to(dtype) for g, dtype in zip(gradients, dtypes)]
 
 
 class _SplitConvolution(Function):
@@ -162,31 +201,34 @@ class _SplitConvolution(Function):
         weight: Tensor,
         bias: Optional[Tensor],
         token: Tensor,
-        deferral: Deferral,
-        geometry: _Geometry,
+        share: Share,
         dtypes: Sequence[Optional[torch.dtype]],
+        geometry: Sequence[Any],
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.deferral, ctx.geometry, ctx.dtypes = deferral, geometry, dtypes
-        ctx.bias_sizes = None if bias is None else list(bias.shape)
-        output: Tensor = torch.ops.aten.convolution.default(input, weight, bias, *geometry)
-        return output
+        ctx.share, ctx.geometry, ctx.dtypes = share, geometry, dtypes
+        ctx.bias_sizes = None if bias is None else bias.shape
+        return torch.convolution(input, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        refuse_second_derivative(ctx.deferral.name)
+        share: Share = ctx.share
+        refuse_second_derivative(share.follower.name)
         input, weight = ctx.saved_tensors
-        bias_sizes, geometry, dtypes = ctx.bias_sizes, ctx.geometry, ctx.dtypes
+        dtypes = ctx.dtypes
+        arguments = grad, input, weight, ctx.bias_sizes, *ctx.geometry
+        gradient = _CONVOLUTION_BACKWARD(*arguments, (True, False, False))[0]
 
-        def backward(mask: Sequence[bool]) -> Sequence[Optional[Tensor]]:
-            gradients: Sequence[Optional[Tensor]] = torch.ops.aten.convolution_backward.default(
-                grad, input, weight, bias_sizes, *geometry, mask
-            )
-            return gradients
+        def weight_and_bias(needs: Sequence[bool]) -> Sequence[Optional[Tensor]]:
+            return _cast(_CONVOLUTION_BACKWARD(*arguments, (False, *needs))[1:], dtypes)
 
-        gradient = backward([True, False, False])[0]
-        ctx.deferral.leave(lambda needs: _cast(backward([False, *needs])[1:], dtypes))
-        return (gradient, *(None,) * 6)
+        assert share.deferral is not None
+        share.deferral.leave(share.index, weight_and_bias)
+        return gradient, None, None, None, None, None, None
+
+
+# The overload itself: finding it by its arguments takes longer than a small gradient.
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 
 class _SplitLinear(Function):
@@ -197,22 +239,24 @@ class _SplitLinear(Function):
         weight: Tensor,
         bias: Optional[Tensor],
         token: Tensor,
-        deferral: Deferral,
+        share: Share,
         dtypes: Sequence[Optional[torch.dtype]],
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.deferral, ctx.dtypes = deferral, dtypes
+        ctx.share, ctx.dtypes = share, dtypes
         return F.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        refuse_second_derivative(ctx.deferral.name)
+        share: Share = ctx.share
+        refuse_second_derivative(share.follower.name)
         input, weight = ctx.saved_tensors
         dtypes = ctx.dtypes
 
-        def weight_and_bias(needs: Sequence[bool]) -> List[Optional[Tensor]]:
+        def weight_and_bias(needs: Sequence[bool]) -> Sequence[Optional[Tensor]]:
             wanted, bias_wanted = needs
             return _cast([grad.t().mm(input) if wanted else None, grad.sum(0) if bias_wanted else None], dtypes)
 
-        ctx.deferral.leave(weight_and_bias)
-        return (grad.mm(weight), *(None,) * 5)
+        assert share.deferral is not None
+        share.deferral.leave(share.index, weight_and_bias)
+        return grad.mm(weight), None, None, None, None, None
