@@ -12,7 +12,7 @@ import inspect
 import logging
 import warnings
 import weakref
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,17 +20,17 @@ from torch.utils import _pytree as pytree
 
 from .channel import REHEARSAL
 from .layer import SyncBatchNorm, normalize_together, uncompiled
-from .overlap import WORTHWHILE, Follower, Share, defer_weights
+from .overlap import Follower, Share, defer_weights
 from .plan import PlannedRound, SyncPlan
 from .records import Records, inside_backward
-from .schedule import Level, followers_of, levels_of, regroup
+from .schedule import Level, followers_of, levels_of, regroup, with_shared_weights
 from .tracing import CallPattern, UntraceableError, has_own_forward, hooks_of, random_states_kept, trace, twin_of
 
 __all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]
 
 logger = logging.getLogger(__name__)
 
-_LEFT = "_syncbn_left"  # where the model remembers what was left as written
+_LEFT = "_syncbn_left"  # where the model remembers what was left as written, and what runs whole
 _MOST_VARIANTS = 32  # graphs of one module, by modes and calls; beyond it runs as written
 _MOST_REHEARSALS = 3  # of a graph, on batches with which no rank can run the forward as written
 _PASSED, _FAILED, _UNDECIDED = 0, 1, 2
@@ -53,7 +53,6 @@ class CoalescedForward:
         self._module = weakref.ref(module)
         self.path, self.model, self.overlap = path, model, overlap
         self.rounds: Tuple[PlannedRound, ...] = ()
-        self.whole: Tuple[Tuple[str, str], ...] = ()
         self._variants: List[_Variant] = []
         self._warned = False
 
@@ -100,7 +99,8 @@ class CoalescedForward:
             followers: List[List[fx.Node]] = [[] for _ in levels]
             if self.overlap:
                 followers, variant.whole = followers_of(traced.graph, self.module, levels)
-            variant.planned(self, levels, followers, traced.opaque, traced.alone)
+            shared = with_shared_weights(traced.graph, self.module)
+            variant.planned(self, levels, followers, shared, traced.opaque, traced.alone)
             if any(len(level.members) > 1 or behind for level, behind in zip(levels, followers)):
                 graph = regroup(traced.graph, self.module, levels, followers, variant.round_of)
                 twin = twin_of(self.module)  # GraphModule looks up the graph's paths, and keeps what it finds
@@ -144,7 +144,7 @@ class CoalescedForward:
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> CoalescedForward:
         twin = CoalescedForward(copy.deepcopy(self.module, memo), self.path, self.model, self.overlap)
-        twin.rounds, twin.whole = self.rounds, self.whole
+        twin.rounds = self.rounds
         return twin
 
 
@@ -193,6 +193,7 @@ class _Variant:
         forward: CoalescedForward,
         levels: Sequence[Level],
         followers: Sequence[Sequence[fx.Node]],
+        shared: Set[str],
         opaque: Dict[str, str],
         alone: Dict[str, str],
     ) -> None:
@@ -205,7 +206,7 @@ class _Variant:
             hidden_behind = tuple(f"{forward.name}.{node.target}" for node in behind)
             planned = PlannedRound(forward.path, level.number, names, features, backward, hidden_behind)
             self.rounds.append(planned)
-            self._calls[_key(level)] = _Round(planned)
+            self._calls[_key(level)] = _Round(planned, [str(node.target) in shared for node in behind])
 
     def round_of(self, level: Level) -> _Round:
         """Returns what runs ``level``."""
@@ -224,10 +225,10 @@ def _key(level: Level) -> Tuple[str, ...]:
 class _Round:
     """Runs the layers of a level together. Generated code calls it."""
 
-    def __init__(self, planned: PlannedRound) -> None:
+    def __init__(self, planned: PlannedRound, shared: Sequence[bool]) -> None:
         self.records = Records()
         self._name = planned.name if len(planned.layers) > 1 else None  # a layer by itself has its own
-        self._followers = [Follower(name) for name in planned.hidden_behind]
+        self._followers = [Follower(*each) for each in zip(planned.hidden_behind, shared)]
         self.__name__, self.__module__ = "normalize_together", __name__
 
     def __call__(
@@ -238,7 +239,7 @@ class _Round:
         def meanwhile() -> None:
             shares[:] = defer_weights(self._followers, modules, inputs[0].device, layers[0].sync_name)
 
-        hides = any(follower.work >= WORTHWHILE for follower in self._followers)
+        hides = any(follower.is_worthwhile for follower in self._followers)
         records = None if self._name is None else self.records
         outputs = normalize_together(layers, inputs, self._name, records, meanwhile if hides else None)
         if any(layer._forward_hooks for layer in layers):
@@ -447,6 +448,7 @@ def _apart(first: Optional[Tensor], second: Optional[Tensor], largest: float) ->
 class _Found(NamedTuple):
     forwards: List[CoalescedForward]
     left: List[Tuple[str, str]]
+    whole: List[Tuple[str, str]]
 
 
 def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None, overlap: bool = True) -> SyncPlan:
@@ -467,7 +469,7 @@ def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None,
         None.
     """
     uncoalesce(model)
-    found = _Found([], [])
+    found = _Found([], [], [])
     modes = {part: part.training for part in model.modules()}
     if not model.training:
         model.train()  # the plan is for training; layers frozen later are seen when they are
@@ -478,7 +480,7 @@ def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None,
             part.training = training
     for forward in found.forwards:
         forward.module.__dict__["forward"] = forward
-    model.__dict__[_LEFT] = tuple(found.left)
+    model.__dict__[_LEFT] = tuple(found.left), tuple(found.whole)
     plan = plan_of(model)
     left = "; ".join(f"{name}: {reason}" for name, reason in found.left)
     logger.info(
@@ -502,18 +504,16 @@ def plan_of(model: nn.Module) -> SyncPlan:
     """
     name = type(model).__name__
     rounds: List[PlannedRound] = []
-    whole: List[Tuple[str, str]] = []
     for part in model.modules():
         forward = part.__dict__.get("forward")
         if isinstance(forward, CoalescedForward):
             rounds += forward.rounds
-            whole += forward.whole
     covered = {layer for planned in rounds for layer in planned.layers}
     for path, layer in model.named_modules():
         full = f"{name}.{path}" if path else name
         if isinstance(layer, SyncBatchNorm) and full not in covered:
             rounds.append(PlannedRound("", 0, (full,), (layer.num_features,)))
-    return SyncPlan(name, tuple(rounds), model.__dict__.get(_LEFT, ()), tuple(whole))
+    return SyncPlan(name, tuple(rounds), *model.__dict__.get(_LEFT, ()))
 
 
 def _regions(
@@ -543,7 +543,7 @@ def _regions(
             variant.verified = verdict == _PASSED
         if variant is not None and not reason:
             forward.rounds = tuple(variant.rounds)
-            forward.whole = tuple((f"{name}.{layer}", why) for layer, why in variant.whole.items())
+            found.whole.extend((f"{name}.{layer}", why) for layer, why in variant.whole.items())
             if variant.run is not None:
                 found.forwards.append(forward)
             found.left.extend((f"{name}.{layer}", why) for layer, why in variant.alone.items())

@@ -221,10 +221,13 @@ def _launch(
         if arrived is not None:
             gathered, *flags = arrived()
             # In rank order and in float64, as in the forward: the same bits on every rank.
-            dy, dy_xhat = (_split(half, inputs) for half in gathered.double().sum(0).to(mean.dtype).chunk(2))
+            layer_of = call.merged.layer_of
+            means_of_all = (
+                gathered.double().sum(0).view(2, -1).div_(elements if layer_of is None else elements[layer_of])
+            )
+            dy, dy_xhat = (_split(half, inputs) for half in means_of_all.to(mean.dtype).unbind(0))
             if flags and not all(used):  # only then does the host have to know
                 used = flags[0].any(0).tolist()
-            counts = elements.view(-1)
             for i, input in enumerate(inputs):
                 if not (used[i] and needs[3 * i]):
                     continue
@@ -240,7 +243,6 @@ def _launch(
                         weights[i],
                         dy[i],
                         dy_xhat[i],
-                        counts[i],
                     )
         for i, weight in enumerate(weights):
             if used[i] and needs[3 * i + 1]:

@@ -7,6 +7,7 @@ divide by its size and end the process.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import List, NamedTuple, Optional, Tuple, Type, Union
 
 import torch
@@ -51,14 +52,15 @@ class LocalMoments(NamedTuple):
 class GlobalMoments(NamedTuple):
     """Moments of all ranks' elements together, of one layer or of several one after the other."""
 
-    elements: Tensor  # int64, per channel: a scalar, or (L,) for L layers
+    elements: Tensor  # float64 (exact to 2⁵³), per channel: a scalar, or (L,) for L layers
     mean: Tensor  # (C,), or (ΣC,)
     variance: Tensor  # the same shape; biased: what normalizes
     layer_of: Optional[Tensor] = None  # (ΣC,) of which layer each channel is; None for one layer
 
     def unbiased_variance(self) -> Tensor:
         """Returns the variance over ``elements − 1``, what running_var takes."""
-        factor = (self.elements / (self.elements - 1).double()).to(self.variance.dtype)
+        factor = self.elements / (self.elements - 1)  # float64
+        factor = factor.to(self.variance.dtype)
         return self.variance * (factor if self.layer_of is None else factor[self.layer_of])
 
     def split(self, features: List[int]) -> List[GlobalMoments]:
@@ -119,15 +121,16 @@ def merge_moments(counts: Tensor, means: Tensor, variances: Tensor, layer_of: Op
     Returns:
         Moments in the dtype of ``means``.
     """
+    counts = counts.double()
     total = counts.sum() if layer_of is None else counts.sum(0)
     if counts.shape[0] == 1:
         return GlobalMoments(total, means[0], variances[0], layer_of)
-    shares = counts / total.double()
+    shares = counts / total
     shares = shares if layer_of is None else shares[:, layer_of]
     doubles = means.double()
     mean = (shares * doubles).sum(0)
-    variance = (shares * (variances + (doubles - mean).square())).sum(0)
-    return GlobalMoments(total, mean.to(means.dtype), variance.to(means.dtype), layer_of)
+    squares = (doubles - mean).square_().add_(variances).mul_(shares)
+    return GlobalMoments(total, mean.to(means.dtype), squares.sum(0).to(means.dtype), layer_of)
 
 
 def normalize(
@@ -149,8 +152,8 @@ def normalize(
         bias: shape ``(C,)`` or ``None``; any floating dtype.
     """
     dtype = mean.dtype
-    weight = None if weight is None else weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    weight = None if weight is None else _cast(weight, dtype)
+    bias = None if bias is None else _cast(bias, dtype)
     return _kernels(input).normalize(input, local, mean, invstd, weight, bias)
 
 
@@ -174,14 +177,13 @@ def input_gradient(
     mean: Tensor,
     invstd: Tensor,
     weight: Optional[Tensor],
-    sum_dy: Tensor,
-    sum_dy_xhat: Tensor,
-    elements: Union[int, Tensor],
+    mean_dy: Tensor,
+    mean_dy_xhat: Tensor,
 ) -> Tensor:
-    """Returns ``dx = weight · invstd · (dy − S1/N − x̂ · S2/N)`` in the input's dtype.
+    """Returns ``dx = weight · invstd · (dy − mean(dy) − x̂ · mean(dy · x̂))`` in the input's dtype.
 
     The derivative of :func:`normalize` with respect to its input through the global moments (Ioffe, Szegedy, "Batch
-    Normalization", 2015, section 3, with sums over all ranks).
+    Normalization", 2015, section 3, with means over all ranks).
 
     Args:
         grad_output: shape ``(N, C, ...)``, dense, in the memory format of ``input``.
@@ -189,12 +191,23 @@ def input_gradient(
         mean: shape ``(C,)``, statistics dtype.
         invstd: shape ``(C,)``, statistics dtype.
         weight: shape ``(C,)`` or ``None``.
-        sum_dy: ``S1``, shape ``(C,)``: the sum of ``dy`` over all ranks.
-        sum_dy_xhat: ``S2``, shape ``(C,)``: the sum of ``dy · x̂`` over all ranks.
-        elements: ``N``: the number of elements per channel on all ranks.
+        mean_dy: shape ``(C,)``: the mean of ``dy`` over the elements of all ranks.
+        mean_dy_xhat: shape ``(C,)``: the mean of ``dy · x̂`` over the elements of all ranks.
     """
-    weight = None if weight is None else weight.to(mean.dtype)
-    return _kernels(input).input_gradient(grad_output, input, mean, invstd, weight, sum_dy, sum_dy_xhat, elements)
+    weight = None if weight is None else _cast(weight, mean.dtype)
+    return _kernels(input).input_gradient(grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``tensor.to(dtype)``, which takes a microsecond to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+@lru_cache(maxsize=256)
+def _filled(value: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns a constant vector, never to be written to."""
+    with torch.inference_mode(False):  # it outlives the block that may be running
+        return torch.full((size,), value, dtype=dtype, device=device)
 
 
 def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
@@ -224,7 +237,7 @@ class _CpuKernels:
     def local_moments(input: Tensor) -> LocalMoments:
         channels = input.shape[1]
         count = input.numel() // channels
-        input = input.to(statistics_dtype(input.dtype))
+        input = _cast(input, statistics_dtype(input.dtype))
         if memory_format(input) != torch.contiguous_format:
             mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
             return LocalMoments(count, mean, variance)
@@ -238,8 +251,8 @@ class _CpuKernels:
             None,
             None,
             None,
-            input.new_zeros(channels),
-            input.new_ones(channels),
+            _filled(0.0, channels, input.dtype, input.device),
+            _filled(1.0, channels, input.dtype, input.device),
             True,
             0.0,
             [False, True, True],
@@ -263,13 +276,13 @@ class _CpuKernels:
         else:
             output, offset = local.centred, (local.shift - mean) * scale
             offset = offset if bias is None else offset + bias
-        return _scale_and_shift_(output, scale, offset).to(input.dtype)
+        return _cast(_scale_and_shift_(output, scale, offset), input.dtype)
 
     @staticmethod
     def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
         _, dy_xhat, dy = _BATCH_NORM_BACKWARD(
-            grad_output.to(mean.dtype),
-            input.to(mean.dtype),
+            _cast(grad_output, mean.dtype),
+            _cast(input, mean.dtype),
             None,
             None,
             None,
@@ -288,16 +301,15 @@ class _CpuKernels:
         mean: Tensor,
         invstd: Tensor,
         weight: Optional[Tensor],
-        sum_dy: Tensor,
-        sum_dy_xhat: Tensor,
-        elements: Union[int, Tensor],
+        mean_dy: Tensor,
+        mean_dy_xhat: Tensor,
     ) -> Tensor:
         scale = invstd if weight is None else invstd * weight
         gradient = torch.sub(input, _per_channel(mean, input))
-        minus = scale / -elements
-        _scale_and_shift_(gradient, (minus * invstd).mul_(sum_dy_xhat), minus.mul_(sum_dy))
-        gradient.addcmul_(grad_output.to(mean.dtype), _per_channel(scale, input))
-        return gradient.to(input.dtype)
+        minus = scale.neg()
+        _scale_and_shift_(gradient, (minus * invstd).mul_(mean_dy_xhat), minus.mul_(mean_dy))
+        gradient.addcmul_(_cast(grad_output, mean.dtype), _per_channel(scale, input))
+        return _cast(gradient, input.dtype)
 
 
 class _CudaKernels:
@@ -333,14 +345,13 @@ class _CudaKernels:
         mean: Tensor,
         invstd: Tensor,
         weight: Optional[Tensor],
-        sum_dy: Tensor,
-        sum_dy_xhat: Tensor,
-        elements: Union[int, Tensor],
+        mean_dy: Tensor,
+        mean_dy_xhat: Tensor,
     ) -> Tensor:
-        # The kernel divides both sums by an int32 count, which a wide cluster overflows; it is given means and 1.
+        # The kernel divides both sums by an int32 count, which a wide cluster overflows: it is given means and 1.
         one = torch.ones(1, dtype=torch.int32, device=input.device)
         return torch.batch_norm_backward_elemt(
-            grad_output, input, mean, invstd, weight, sum_dy / elements, sum_dy_xhat / (invstd * elements), one
+            grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one
         )
 
 

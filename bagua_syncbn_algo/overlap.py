@@ -7,7 +7,7 @@ split in two: the input gradient at once, because the statistics wait for it, an
 from __future__ import annotations
 
 import math
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from .deferred import Deferral, refuse_second_derivative
 
-__all__ = ["Follower", "Share", "apply_split", "defer_weights", "is_weighted", "WORTHWHILE", "why_whole"]
+__all__ = ["Follower", "Share", "apply_split", "defer_weights", "is_weighted", "why_whole"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -53,26 +53,33 @@ class Follower:
 
     Args:
         name: of the layer, for errors.
+        shared: whether its weight is used in several places of the graph.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.work = math.inf  # multiplications of its weight gradient, by its last forward; a first one is split
+    def __init__(self, name: str, shared: bool = False) -> None:
+        self.name, self._shared = name, shared
+        self._work = math.inf  # multiplications of its weight gradient, by its last forward; a first one is split
         self._shape: Optional[torch.Size] = None  # of that forward's input
+
+    @property
+    def is_worthwhile(self) -> bool:
+        """Whether to split its next forward."""
+        # Autocast casts a weight once for all its uses, and adds up their gradients in half precision.
+        return self._work >= WORTHWHILE and not (self._shared and _any_autocast())
 
     def note(self, module: Any, input: Tensor, output: Tensor) -> None:
         """Takes the size of a forward: what is too small is not split the next time."""
         if input.shape != self._shape:
             weight: Tensor = module.weight
             many = input if isinstance(module, _TRANSPOSED) else output  # one of its elements is one use of a filter
-            self._shape, self.work = input.shape, many.numel() * weight.numel() / weight.shape[0]
+            self._shape, self._work = input.shape, many.numel() * weight.numel() / weight.shape[0]
 
 
 class Share(NamedTuple):
     """What one forward of a follower needs in order to be split."""
 
     follower: Follower
-    index: int = 0
+    place: int = 0  # of its tensors in the deferral
     deferral: Optional[Deferral] = None  # None: the layer is to run as it is
 
 
@@ -90,16 +97,18 @@ def defer_weights(
     Returns:
         For each follower what :func:`apply_split` takes.
     """
-    indices, tensors = [], []
-    for follower, module in zip(followers, modules):
+    places: List[int] = []
+    tensors: List[Tuple[Optional[Tensor], ...]] = []
+    # The last first, as backward comes to them: gradients of a weight that is there twice are added up in that order.
+    for follower, module in zip(reversed(followers), reversed(modules)):
         weight = module.weight
-        if follower.work >= WORTHWHILE and weight.requires_grad and weight.device == device and not why_whole(module):
-            indices.append(len(tensors))
+        if follower.is_worthwhile and weight.requires_grad and weight.device == device and not why_whole(module):
+            places.append(len(tensors))
             tensors.append((weight, module.bias))
         else:
-            indices.append(-1)
+            places.append(-1)
     deferral = Deferral(tensors, device, name) if tensors else None
-    return [Share(each, index, None if index < 0 else deferral) for each, index in zip(followers, indices)]
+    return [Share(each, place, None if place < 0 else deferral) for each, place in zip(followers, reversed(places))]
 
 
 def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
@@ -116,15 +125,16 @@ def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
         output: Tensor = module(input)
     else:
         weight, bias = module.weight, module.bias
-        tensors = _autocast(input, weight.detach(), None if bias is None else bias.detach())
+        if getattr(module, "padding_mode", "zeros") != "zeros":  # before any cast: autocast pads in float32
+            input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        fixed = _autocast(input, weight.detach(), None if bias is None else bias.detach())
         dtypes = weight.dtype, None if bias is None else bias.dtype
-        run = _linear if isinstance(module, nn.Linear) else _convolve
-        output = run(module, *tensors, share, dtypes)
+        output = (_linear if isinstance(module, nn.Linear) else _convolve)(module, share, dtypes, *fixed)
     share.follower.note(module, input, output)
     return output
 
 
-def _linear(module: nn.Linear, input: Tensor, weight: Tensor, bias: Any, share: Share, dtypes: Any) -> Tensor:
+def _linear(module: Any, share: Share, dtypes: Any, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     assert share.deferral is not None
     rows = input.reshape(-1, input.shape[-1])
     arguments = rows, weight, bias, share.deferral.token, share, dtypes
@@ -132,18 +142,11 @@ def _linear(module: nn.Linear, input: Tensor, weight: Tensor, bias: Any, share: 
     return output.view(*input.shape[:-1], output.shape[-1])
 
 
-def _convolve(
-    module: nn.modules.conv._ConvNd, input: Tensor, weight: Tensor, bias: Any, share: Share, dtypes: Any
-) -> Tensor:
+def _convolve(module: Any, share: Share, dtypes: Any, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     assert share.deferral is not None
-    if module.padding_mode != "zeros":
-        input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        padding = [0] * len(module.stride)
-    else:
-        padding = _padding(module) or []
     geometry = (
         module.stride,
-        padding,
+        _padding(module) if module.padding_mode == "zeros" else (0,) * len(module.stride),
         module.dilation,
         isinstance(module, _TRANSPOSED),
         module.output_padding,
@@ -172,12 +175,13 @@ def _autocast(*tensors: Optional[Tensor]) -> Tuple[Any, ...]:
     if dtype is None:
         return tensors
     return tuple(
-        tensor if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64 else tensor.to(dtype)
+        tensor.to(dtype) if tensor is not None and tensor.dtype not in (dtype, torch.float64) else tensor
         for tensor in tensors
     )
 
 
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # not before torch 2.4
+# Not before torch 2.4.
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def _autocast_dtype(device: str) -> Optional[torch.dtype]:
@@ -208,7 +212,8 @@ class _SplitConvolution(Function):
         ctx.save_for_backward(input, weight)
         ctx.share, ctx.geometry, ctx.dtypes = share, geometry, dtypes
         ctx.bias_sizes = None if bias is None else bias.shape
-        return torch.convolution(input, weight, bias, *geometry)
+        output: Tensor = torch.convolution(input, weight, bias, *geometry)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
@@ -223,7 +228,7 @@ class _SplitConvolution(Function):
             return _cast(_CONVOLUTION_BACKWARD(*arguments, (False, *needs))[1:], dtypes)
 
         assert share.deferral is not None
-        share.deferral.leave(share.index, weight_and_bias)
+        share.deferral.leave(share.place, weight_and_bias)
         return gradient, None, None, None, None, None, None
 
 
@@ -258,5 +263,5 @@ class _SplitLinear(Function):
             return _cast([grad.t().mm(input) if wanted else None, grad.sum(0) if bias_wanted else None], dtypes)
 
         assert share.deferral is not None
-        share.deferral.leave(share.index, weight_and_bias)
+        share.deferral.leave(share.place, weight_and_bias)
         return grad.mm(weight), None, None, None, None, None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from .layer import SyncBatchNorm
 from .overlap import apply_split, is_weighted, why_whole
 from .tracing import IN_PLACE_OPERATORS, normalize_alone
 
-__all__ = ["Application", "Level", "followers_of", "levels_of", "regroup"]
+__all__ = ["Application", "Level", "followers_of", "levels_of", "regroup", "with_shared_weights"]
 
 
 class Application(NamedTuple):
@@ -98,7 +100,12 @@ def followers_of(
     whole: Dict[str, str] = {}
     for node in graph.nodes:
         index = latest[node] = own.get(node, max((latest[value] for value in node.all_input_nodes), default=-1))
-        if node.op != "call_module" or index < 0 or not any(member.backward for member in levels[index].members):
+        if index < 0 or not any(member.backward for member in levels[index].members):
+            continue
+        if node.op == "call_function" and node.target in _WEIGHTED_FUNCTIONS:
+            places = list(node.meta.get("nn_module_stack", {"forward": None}))
+            whole[str(places[-1])] = f"calls {node.target.__name__} as a function"
+        if node.op != "call_module":
             continue
         path = str(node.target)
         layer = module.get_submodule(path)
@@ -112,6 +119,18 @@ def followers_of(
         elif _has_parameters(node, module):
             followers[index].append(node)
     return followers, whole
+
+
+def with_shared_weights(graph: fx.Graph, module: nn.Module) -> Set[str]:
+    """Returns the paths of modules with a parameter that the graph uses in several places."""
+    paths = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    uses = Counter(id(parameter) for path in paths for parameter in module.get_submodule(path).parameters())
+    return {path for path in paths if any(uses[id(p)] > 1 for p in module.get_submodule(path).parameters())}
+
+
+_WEIGHTED_FUNCTIONS = (
+    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear),
+)
 
 
 def regroup(

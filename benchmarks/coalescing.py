@@ -12,14 +12,16 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 import models
 import torch
-from measure import interleave, run_ranks, write
 from rich.console import Console
 from rich.table import Table
-from schemes import VARIANTS, build_variant
 from torch import nn
 
 from bagua_syncbn_algo import bagua, plan_of, record_rounds
+from bagua_syncbn_algo.bench.measure import interleave, run_ranks, write
+from bagua_syncbn_algo.bench.schemes import build_variant
 from bagua_syncbn_algo.channel import Channel
+
+VARIANTS = ("local", "original", "torch", "per layer", "coalesced")
 
 
 class Case(NamedTuple):
@@ -126,7 +128,7 @@ def main() -> None:
         ratios = [f"{medians['coalesced'] / medians[name]:.2f}" for name in ("original", "torch")]
         table.add_row(case.model, *cells, *ratios)
     Console(width=140).print(table)
-    write("coalescing", rows)
+    write(Path(__file__).parent / "results" / "coalescing.json", rows)
     if len(rows) == len(CASES):
         draw(rows, options.picture)
 

@@ -7,15 +7,16 @@ channel of one rank.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Dict, List
 
 import torch
-from measure import interleave, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from bagua_syncbn_algo import moments
+from bagua_syncbn_algo.bench.measure import interleave, write
 from bagua_syncbn_algo.channel import SINGLE_PROCESS, sync_point
 from bagua_syncbn_algo.functional import Member, sync_batch_norm
 
@@ -38,7 +39,8 @@ def kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> List[Tensor]
     invstd = (local.variance + EPS).rsqrt_()
     y = moments.normalize(x, local, local.mean, invstd, weight, bias)
     sum_dy, sum_dy_xhat = moments.gradient_sums(dy, x, local.mean, invstd)
-    dx = moments.input_gradient(dy, x, local.mean, invstd, weight, sum_dy, sum_dy_xhat, local.elements)
+    count = local.elements
+    dx = moments.input_gradient(dy, x, local.mean, invstd, weight, sum_dy / count, sum_dy_xhat / count)
     return [y, dx, sum_dy_xhat, sum_dy]
 
 
@@ -81,7 +83,7 @@ def main() -> None:
         )
         rows.append({"shape": shape, "layout": name, "limit": limit, "ratios": ratios, "seconds": spreads})
     Console().print(table)
-    write("kernels", rows)
+    write(Path(__file__).parent / "results" / "kernels.json", rows)
 
 
 if __name__ == "__main__":

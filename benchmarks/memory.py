@@ -6,18 +6,19 @@ Two gloo ranks; the allocator's own events, of rank 0, after the first steps.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, Dict
 
 import models
 import torch
 from coalescing import CASES, Case
-from measure import run_ranks, write
 from rich.console import Console
 from rich.table import Table
-from schemes import build_variant
 from torch.profiler import ProfilerActivity, profile
 
 from bagua_syncbn_algo import bagua
+from bagua_syncbn_algo.bench.measure import run_ranks, write
+from bagua_syncbn_algo.bench.schemes import build_variant
 
 VARIANTS = ("per layer", "coalesced")
 
@@ -64,7 +65,7 @@ def main() -> None:
         rows.append(row)
         table.add_row(row["model"], *(f"{row['peaks'][name] / 2**20:.1f}" for name in VARIANTS), f"{row['ratio']:.3f}")
     Console(width=100).print(table)
-    write("memory", rows)
+    write(Path(__file__).parent / "results" / "memory.json", rows)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from typing import Any, Callable, Dict, List, Tuple
 import models
 import torch
 import torch.distributed as dist
-from measure import RANKS, interleave, run_ranks, write
 from rich.console import Console
 from rich.table import Table
-from schemes import OriginalScheme
 
 from bagua_syncbn_algo import SyncPlan, convert_sync_batchnorm, plan_of
+from bagua_syncbn_algo.bench.measure import RANKS, interleave, run_ranks, write
+from bagua_syncbn_algo.bench.schemes import OriginalScheme
 from bagua_syncbn_algo.channel import BACKWARD, FORWARD, Channel, TorchChannel, sync_point
 
 MODELS: Dict[str, Dict[str, Any]] = {
@@ -80,7 +80,7 @@ def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
             probe.exchange(sync_point("probe"), FORWARD, [part]) for _ in range(count)
         ]
     bare, sums = OriginalScheme(group()), torch.zeros(8)
-    for name, collective in (("gather", bare._gather), ("reduce", bare._reduce)):
+    for name, collective in (("gather", bare.gather), ("reduce", bare.reduce)):
         variants[name] = lambda collective=collective: [  # type: ignore[misc]
             collective(sums) for _ in range(_TRAIN)
         ]
@@ -139,7 +139,7 @@ def main() -> None:
     names = {"latency": "latency", "reduce_latency": "of an all-reduce", "overhead": "overhead of a round"}
     print(", ".join(f"{name} {1e6 * found[key]:.0f} µs" for key, name in names.items()), end=", ")
     print(f"bandwidth {found['bandwidth'] / 1e9:.2f} GB/s")
-    write("prediction", found)
+    write(Path(__file__).parent / "results" / "prediction.json", found)
     draw(options.picture)
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from pathlib import Path
 from typing import Any, Dict, List
 
 import torch
-from measure import interleave, run_ranks, write
 from models import ResNet
 from rich.console import Console
 from rich.table import Table
 
 from bagua_syncbn_algo import SyncBatchNormAlgorithm, bagua, convert_sync_batchnorm, record_rounds
+from bagua_syncbn_algo.bench.measure import interleave, run_ranks, write
 
 
 def trainer(plugin: bool, width: int, size: int, batch: int) -> Any:
@@ -82,7 +83,7 @@ def main() -> None:
         )
         rows.append(row)
     Console(width=120).print(table)
-    write("running_stats", rows)
+    write(Path(__file__).parent / "results" / "running_stats.json", rows)
 
 
 if __name__ == "__main__":

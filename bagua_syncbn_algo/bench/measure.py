@@ -1,6 +1,6 @@
-"""Fair timing for all benchmarks: variants interleaved in one run, medians with spread, results with their machine.
+"""Fair timing: variants interleaved in one run, medians with spread, results with their machine.
 
-Also how their ranks are started.
+Also how ranks are started.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import socket
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+__all__ = ["RANKS", "Spread", "interleave", "machine", "run_ranks", "write"]
+
 RANKS = 2
-RESULTS = Path(__file__).parent / "results"
 
 
 class Spread(NamedTuple):
@@ -30,13 +31,19 @@ class Spread(NamedTuple):
     high: float
 
 
-def interleave(variants: Dict[str, Callable[[], Any]], repeats: int, warmup: int = 10) -> Dict[str, Spread]:
+def interleave(
+    variants: Dict[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 10,
+    progress: Optional[Callable[[], None]] = None,
+) -> Dict[str, Spread]:
     """Times every variant once in each round, so that a machine that slows down slows them all.
 
     Args:
         variants: what to run, by name.
-        repeats: counted rounds.
+        repeats: counted rounds, at least 2.
         warmup: rounds not counted, first.
+        progress: called after every call of a variant.
 
     Returns:
         Seconds a call, by name.
@@ -48,6 +55,8 @@ def interleave(variants: Dict[str, Callable[[], Any]], repeats: int, warmup: int
             call()
             if number >= warmup:
                 times[name].append(time.perf_counter() - start)
+            if progress is not None:
+                progress()
     spreads = {}
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4)
@@ -55,26 +64,36 @@ def interleave(variants: Dict[str, Callable[[], Any]], repeats: int, warmup: int
     return spreads
 
 
-def run_ranks(body: Callable[..., Any], *arguments: Any) -> Any:
+def run_ranks(body: Callable[..., Any], *arguments: Any, ranks: int = RANKS) -> Any:
     """Runs ``body(rank, *arguments)`` in processes with a launcher's environment and one thread each.
 
     Args:
         body: a function at module level; initialises the process group.
         *arguments: passed on.
+        ranks: processes.
 
     Returns:
         What it returned on rank 0.
+
+    Raises:
+        torch.multiprocessing.ProcessException: if a rank failed; the others are ended.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank_main, (port, body, arguments, results), nprocs=RANKS)
-    return results.get()
+    spawn: Any = mp.spawn  # type: ignore[attr-defined]
+    context = spawn(_rank_main, (ranks, port, body, arguments, results), ranks, join=False)
+    value = None
+    while not context.join(0.1):
+        while not results.empty():  # read while it is written: a pipe holds 64 KiB
+            value = results.get()
+    return value if results.empty() else results.get()
 
 
-def _rank_main(rank: int, port: int, body: Callable[..., Any], arguments: Any, results: Any) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank_main(rank: int, ranks: int, port: int, body: Callable[..., Any], arguments: Any, results: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
     value = body(rank, *arguments)
     if rank == 0:
@@ -94,9 +113,7 @@ def machine() -> Dict[str, Any]:
     }
 
 
-def write(name: str, rows: Any) -> Path:
-    """Writes ``rows`` with the machine to ``results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(path: Path, rows: Any) -> None:
+    """Writes ``rows`` with the machine to a file in JSON."""
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    return path

@@ -1,0 +1,621 @@
+"""The hidden backward round: the order, bitwise the same gradients, and everything that autograd's users do."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any, Callable, Dict, List, Tuple
+
+import models
+import pytest
+import torch
+from pytest_mock import MockerFixture
+from ranks import run_processes, run_threads
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bagua_syncbn_algo import (
+    SyncBatchNorm,
+    SyncBatchNormAlgorithm,
+    SyncBatchNormError,
+    bagua,
+    convert_sync_batchnorm,
+    plan_of,
+    record_rounds,
+    sync_batchnorm_layers,
+)
+from bagua_syncbn_algo import deferred as deferred_module
+from bagua_syncbn_algo import overlap as overlap_module
+from bagua_syncbn_algo.channel import BACKWARD, REHEARSAL
+from bagua_syncbn_algo.overlap import Follower, apply_split, defer_weights, why_whole
+
+
+@pytest.fixture(autouse=True)
+def _split_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models here are small; what is too small to be worth it would not be split."""
+    monkeypatch.setattr(overlap_module, "WORTHWHILE", 0.0)
+
+
+class Alone(type(REHEARSAL)):  # type: ignore[misc]
+    """A channel of one rank that plays two, and notes what happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: List[str] = []
+
+    def launch(self, point: Any, phase: int, parts: Any) -> Callable[[], Any]:
+        arrived = super().launch(point, phase, parts)
+
+        def wait() -> Any:
+            if phase == BACKWARD:
+                self.events.append(f"wait {point.name.split('.', 1)[1]}")
+            return arrived()
+
+        if phase == BACKWARD:
+            self.events.append(f"launch {point.name.split('.', 1)[1]}")
+        return wait
+
+    def agree(self, occasion: str, text: str, value: int) -> List[int]:
+        return [value]
+
+
+def alone(model: nn.Module, **options: Any) -> Tuple[Any, Alone]:
+    """Converts a model and lets its layers use a channel of one rank."""
+    model, channel = convert_sync_batchnorm(model, **options), Alone()
+    for layer in sync_batchnorm_layers(model):
+        layer._bound_channel = lambda: channel  # type: ignore[method-assign]
+        layer._point = overlap_point(layer)
+    return model, channel
+
+
+def overlap_point(layer: SyncBatchNorm) -> Any:
+    from bagua_syncbn_algo.channel import sync_point
+
+    return sync_point(layer.sync_name)
+
+
+def gradients(model: nn.Module) -> List[Any]:
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def same(first: List[Any], second: List[Any]) -> None:
+    assert len(first) == len(second)
+    for ours, theirs in zip(first, second):
+        assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
+
+
+def total(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return (output * torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view_as(output)).sum()
+    return torch.stack([total(part) for part in output]).sum()
+
+
+class Net(nn.Module):
+    """Two layers, an in-place activation, pooling, an addition and a concatenation between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(12, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.head, self.relu = nn.Linear(6, 2), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.avg_pool2d(self.relu(self.bn1(self.conv1(x))), 2)
+        z = self.bn2(self.conv2(torch.cat([y, -y], 1)))
+        z += y
+        output: Tensor = self.head(self.relu(z).mean((2, 3)))
+        return output
+
+
+# -- one layer ---------------------------------------------------------------------------------------------------------
+
+LAYERS: Dict[str, Tuple[Callable[[], nn.Module], Tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, 2, 1), (2, 4, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 6, 7)),
+    "no bias": (lambda: nn.Conv2d(32, 32, 3, padding=1, bias=False), (2, 32, 8, 8)),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 9, 9)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (2, 4, 9, 9)),
+    "dilation": (lambda: nn.Conv2d(4, 6, 3, dilation=2), (2, 4, 9, 9)),
+    "same": (lambda: nn.Conv2d(4, 6, 3, padding="same"), (2, 4, 9, 9)),
+    "valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), (2, 4, 9, 9)),
+    "reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 9, 9)),
+    "circular, uneven": (lambda: nn.Conv2d(4, 6, 4, padding="same", padding_mode="circular"), (2, 4, 9, 9)),
+    "unbatched": (lambda: nn.Conv2d(4, 6, 3), (4, 9, 9)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1), (2, 4, 5)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2, dilation=2), (2, 4, 5, 5)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(4, 6, 3, 2, 1, 1), (2, 4, 3, 4, 5)),
+    "linear": (lambda: nn.Linear(8, 6), (4, 8)),
+    "linear without bias": (lambda: nn.Linear(8, 6, bias=False), (4, 8)),
+    "linear of a sequence": (lambda: nn.Linear(8, 6), (4, 5, 8)),
+    "linear of a vector": (lambda: nn.Linear(8, 6), (8,)),
+}
+
+
+def split_and_whole(layer: nn.Module, x: Tensor, context: Callable[[], Any], splits: bool = True) -> List[List[Any]]:
+    found = []
+    for split in (True, False):
+        twin, leaf = copy.deepcopy(layer), x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        with context():
+            hidden = leaf * 1.0
+            if split:
+                share = defer_weights([Follower("layer")], [twin], x.device, "round")[0]
+                assert (share.deferral is not None) == splits
+                output = apply_split(twin, hidden, share)
+            else:
+                output = twin(hidden)
+        output.backward(torch.linspace(-1, 1, output.numel()).view_as(output).to(output.dtype))
+        found.append([output, leaf.grad, *gradients(twin)])
+    return found
+
+
+@pytest.mark.parametrize("kind", list(LAYERS))
+@pytest.mark.parametrize("variant", ["float32", "float64", "bfloat16", "channels_last", "autocast", "frozen bias"])
+def test_a_split_layer_is_bitwise_the_same(kind: str, variant: str) -> None:
+    """Catches a geometry argument that is lost, a bias forgotten, a cast in another place than autocast's."""
+    make, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(shape)
+    if variant in ("float64", "bfloat16"):
+        layer, x = layer.to(getattr(torch, variant)), x.to(getattr(torch, variant))
+    if variant == "channels_last" and x.dim() == 4:
+        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    if variant == "frozen bias" and layer.bias is not None:
+        layer.bias.requires_grad_(False)
+    enabled = variant == "autocast"
+    first, second = split_and_whole(layer, x, lambda: torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled))
+    same(first, second)
+
+
+def test_a_frozen_weight_needs_no_split() -> None:
+    """Catches a deferral without any gradient to defer, which autograd would refuse."""
+    layer = nn.Conv2d(3, 3, 1).requires_grad_(False)
+    same(*split_and_whole(layer, torch.randn(1, 3, 2, 2), torch.enable_grad, splits=False))
+
+
+class _Subclass(nn.Conv2d):
+    pass
+
+
+def _hooked(kind: str) -> nn.Module:
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    if kind == "forward":
+        layer.register_forward_hook(lambda module, args, output: output * 2)
+    elif kind == "pre":
+        layer.register_forward_pre_hook(lambda module, args: None)
+    else:
+        layer.register_full_backward_hook(lambda module, grads, outputs: None)
+    return layer
+
+
+def _patched() -> nn.Module:
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    layer.forward = lambda x: nn.Conv2d.forward(layer, x) + 1  # type: ignore[method-assign]
+    return layer
+
+
+# How it is made, why it is not split, and what the plan says of it.
+WHOLE: Dict[str, Tuple[Callable[[], nn.Module], str, str]] = {
+    "subclass": (lambda: _Subclass(3, 3, 3, padding=1), "is a _Subclass", "calls conv2d as a function"),
+    "parametrized": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3, padding=1)),
+        "is a ParametrizedConv2d",
+        "is a ParametrizedConv2d",
+    ),
+    "old weight norm": (lambda: nn.utils.weight_norm(nn.Conv2d(3, 3, 3, padding=1)), "has hooks", "cannot be copied"),
+    "forward hook": (lambda: _hooked("forward"), "has hooks", "has hooks"),
+    "pre-hook": (lambda: _hooked("pre"), "has hooks", "has hooks"),
+    "backward hook": (lambda: _hooked("backward"), "has hooks", "has hooks"),
+    "patched": (_patched, "has a forward of its own making", ""),
+    "uneven": (lambda: nn.Conv2d(3, 3, 4, padding="same"), "pads one side", "pads one side more than the other"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("kind", list(WHOLE))
+def test_what_does_more_than_a_plain_layer_runs_whole_and_is_named(kind: str) -> None:
+    """Catches a split that skips hooks, a parametrization (whose type alone tells it) or a subclass's own forward."""
+    make, reason, said = WHOLE[kind]
+    found = []
+    x = torch.randn(2, 3, 5, 5)
+    for options in ({}, {"overlap": False}):
+        torch.manual_seed(1)
+        model, _ = alone(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), make()), **options)
+        assert str(why_whole(model[2])).startswith(reason)
+        if not options:
+            plan = plan_of(model)
+            named = {**dict(plan.left), **dict(plan.whole)}
+            assert any(name.startswith("Sequential") and why.startswith(said) for name, why in named.items())
+            assert plan.rounds_hidden == 0
+        total(model(x)).backward()
+        found.append(gradients(model))
+    same(*found)
+
+
+def test_a_hook_registered_after_conversion_fires() -> None:
+    """Catches a split decided once, at conversion."""
+    model, _ = alone(Net())
+    calls = []
+    model.conv2.register_forward_hook(lambda *_: calls.append("forward"))
+    model.conv2.register_full_backward_hook(lambda *_: calls.append("backward"))
+    total(model(torch.randn(2, 3, 6, 6))).backward()
+    assert calls[-2:] == ["forward", "backward"]
+
+
+# -- the order ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_hides_every_round(mocker: MockerFixture) -> None:
+    """Catches nodes created in another order: then a round is waited for before the weight gradient is computed."""
+    model, channel = alone(Net())
+    x = torch.randn(2, 3, 6, 6)
+    total(model(x)).backward()
+    channel.events.clear()
+    usual = overlap_module._CONVOLUTION_BACKWARD
+
+    def convolution_backward(*arguments: Any) -> Any:
+        channel.events.append("weights of a convolution" if arguments[-1][1] else "input of a convolution")
+        return usual(*arguments)
+
+    mocker.patch.object(overlap_module, "_CONVOLUTION_BACKWARD", convolution_backward)
+    model.head.weight.register_hook(lambda grad: channel.events.append("weights of the head"))
+    total(model(x)).backward()
+    hidden_head = ["launch bn2", "weights of the head", "wait bn2"]
+    hidden_convolution = ["input of a convolution", "launch bn1", "weights of a convolution", "wait bn1"]
+    assert channel.events == [*hidden_head, *hidden_convolution]
+
+
+def test_plans_name_what_hides_a_round() -> None:
+    """Catches a plan that does not say what was done."""
+    plan = plan_of(convert_sync_batchnorm(Net()))
+    assert [planned.hidden_behind for planned in plan.rounds] == [("Net.conv2",), ("Net.head",)]
+    assert plan.rounds_hidden == plan.rounds_backward == 2
+    assert type(plan).from_json(plan.to_json()) == plan
+    assert plan_of(convert_sync_batchnorm(Net(), overlap=False)).rounds_hidden == 0
+
+
+def test_small_layers_are_not_split_twice(monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture) -> None:
+    """Catches 0.1 ms spent on hiding a gradient of 0.01 ms; the first forward shows the sizes."""
+    monkeypatch.setattr(overlap_module, "WORTHWHILE", 5e6)
+    model, _ = alone(Net())
+    spy = mocker.spy(overlap_module, "Deferral")
+    x = torch.randn(2, 3, 6, 6)
+    total(model(x)).backward()
+    before = spy.call_count
+    assert before > 0
+    total(model(x)).backward()
+    assert spy.call_count == before
+    total(model(torch.randn(16, 3, 64, 64))).backward()  # larger at once: split from the next forward on
+    total(model(torch.randn(16, 3, 64, 64))).backward()
+    assert spy.call_count == before + 1  # the convolution; the head stays small
+
+
+# -- what users do -----------------------------------------------------------------------------------------------------
+
+
+def test_parameter_hooks_fire_once_and_in_backward() -> None:
+    """Catches a gradient that is written behind autograd's back, or given in two parts."""
+    model, _ = alone(Net())
+    x = torch.randn(2, 3, 6, 6)
+    total(model(x)).backward()
+    calls: List[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda grad, name=name: calls.append(name))
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: calls.append(f"{name} accumulated"))
+    loss = total(model(x))
+    assert not calls
+    loss.backward()
+    names = [name for name, _ in model.named_parameters()]
+    assert sorted(calls) == sorted([*names, *(f"{name} accumulated" for name in names)])
+
+
+class Twice(nn.Module):
+    """One convolution applied at two levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2, self.conv = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.conv(self.bn2(self.conv(self.bn1(x)).relu()))
+        return output
+
+
+def _retained(model: nn.Module, x: Tensor) -> None:
+    loss = total(model(x))
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def _accumulated(model: nn.Module, x: Tensor) -> None:
+    for part in (x, x.flip(0) + 1):
+        total(model(part)).backward()
+
+
+def _two_forwards(model: nn.Module, x: Tensor) -> None:
+    (total(model(x)) + total(model(x.flip(0) + 1))).backward()
+
+
+def _autocast(model: nn.Module, x: Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(x)
+    total(output.float()).backward()
+
+
+def _channels_last(model: nn.Module, x: Tensor) -> None:
+    total(model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))).backward()  # type: ignore[call-overload]
+
+
+def _anomaly(model: nn.Module, x: Tensor) -> None:
+    with torch.autograd.detect_anomaly(check_nan=True):
+        total(model(x)).backward()
+
+
+def _only_some(model: nn.Module, x: Tensor) -> None:
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(total(model(x)), parameters[::2])
+    for parameter, grad in zip(parameters[::2], grads):
+        parameter.grad = grad
+
+
+def _checkpointed(reentrant: bool) -> Callable[[nn.Module, Tensor], None]:
+    def use(model: nn.Module, x: Tensor) -> None:
+        total(checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)).backward()
+
+    return use
+
+
+def _evaluated_between(model: nn.Module, x: Tensor) -> None:
+    loss = total(model(x))
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    model(x)
+    model.train()
+    loss.backward()
+
+
+USES: Dict[str, Callable[[nn.Module, Tensor], None]] = {
+    "plain": lambda model, x: total(model(x)).backward(),
+    "retain_graph": _retained,
+    "accumulation": _accumulated,
+    "two forwards, one backward": _two_forwards,
+    "autocast": _autocast,
+    "channels_last": _channels_last,
+    "anomaly": _anomaly,
+    "autograd.grad": _only_some,
+    "checkpoint": _checkpointed(False),
+    "reentrant checkpoint": _checkpointed(True),
+    "evaluation between": _evaluated_between,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("use", list(USES))
+@pytest.mark.parametrize("build", [Net, Twice])
+def test_the_same_gradients_whatever_the_use(build: Callable[[], nn.Module], use: str) -> None:
+    """Catches a gradient lost, doubled or taken from another pass: bitwise, three steps, against overlap=False."""
+    start = build()
+    ours, theirs = alone(copy.deepcopy(start))[0], alone(copy.deepcopy(start), overlap=False)[0]
+    for _ in range(3):
+        x = torch.randn(4, 3, 6, 6)
+        for model in (ours, theirs):
+            model.zero_grad()
+            USES[use](model, x.clone())
+        same(gradients(ours), gradients(theirs))
+    assert plan_of(ours).rounds_hidden == plan_of(ours).rounds_backward > 0
+    for ours_, theirs_ in zip(ours.buffers(), theirs.buffers()):
+        assert torch.equal(ours_, theirs_)
+
+
+@pytest.mark.parametrize("frozen", ["conv1", "bn1", "conv2", "bn2", "head"])
+def test_frozen_layers(frozen: str) -> None:
+    """Catches a deferral that waits for a gradient that nobody wants."""
+    start = Net()
+    start.get_submodule(frozen).requires_grad_(False)
+    ours, theirs = alone(copy.deepcopy(start))[0], alone(copy.deepcopy(start), overlap=False)[0]
+    x = torch.randn(4, 3, 6, 6)
+    for model in (ours, theirs):
+        total(model(x)).backward()
+    same(gradients(ours), gradients(theirs))
+
+
+def test_gradients_of_inputs_only_hold_nothing(mocker: MockerFixture) -> None:
+    """Catches activations that wait, as long as the loss lives, for weight gradients that nobody asked for."""
+    model, _ = alone(Net())
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    total(model(x)).backward()
+    made: List[Any] = []
+    usual = deferred_module.Deferral.__init__
+
+    def note(self: Any, *arguments: Any) -> None:
+        made.append(self)
+        usual(self, *arguments)
+
+    mocker.patch.object(deferred_module.Deferral, "__init__", note)
+    loss = total(model(x))
+    torch.autograd.grad(loss, x)
+    assert len(made) == 4
+    assert all(compute is None for deferral in made for compute in deferral._computes)
+
+
+def test_a_gradient_penalty_is_told_how_to_go_on() -> None:
+    """Catches second derivatives that are silently without the deferred gradients (seen in a prototype)."""
+    model, _ = alone(Net())
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"without create_graph through .*overlap=False\) or BAGUA_SYNCBN_OVERLAP=0"):
+        torch.autograd.grad(total(model(x)), x, create_graph=True)
+    plain, _ = alone(Net(), overlap=False)
+    torch.autograd.grad(total(plain(x)), x, create_graph=True)
+
+
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a switch that the environment cannot turn, and one that promises what cannot be."""
+    monkeypatch.setenv("BAGUA_SYNCBN_OVERLAP", "0")
+    assert plan_of(convert_sync_batchnorm(Net())).rounds_hidden == 0
+    assert plan_of(convert_sync_batchnorm(Net(), overlap=True)).rounds_hidden == 2
+    with pytest.raises(ValueError, match=r"expected coalescing where .* \(got coalesce=False, overlap=True\)"):
+        convert_sync_batchnorm(Net(), coalesce=False, overlap=True)
+    model = copy.deepcopy(convert_sync_batchnorm(Net(), overlap=False))
+    assert plan_of(model).rounds_hidden == 0
+    _, channel = alone(model, overlap=False)
+    total(model(torch.randn(2, 3, 6, 6))).backward()
+    assert channel.events[:2] == ["launch bn2", "wait bn2"]
+
+
+# -- several ranks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", ["ResNet", "Inception", "HighResolution", "Pyramid", "Dense"])
+def test_models_have_bitwise_the_same_gradients(name: str) -> None:
+    """Catches a weight gradient computed from another place's input, and rounds that ranks start in other orders."""
+    start = getattr(models, name)(4)
+    batches = [torch.randn(2 + rank, 3, 32, 32) for rank in range(2)]
+
+    def body(rank: int, group: Any) -> Any:
+        ours = convert_sync_batchnorm(copy.deepcopy(start), group)
+        theirs = convert_sync_batchnorm(copy.deepcopy(start), group, overlap=False)
+        for step in range(2):
+            for model in (ours, theirs):
+                model.zero_grad()
+                total(model(batches[rank] + step)).backward()
+            same(gradients(ours), gradients(theirs))
+        return plan_of(ours)
+
+    for plan in run_threads(2, body):
+        assert plan.rounds_hidden == plan.rounds_backward > 0
+
+
+@pytest.mark.multirank
+def test_an_error_in_the_middle_of_backward_on_all_ranks() -> None:
+    """Catches a message that stays in flight: the next step then gets the statistics of this one."""
+    start = Net()
+    batches = [torch.randn(2, 3, 6, 6) for _ in range(2)]
+
+    def body(rank: int, group: Any) -> None:
+        ours = convert_sync_batchnorm(copy.deepcopy(start), group)
+        theirs = convert_sync_batchnorm(copy.deepcopy(start), group, overlap=False)
+        total(ours(batches[rank])).backward()
+        total(theirs(batches[rank])).backward()
+        for parameter in (ours.head.weight, ours.conv2.weight):  # while the round of bn2, of bn1 is in flight
+            handle = parameter.register_hook(lambda grad: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                total(ours(batches[rank])).backward()
+            handle.remove()
+            total(theirs(batches[rank])).backward()
+            for model in (ours, theirs):
+                model.zero_grad()
+                total(model(batches[rank])).backward()
+            same(gradients(ours), gradients(theirs))
+
+    run_threads(2, body)
+
+
+@pytest.mark.multirank
+def test_an_error_in_the_middle_of_backward_on_one_rank() -> None:
+    """Catches a rank that goes on alone, and one that hangs: all ranks fail, and hear where the others were."""
+    start = Net()
+    batches = [torch.randn(2, 3, 6, 6) for _ in range(2)]
+
+    def body(rank: int, group: Any) -> None:
+        model = convert_sync_batchnorm(copy.deepcopy(start), group)
+        total(model(batches[rank])).backward()
+        if rank == 1:
+            model.head.weight.register_hook(lambda grad: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                total(model(batches[rank])).backward()
+            total(model(batches[rank])).backward()
+        else:
+            total(model(batches[rank])).backward()
+
+    for error in run_threads(2, body, errors=True):
+        assert isinstance(error, SyncBatchNormError)
+        assert "rank 0 at Net.bn1 (backward), rank 1 at Net.bn1 (forward)" in str(error)
+
+
+def _ddp(rank: int, unused: bool) -> Any:
+    torch.distributed.init_process_group("gloo")
+    overlap_module.WORTHWHILE = 0.0
+    found = []
+    for overlap in (True, False):
+        torch.manual_seed(0)
+        model = convert_sync_batchnorm(Net(), overlap=overlap)
+        ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
+        for step in range(3):
+            torch.manual_seed(10 * step + rank)
+            ddp.zero_grad()
+            total(ddp(torch.randn(2, 3, 6, 6))).backward()
+        found.append(gradients(model))
+    same(*found)
+    return found[0]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("unused", [False, True])
+def test_distributed_data_parallel(unused: bool) -> None:
+    """Catches a reducer that does not see a deferred gradient, or marks its weight as unused."""
+    same(*run_processes(2, _ddp, unused))
+
+
+def _bagua(rank: int) -> Any:
+    overlap_module.WORTHWHILE = 0.0
+    bagua.init_process_group()
+    found = []
+    for overlap in (True, False):
+        torch.manual_seed(0)
+        model: Any = convert_sync_batchnorm(Net(), overlap=overlap)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        inner = bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm()
+        model.with_bagua([optimizer], SyncBatchNormAlgorithm(inner))
+        with record_rounds() as rounds:
+            for step in range(3):
+                torch.manual_seed(10 * step + rank)
+                optimizer.zero_grad()
+                total(model(torch.randn(2, 3, 6, 6))).backward()
+                optimizer.step()
+        found.append([p.detach().clone() for p in model.parameters()])
+        assert all(r.wait is not None and r.finish is not None and r.finish >= r.launch for r in rounds)
+        assert len(rounds) == 3 * 4
+    same(*found)
+    return found[0]
+
+
+@pytest.mark.multirank
+def test_with_bagua() -> None:
+    """Catches Bagua's hooks that miss a deferred gradient, and rounds whose end nobody noted."""
+    same(*run_processes(2, _bagua))
+
+
+def _behind_gradients(rank: int) -> Any:
+    bagua.init_process_group()
+    released = threading.Event()
+
+    class Slow(bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm):  # type: ignore[misc]
+        def reify(self, process_group: Any) -> Any:
+            live = super().reify(process_group)
+            usual = live.init_operations
+
+            def init_operations(ddp: Any, bucket: Any) -> None:
+                usual(ddp, bucket)
+                # The first bucket of a step holds the communication thread until the statistics have passed it.
+                bucket.append_python_op(lambda name: None if released.wait(30) else 1 / 0, group=process_group)
+
+            live.init_operations = init_operations
+            return live
+
+    torch.manual_seed(rank)
+    model: Any = convert_sync_batchnorm(Net())
+    model.with_bagua([], SyncBatchNormAlgorithm(Slow()))
+    model.conv1.weight.register_hook(lambda grad: released.set())  # the last gradient: all rounds have been
+    with record_rounds() as rounds:
+        total(model(torch.randn(2, 3, 6, 6))).backward()
+    return [(r.layers, r.phase, r.finish is not None) for r in rounds], released.is_set()
+
+
+@pytest.mark.multirank
+def test_statistics_pass_gradients_in_flight() -> None:
+    """Catches statistics on the gradients' group or queue: here they would wait for a bucket that waits for them."""
+    for rounds, released in run_processes(2, _behind_gradients):
+        assert released
+        backward = [(layers, done) for layers, phase, done in rounds if phase == "backward"]
+        assert backward == [(("Net.bn2",), True), (("Net.bn1",), True)]
