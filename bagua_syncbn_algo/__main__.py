@@ -1,16 +1,13 @@
-"""``python -m bagua_syncbn_algo plan package.module:factory``: what a model's statistics cost, without training it."""
+"""``python -m bagua_syncbn_algo plan | bench | timeline package.module:factory``: what a model's statistics cost."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import sys
 from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
-from torch import nn
-
+from .bench.factory import build
 from .coalesce import coalesce
 from .convert import convert_sync_batchnorm
 from .plan import SyncPlan
@@ -18,22 +15,40 @@ from .plan import SyncPlan
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Runs the command line; a mistake in it ends the program with a message."""
-    parser = argparse.ArgumentParser(prog="python -m bagua_syncbn_algo", description=(__doc__ or "").split(":", 1)[1])
+    parser = argparse.ArgumentParser(prog="python -m bagua_syncbn_algo", description="What a model's statistics cost.")
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_plan(commands)
+    _add_bench(commands)
+    _add_timeline(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="package.module:factory", help="a function or class that builds the model")
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+
+
+def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help="which layers share a round of statistics, and why others do not")
-    plan.add_argument("model", metavar="package.module:factory", help="a function or class that builds the model")
+    _add_model(plan)
     plan.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     plan.add_argument("--ranks", type=int, default=2, help="for the modelled communication time (default: 2)")
     plan.add_argument("--latency", type=float, default=500e-6, help="seconds of the smallest round (default: 0.0005)")
     plan.add_argument("--bandwidth", type=float, default=1e9, help="bytes a second between two ranks (default: 1e9)")
-    options = parser.parse_args(arguments)
+    plan.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
     found = coalesce(convert_sync_batchnorm(build(options.model), coalesce=False))
-    try:
-        prediction = found.predict(options.ranks, options.latency, options.bandwidth)
-        if options.json is not None:
-            options.json.write_text(found.to_json() + "\n")
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    prediction = found.predict(options.ranks, options.latency, options.bandwidth)
+    if options.json is not None:
+        options.json.write_text(found.to_json() + "\n")
     for line in table(found):
         print(line)
     print(
@@ -41,38 +56,125 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         f"{1000 * prediction.original:.2f} ms, a round a layer {1000 * prediction.per_layer:.2f} ms, "
         f"this plan {1000 * prediction.planned:.2f} ms"
     )
+    print(f"backward rounds that hide behind weight gradients: {found.rounds_hidden}")
     print(found.summary())
-
-
-def build(name: str) -> nn.Module:
-    """Returns the model that ``package.module:factory`` builds; ends the program if there is none."""
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        sys.exit(f"expected a model as package.module:factory (got {name}); e.g. torchvision.models:resnet50")
-    sys.path.insert(0, os.getcwd())
-    try:
-        value: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            value = getattr(value, part)
-    except (ImportError, AttributeError) as error:
-        sys.exit(f"expected a function or class at {name} (got {error}); correct the name or install its package")
-    model = value if isinstance(value, nn.Module) else value()
-    if not isinstance(model, nn.Module):
-        sys.exit(f"expected {name} to build a torch.nn.Module (got {type(model).__name__}); name another factory")
-    return model
 
 
 def table(plan: SyncPlan) -> List[str]:
     """Returns the plan as lines of text: a round each, then what was left as written."""
-    rows = [("round", "region", "level", "layers", "bytes", "members")]
+    rows = [("round", "region", "level", "layers", "bytes", "members", "hidden behind")]
     prefix = f"{plan.model}."
+
+    def names(layers: Sequence[str]) -> str:
+        text = ", ".join(name[len(prefix) :] if name.startswith(prefix) else name for name in layers)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+
     for number, planned in enumerate(plan.rounds, start=1):
-        members = ", ".join(name[len(prefix) :] if name.startswith(prefix) else name for name in planned.layers)
         cells = (number, planned.region or plan.model, planned.level or "-", len(planned.layers), planned.payload())
-        rows.append((*map(str, cells), members if len(members) <= 60 else f"{members[:57]}..."))  # type: ignore[arg-type]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join([*(cell.rjust(width) for cell, width in zip(row, widths)), row[5]]).rstrip() for row in rows]
-    return [*lines, *(f"left as written: {name} {reason}" for name, reason in plan.left)]
+        rows.append((*map(str, cells), names(planned.layers), names(planned.hidden_behind)))  # type: ignore[arg-type]
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    lines = [
+        "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths[:5])), row[5].ljust(widths[5]), row[6]])
+        for row in rows
+    ]
+    left = [f"left as written: {name} {reason}" for name, reason in plan.left]
+    whole = [f"nothing hides behind: {name} {reason}" for name, reason in plan.whole]
+    return [*map(str.rstrip, lines), *left, *whole]
+
+
+# -- bench and timeline ------------------------------------------------------------------------------------------------
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument(
+        "--input", type=_shape, default=(4, 3, 64, 64), metavar="N,C,H,W", help="of one rank (default: 4,3,64,64)"
+    )
+    parser.add_argument("--nproc", type=int, default=2, help="gloo ranks to start on this machine (default: 2)")
+    parser.add_argument(
+        "--latency", type=float, default=0.0, metavar="MS", help="milliseconds added to every round (default: 0)"
+    )
+
+
+def _shape(text: str) -> Sequence[int]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers with commas between them (got {text}); e.g. 4,3,64,64"
+        ) from None
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="step times of every scheme, side by side, on ranks of its own")
+    _add_ranks(bench)
+    bench.add_argument("--steps", type=int, default=20, help="timed steps of each variant (default: 20)")
+    bench.add_argument("--variants", nargs="+", metavar="NAME", help="some of the variants only")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    bench.add_argument("-o", "--plot", type=Path, metavar="FILE", help="also draw them there")
+    bench.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    _need("rich", *(["matplotlib"] if options.plot else []))
+    from rich.console import Console
+    from rich.table import Table
+
+    from .bench import steps
+    from .bench.measure import write
+
+    chosen = {} if options.variants is None else {"variants": tuple(options.variants)}
+    asked = steps.Options(options.model, options.input, options.nproc, options.steps, options.latency / 1000, **chosen)
+    build(options.model)  # a wrong name is said here, not by every rank
+    found = steps.measure(asked)
+    heading, *rows = steps.rows_of(found)
+    shown = Table(
+        *heading, title=steps.title_of(found), caption=f"medians (middle half) of {asked.steps} steps, interleaved"
+    )
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=120).print(shown)
+    if found["plan"] is not None:
+        print(found["plan"])
+    if options.json is not None:
+        write(options.json, found)
+    if options.plot is not None:
+        steps.draw(found, options.plot)
+
+
+def _add_timeline(commands: Any) -> None:
+    timeline = commands.add_parser("timeline", help="a picture of one step: rounds in flight, waits, gradients")
+    _add_ranks(timeline)
+    timeline.add_argument("-o", "--output", type=Path, default=Path("step.png"), help="the picture (default: step.png)")
+    timeline.add_argument("--trace", type=Path, help="the Chrome trace (default: as the picture, .json)")
+    timeline.add_argument("--variant", default="hidden", help="how statistics are exchanged (default: hidden)")
+    timeline.set_defaults(run=_timeline)
+
+
+def _timeline(options: argparse.Namespace) -> None:
+    _need("matplotlib")
+    from .bench import steps, timeline
+
+    asked = steps.Options(
+        options.model, options.input, options.nproc, latency=options.latency / 1000, variants=(options.variant,)
+    )
+    build(options.model)
+    spans = timeline.record_step(asked)
+    trace = options.output.with_suffix(".json") if options.trace is None else options.trace
+    timeline.write_trace(spans, trace)
+    timeline.draw(spans, asked, options.output)
+    print(f"the step: {options.output}; for chrome://tracing or Perfetto: {trace}")
+
+
+def _need(*packages: str) -> None:
+    import importlib.util
+
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"expected {' and '.join(packages)} to be installed (got none of {', '.join(missing)}); "
+            "pip install bagua_syncbn_algo[bench]"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""Step times of a model by every way to exchange its statistics, measured side by side on ranks of its own."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..coalesce import plan_of
+from ..host import bagua
+from ..rounds import Rounds, record_rounds
+from .factory import build
+from .measure import RANKS, interleave, run_ranks
+from .schemes import VARIANTS, build_variant, channel_of_model
+
+__all__ = ["Options", "draw", "measure", "rows_of", "training_step"]
+
+_RECORDED = 5  # steps of each variant under record_rounds, after the timed ones
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Raises:
+        ValueError: for an input or numbers that no step can be run with.
+    """
+
+    model: str  # package.module:factory
+    shape: Tuple[int, ...] = (4, 3, 64, 64)  # of one rank's input
+    ranks: int = RANKS
+    steps: int = 20  # timed, of each variant
+    latency: float = 0.0  # seconds added to every round of statistics
+    variants: Tuple[str, ...] = tuple(VARIANTS)
+
+    def __post_init__(self) -> None:
+        if len(self.shape) < 2 or min(self.shape) < 1:
+            raise ValueError(
+                f"expected an input of two dimensions or more, each at least 1 (got {','.join(map(str, self.shape))}); "
+                "give batch, channels and size, e.g. 4,3,64,64"
+            )
+        if self.ranks < 2 or self.steps < 2 or self.latency < 0:
+            raise ValueError(
+                f"expected at least 2 ranks and 2 steps and a latency of at least 0 (got {self.ranks}, {self.steps}, "
+                f"{self.latency}); statistics are exchanged between ranks"
+            )
+        unknown = [name for name in self.variants if name not in VARIANTS]
+        if unknown or not self.variants:
+            raise ValueError(
+                f"expected variants among {', '.join(VARIANTS)} (got {', '.join(unknown) or 'none'}); choose of these"
+            )
+
+
+def training_step(model: nn.Module, input: Tensor) -> Callable[[], None]:
+    """Returns a function that runs forward and backward; the loss is the mean of all floating-point outputs."""
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss_of(model(input)).backward()
+
+    return step
+
+
+def loss_of(output: Any) -> Tensor:
+    """Returns the sum of the squared outputs' means: something to differentiate, whatever a model returns.
+
+    Raises:
+        ValueError: if the output holds no floating-point tensor.
+    """
+    leaves = [leaf for leaf in pytree.tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not leaves:
+        raise ValueError(
+            f"expected the model to return floating-point tensors (got {type(output).__name__} without any); name a "
+            "factory whose model does"
+        )
+    return torch.stack([leaf.float().square().mean() for leaf in leaves]).sum()
+
+
+def measure(options: Options, model: Callable[[], nn.Module] | None = None) -> Dict[str, Any]:
+    """Runs all variants on ranks of their own, interleaved.
+
+    Args:
+        options: what to measure.
+        model: a function at module level, in place of the name in ``options``.
+
+    Returns:
+        What was asked, the plan in words, and for each variant its rounds a step, the seconds of a step (``median``,
+        ``low`` and ``high`` of the middle half) and, where this package's own channel exchanges, the seconds of its
+        rounds and of waiting for them by phase.
+
+    Raises:
+        torch.multiprocessing.ProcessException: if a rank failed.
+    """
+    found: Dict[str, Any] = run_ranks(_run_rank, options, model, ranks=options.ranks)
+    return found
+
+
+def _run_rank(rank: int, options: Options, model: Any) -> Dict[str, Any]:
+    from rich.progress import Progress
+
+    bagua.init_process_group()
+    torch.manual_seed(rank)
+    input = torch.randn(options.shape)
+    built: Dict[str, Any] = {}
+    for name in options.variants:
+        torch.manual_seed(0)
+        built[name] = build_variant(name, build(options.model) if model is None else model())
+    steps = {name: training_step(each, input) for name, each in built.items()}
+    channels = {name: channel_of_model(each) for name, each in built.items()}
+    warmup = 5
+    with Progress(transient=True, disable=rank != 0) as progress:
+        task = progress.add_task("measuring", total=len(built) * (options.steps + warmup))
+        for step in steps.values():  # the first batch checks the regrouped graph: without added latency
+            step()
+        channels = {name: channel_of_model(each) for name, each in built.items()}
+        for channel in channels.values():
+            channel.delay = options.latency
+        spreads = interleave(steps, options.steps, warmup, lambda: progress.advance(task))
+    variants = {}
+    for name, step in steps.items():
+        before = channels[name].rounds
+        with record_rounds() as record:
+            for _ in range(_RECORDED):
+                record.next_step()
+                step()
+        rounds = (channels[name].rounds - before) // _RECORDED
+        variants[name] = {"rounds": rounds, **spreads[name]._asdict(), "phases": _phases(record)}
+    plan = next((plan_of(built[name]) for name in ("hidden", "coalesced") if name in built), None)
+    words = None if plan is None else f"{plan.summary()}, hidden {plan.rounds_hidden}"
+    return {"options": asdict(options), "plan": words, "variants": variants}
+
+
+def _phases(record: Rounds) -> Dict[str, Dict[str, float]]:
+    phases: Dict[str, Dict[str, float]] = {}
+    for phase in ("forward", "backward"):
+        entries = [[e for e in step if e.phase == phase] for step in record.by_step().values()]
+        if any(entries):
+            phases[phase] = {
+                "duration": statistics.median(sum(e.duration for e in step) for step in entries),
+                "exposed": statistics.median(sum(e.exposed for e in step) for step in entries),
+            }
+    return phases
+
+
+def rows_of(found: Mapping[str, Any]) -> List[Tuple[str, ...]]:
+    """Returns a table: a heading, then a row for each variant."""
+    variants = found["variants"]
+    local, original = variants.get("local"), variants.get("original")
+    heading = ("variant", "step, ms", "x local", "overhead of original's", "rounds", "waits, ms: forward", "backward")
+    rows: List[Tuple[str, ...]] = [heading]
+    for name, each in variants.items():
+        median, low, high = (f"{1000 * each[key]:.1f}" for key in ("median", "low", "high"))
+        ratio = "" if local is None else f"{each['median'] / local['median']:.2f}"
+        overhead = overhead_of(found, name) if local is not None and original is not None else None
+        waits = [
+            f"{1000 * each['phases'][phase]['exposed']:.1f}" if phase in each["phases"] else ""
+            for phase in ("forward", "backward")
+        ]
+        share = "" if overhead is None else f"{overhead:.2f}"
+        rows.append((name, f"{median} ({low}-{high})", ratio, share, str(each["rounds"]), *waits))
+    return rows
+
+
+def overhead_of(found: Mapping[str, Any], name: str) -> float:
+    """Returns a variant's step beyond local BatchNorm's as a share of the original scheme's."""
+    local, original, this = (found["variants"][each]["median"] for each in ("local", "original", name))
+    return float((this - local) / (original - local))
+
+
+def title_of(found: Mapping[str, Any]) -> str:
+    """Returns what was measured, with what was added, in words."""
+    options = found["options"]
+    shape = "x".join(map(str, options["shape"]))
+    latency = options["latency"]
+    added = f"{1000 * latency:g} ms added to every round" if latency else "no latency added"
+    return f"{options['model']}, {shape} a rank, {options['ranks']} gloo ranks, {added}"
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Draws the step times as bars, with the rounds of a step on them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    variants = found["variants"]
+    names = list(variants)[::-1]
+    times = [1000 * variants[name]["median"] for name in names]
+    errors = [
+        [time - 1000 * variants[name]["low"] for time, name in zip(times, names)],
+        [1000 * variants[name]["high"] - time for time, name in zip(times, names)],
+    ]
+    colors = {"local": "#A6A6A6", "original": "#D55E00", "torch": "#E69F00", "per layer": "#56B4E9"}
+    looks = [{**colors, "coalesced": "#0072B2", "hidden": "#009E73"}[name] for name in names]
+    bars = axis.barh(names, times, color=looks, xerr=errors, error_kw={"elinewidth": 1, "ecolor": "#404040"})
+    labels = [f"{time:.0f} ms, {variants[name]['rounds']} rounds" for time, name in zip(times, names)]
+    axis.bar_label(bars, labels, fontsize=8, padding=8)
+    axis.set_xlim(0, 1.3 * max(times))
+    axis.set_xlabel("step time, ms (median and middle half)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title_of(found), fontsize=9, loc="left")
+    figure.savefig(path)

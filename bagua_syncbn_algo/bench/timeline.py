@@ -1,0 +1,204 @@
+"""One training step as it was: what each rank computed, which rounds were in flight, and for which it waited."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import torch
+import torch.distributed as dist
+
+from ..host import bagua
+from ..rounds import record_rounds
+from .factory import build
+from .measure import run_ranks
+from .schemes import build_variant, channel_of_model
+from .steps import Options, loss_of, title_of
+
+__all__ = ["Span", "draw", "record_step", "write_trace"]
+
+_STEPS = 7  # recorded; the one of median length is shown
+LANES = ("computation", "statistics", "gradients")
+_LOOKS = {
+    "forward": ("#56B4E9", "forward"),
+    "backward": ("#0072B2", "backward"),
+    "wait": ("#D55E00", "waiting for statistics"),
+    "hidden": ("#009E73", "in flight while the rank computes"),
+    "exposed": ("#D55E00", "in flight while the rank waits"),
+    "bucket": ("#A6A6A6", "gradient bucket"),
+}
+
+
+class Span(NamedTuple):
+    """Something that took time on one rank. Seconds from the beginning of the step."""
+
+    rank: int
+    lane: str  # one of LANES
+    kind: str  # forward, backward, wait; hidden, exposed; bucket
+    name: str
+    start: float
+    end: float
+
+
+def record_step(options: Options) -> List[Span]:
+    """Runs steps of the first of ``options.variants`` on ranks of its own, and returns the one of median length.
+
+    Raises:
+        torch.multiprocessing.ProcessException: if a rank failed.
+    """
+    spans: List[Span] = [Span(*each) for each in run_ranks(_run_rank, options, ranks=options.ranks)]
+    return spans
+
+
+def _watched_algorithm(events: List[Tuple[str, float, float]]) -> Any:
+    """Returns gradient all-reduce that notes when each bucket was on its way."""
+
+    class Watched(bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm):  # type: ignore[misc]
+        def reify(self, process_group: Any) -> Any:
+            live = super().reify(process_group)
+            usual, starts = live.init_operations, {}
+
+            def init_operations(ddp: Any, bucket: Any) -> None:
+                bucket.clear_ops()
+                bucket.append_python_op(lambda name: starts.update({name: time.perf_counter()}), group=process_group)
+                bucket.append_centralized_synchronous_op(average=True, group=process_group)
+                bucket.append_python_op(
+                    lambda name: events.append((name, starts[name], time.perf_counter())), group=process_group
+                )
+
+            del usual
+            live.init_operations = init_operations
+            return live
+
+    return Watched()
+
+
+def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
+    bagua.init_process_group()
+    torch.manual_seed(rank)
+    input = torch.randn(options.shape)
+    torch.manual_seed(0)
+    buckets: List[Tuple[str, float, float]] = []
+    model = build_variant(options.variants[0], build(options.model), _watched_algorithm(buckets))
+    steps: List[List[Span]] = []
+    for number in range(3 + _STEPS):
+        if number == 3:  # the first ones check the graph and grow the buckets
+            channel_of_model(model).delay = options.latency
+        dist.barrier()
+        buckets.clear()
+        for parameter in model.parameters():
+            parameter.grad = None
+        with record_rounds() as rounds:
+            begin = time.perf_counter()
+            loss = loss_of(model(input))
+            middle = time.perf_counter()
+            loss.backward()
+            end = time.perf_counter()
+        spans = [
+            Span(rank, "computation", "forward", "forward", begin, middle),
+            Span(rank, "computation", "backward", "backward", middle, end),
+        ]
+        for entry in rounds:
+            if entry.wait is None or entry.finish is None:
+                continue
+            name = f"{', '.join(entry.layers)} ({entry.phase}, {entry.bytes} bytes)"
+            wait = min(max(entry.wait, entry.launch), entry.finish)
+            if wait > entry.launch:
+                spans.append(Span(rank, "statistics", "hidden", name, entry.launch, wait))
+            if entry.finish > wait:
+                spans.append(Span(rank, "statistics", "exposed", name, wait, entry.finish))
+                spans.append(Span(rank, "computation", "wait", name, wait, entry.finish))
+        spans += [Span(rank, "gradients", "bucket", *bucket) for bucket in buckets]
+        if number >= 3:
+            steps.append(spans)
+    gathered: List[Any] = [None] * options.ranks
+    dist.all_gather_object(gathered, steps)
+
+    # All ranks run on one machine, whose clock they share.
+    def length(index: int) -> float:
+        ends = [span.end for each in gathered for span in each[index]]
+        return float(max(ends) - min(span.start for each in gathered for span in each[index]))
+
+    chosen = sorted(range(_STEPS), key=length)[_STEPS // 2]
+    spans = [span for each in gathered for span in each[chosen]]
+    origin = min(span.start for span in spans)
+    return [tuple(span._replace(start=span.start - origin, end=span.end - origin)) for span in spans]
+
+
+def write_trace(spans: List[Span], path: Path) -> None:
+    """Writes a Chrome trace, which ``chrome://tracing`` and Perfetto open: a process a rank, a thread a lane."""
+    events: List[Dict[str, Any]] = []
+    for rank in sorted({span.rank for span in spans}):
+        events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
+        for number, lane in enumerate(LANES):
+            events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": number, "args": {"name": lane}})
+    for span in spans:
+        events.append(
+            {
+                "ph": "X",
+                "name": span.name,
+                "cat": span.kind,
+                "pid": span.rank,
+                "tid": LANES.index(span.lane),
+                "ts": 1e6 * span.start,
+                "dur": 1e6 * (span.end - span.start),
+            }
+        )
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
+
+
+def draw(spans: List[Span], options: Options, path: Path) -> None:
+    """Draws the step, a group of lanes a rank, and below it the middle of backward enlarged."""
+    from matplotlib.figure import Figure
+
+    ranks = sorted({span.rank for span in spans})
+    figure = Figure(figsize=(13, 2.2 + 2.0 * len(ranks)), dpi=140, layout="constrained")
+    whole, part = figure.subplots(2, 1)
+    backward = next(span for span in spans if span.kind == "backward")
+    width = (backward.end - backward.start) / 5
+    middle = (backward.start + backward.end) / 2
+    _draw_lanes(whole, spans, ranks)
+    whole.axvspan(1000 * (middle - width / 2), 1000 * (middle + width / 2), color="#F0E442", alpha=0.25, zorder=0)
+    _draw_lanes(part, spans, ranks)
+    part.set_xlim(1000 * (middle - width / 2), 1000 * (middle + width / 2))
+    part.set_title("the part of backward marked above, enlarged", fontsize=9, loc="left")
+    part.set_xlabel("ms")
+    waited = sum(span.end - span.start for span in spans if span.kind == "wait" and span.rank == ranks[0])
+    hidden = sum(span.end - span.start for span in spans if span.kind == "hidden" and span.rank == ranks[0])
+    facts = f"rank {ranks[0]} waits {1000 * waited:.0f} ms; {1000 * hidden:.0f} ms of rounds pass while it computes"
+    whole.set_title(f"One step ({options.variants[0]}): {facts}", fontsize=10, loc="left")
+    shown = {span.kind for span in spans}
+    handles = [_patch(color, label) for kind, (color, label) in _LOOKS.items() if kind in shown and kind != "exposed"]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    named = {"options": {**vars(options)}}
+    figure.suptitle(title_of(named), fontsize=9, x=0.01, ha="left")
+    figure.savefig(path)
+
+
+def _patch(color: str, label: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=color, label=label)
+
+
+def _draw_lanes(axis: Any, spans: List[Span], ranks: List[int]) -> None:
+    height = len(LANES) + 0.6
+    ticks: Dict[float, str] = {}
+    for rank in ranks:
+        for number, lane in enumerate(LANES):
+            place = -(rank * height + number)
+            ticks[place] = f"rank {rank}: {lane}" if lane == LANES[0] else lane
+            for kind, (color, _) in _LOOKS.items():
+                bars = [
+                    (1000 * span.start, 1000 * (span.end - span.start))
+                    for span in spans
+                    if span.rank == rank and span.lane == lane and span.kind == kind
+                ]
+                axis.broken_barh(bars, (place - 0.4, 0.8), color=color, linewidth=0)
+    axis.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
+    axis.set_ylim(min(ticks) - 0.7, 0.7)
+    axis.set_xlim(0, 1000 * max(span.end for span in spans))
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
