@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .channel import REHEARSAL
 from .layer import SyncBatchNorm, normalize_together, uncompiled
-from .overlap import Follower, Share, defer_weights
+from .overlap import Follower, defer_weights
 from .plan import PlannedRound, SyncPlan
 from .records import Records, inside_backward
 from .schedule import Level, followers_of, levels_of, regroup, with_shared_weights
@@ -234,14 +234,9 @@ class _Round:
     def __call__(
         self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], modules: Sequence[nn.Module]
     ) -> Tuple[Any, ...]:
-        shares = [Share(follower) for follower in self._followers]
-
-        def meanwhile() -> None:
-            shares[:] = defer_weights(self._followers, modules, inputs[0].device, layers[0].sync_name)
-
-        hides = any(follower.is_worthwhile for follower in self._followers)
+        behind, shares = defer_weights(self._followers, modules, inputs[0].device)
         records = None if self._name is None else self.records
-        outputs = normalize_together(layers, inputs, self._name, records, meanwhile if hides else None)
+        outputs = normalize_together(layers, inputs, self._name, records, behind)
         if any(layer._forward_hooks for layer in layers):
             outputs = tuple(_hooked(*each) for each in zip(layers, inputs, outputs))
         return (*outputs, *shares)

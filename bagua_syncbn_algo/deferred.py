@@ -1,8 +1,8 @@
 """Gradients that backward computes later than it could: while a round of statistics is in flight.
 
-PyTorch's engine runs, of the nodes that are ready, the one that was created last in forward. A :class:`Deferral` is a
-node created *before* others, which take its token: what their backwards leave in it is computed once everything
-created between it and them has run that can. Whichever order an engine chooses, the gradients are right.
+A :class:`Deferral` is one node of the backward graph for several tensors. Other nodes, created later in forward, take
+its token; so backward runs it after them, whatever order the engine chooses among the rest. Each of the others leaves
+in it what computes the gradients of its tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["Deferral", "refuse_second_derivative"]
+__all__ = ["Behind", "Deferral", "refuse_second_derivative"]
 
 # Takes for each tensor whether a gradient is wanted; returns the gradients.
 Compute = Callable[[Sequence[bool]], Sequence[Optional[Tensor]]]
@@ -23,27 +23,39 @@ class Deferral:
     """A node of the backward graph whose gradients other nodes, created later, provide for.
 
     Args:
-        shares: tensors whose gradients come late, by the node that provides for them; one at least requires one.
+        shares: tensors whose gradients come late, by the node that provides for them; one at least requires one. They
+            are computed in this order.
         device: where the other nodes run: a token elsewhere would move this one to another thread of the engine.
         name: for errors.
     """
 
     def __init__(self, shares: Sequence[Sequence[Optional[Tensor]]], device: torch.device, name: str) -> None:
-        self.name = name
         self._computes: List[Optional[Compute]] = [None] * len(shares)
         sizes = [len(tensors) for tensors in shares]
         tensors = [tensor for share in shares for tensor in share]
         self.token: Tensor = _Deferred.apply(self._computes, sizes, device, name, *tensors)  # type: ignore[no-untyped-call]
         self._node = self.token.grad_fn
 
-    def leave(self, index: int, compute: Compute) -> None:
-        """Leaves what computes the gradients of share ``index``; the other node's backward calls it.
+    def leave(self, place: int, compute: Compute) -> None:
+        """Leaves what computes the gradients of the share at ``place``; the other node's backward calls it.
 
         It is dropped where this backward, one of ``torch.autograd.grad`` for other tensors, will not run the deferred
         node: nothing is held for it.
         """
         if _will_run(self._node):
-            self._computes[index] = compute
+            self._computes[place] = compute
+
+
+class Behind:
+    """What the backward round of statistics of some layers is to hide behind.
+
+    Args:
+        shares: tensors whose gradients backward can compute while the round is in flight.
+    """
+
+    def __init__(self, shares: Sequence[Sequence[Optional[Tensor]]]) -> None:
+        self.shares = shares
+        self.deferral: Optional[Deferral] = None  # of these shares, in order; there once the round is in the graph
 
 
 class _Deferred(Function):

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .channel import BACKWARD, FORWARD, Channel, SyncPoint
-from .deferred import Deferral, refuse_second_derivative
+from .deferred import Behind, Deferral, refuse_second_derivative
 from .moments import (
     GlobalMoments,
     LocalMoments,
@@ -49,7 +49,7 @@ def sync_batch_norm(
     channel: Channel,
     point: SyncPoint,
     records: Optional[Records] = None,
-    meanwhile: Optional[Callable[[], None]] = None,
+    behind: Optional[Behind] = None,
 ) -> Tuple[Tuple[Tensor, ...], Optional[Record]]:
     """Normalizes the inputs of independent layers, each over the elements of all ranks of ``channel``.
 
@@ -58,8 +58,7 @@ def sync_batch_norm(
         channel: the ranks to normalize over.
         point: names this round to the other ranks.
         records: the round's records, through which a forward recomputed in backward reuses the statistics.
-        meanwhile: called where backward will have a round of statistics; the :class:`~.deferred.Deferral` objects that
-            it creates compute their gradients while that round is in flight.
+        behind: what the round of backward is to hide behind; is given its deferral where there will be such a round.
 
     Returns:
         The outputs, each in its input's dtype and memory format, and the record of this forward, with the local and
@@ -98,15 +97,14 @@ def sync_batch_norm(
     communicates = torch.is_grad_enabled() and any(member.input.requires_grad for member in members)
 
     def apply() -> Tuple[Tensor, ...]:
-        if meanwhile is None or not communicates:
+        if behind is None or not communicates:
             outputs: Tuple[Tensor, ...] = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
             return outputs
-        # Created before and after: backward launches the round, computes what was deferred, and finishes.
-        finish = Deferral([tensors], members[0].input.device, point.name)
-        meanwhile()
+        # The layers' own share is the last: it waits for the round.
+        behind.deferral = Deferral([*behind.shares, tensors], members[0].input.device, point.name)
         fixed = [None if tensor is None else tensor.detach() for tensor in tensors]
         needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
-        outputs = _LaunchingBatchNorm.apply(call, finish, finish.token, needs, *fixed)  # type: ignore[no-untyped-call]
+        outputs = _LaunchingBatchNorm.apply(call, behind, behind.deferral.token, needs, *fixed)  # type: ignore[no-untyped-call]
         return outputs
 
     if recomputed:
@@ -139,19 +137,21 @@ class _SyncBatchNorm(Function):
 
 
 class _LaunchingBatchNorm(Function):
-    """A round whose backward leaves the gradients, and waiting for the statistics, to a deferral."""
+    """A round whose backward sends statistics, and leaves waiting for them and the gradients to a deferral."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, finish: Deferral, token: Tensor, needs: Sequence[bool], *tensors: Optional[Tensor]
+        ctx: Any, call: _Call, behind: Behind, token: Tensor, needs: Sequence[bool], *tensors: Optional[Tensor]
     ) -> Tuple[Tensor, ...]:
-        ctx.finish, ctx.needs = finish, needs
+        ctx.behind, ctx.needs = behind, needs
         return _normalize(ctx, call, tensors, needs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         refuse_second_derivative(ctx.call.point.name)
-        ctx.finish.leave(0, _launch(ctx, grads, ctx.needs))
+        behind: Behind = ctx.behind
+        assert behind.deferral is not None
+        behind.deferral.leave(len(behind.shares), _launch(ctx, grads, ctx.needs))
         return (None,) * (4 + len(ctx.needs))
 
 

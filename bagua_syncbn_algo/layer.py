@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, channel_of, source_group, sync_point
+from .deferred import Behind
 from .functional import Member, sync_batch_norm
 from .moments import GlobalMoments, LocalMoments, statistics_dtype
 from .records import Record, Records, inside_backward
@@ -296,7 +297,7 @@ def normalize_together(
     inputs: Sequence[Tensor],
     name: Optional[str] = None,
     records: Optional[Records] = None,
-    meanwhile: Optional[Callable[[], None]] = None,
+    behind: Optional[Behind] = None,
 ) -> Tuple[Tensor, ...]:
     """Runs training forwards that do not depend on each other, in one round of statistics.
 
@@ -305,7 +306,7 @@ def normalize_together(
         inputs: one for each.
         name: of the round; ``None`` for a layer by itself.
         records: the round's; ``None`` for the layer's own.
-        meanwhile: see :func:`~.functional.sync_batch_norm`; not called where there will be no round in backward.
+        behind: what the round of backward is to hide behind, see :func:`~.functional.sync_batch_norm`.
 
     Returns:
         The outputs. Layers that cannot share a message, on different devices say, have run one after the other.
@@ -339,7 +340,7 @@ def normalize_together(
         Member(input, layer.weight, layer.bias, layer.eps, layer.sync_name) for layer, input in zip(layers, inputs)
     ]
     kept = first._records if records is None else records
-    outputs, record = sync_batch_norm(members, channel, point, kept, meanwhile)
+    outputs, record = sync_batch_norm(members, channel, point, kept, behind)
     if record is not None:
         _leave_running_statistics(layers, record)
     return outputs

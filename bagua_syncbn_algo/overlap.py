@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .deferred import Deferral, refuse_second_derivative
+from .deferred import Behind, Deferral, refuse_second_derivative
 
 __all__ = ["Follower", "Share", "apply_split", "defer_weights", "is_weighted", "why_whole"]
 
@@ -79,36 +79,40 @@ class Share(NamedTuple):
     """What one forward of a follower needs in order to be split."""
 
     follower: Follower
-    place: int = 0  # of its tensors in the deferral
-    deferral: Optional[Deferral] = None  # None: the layer is to run as it is
+    place: int = 0  # of its tensors in what the round hides behind
+    behind: Optional[Behind] = None  # None: the layer is to run as it is
 
 
 def defer_weights(
-    followers: Sequence[Follower], modules: Sequence[Any], device: torch.device, name: str
-) -> List[Share]:
-    """Defers the gradients of the followers' weights and biases, from where this is called in forward.
+    followers: Sequence[Follower], modules: Sequence[Any], device: torch.device
+) -> Tuple[Optional[Behind], List[Share]]:
+    """Chooses which followers of a round to split now.
 
     Args:
         followers: of one round.
         modules: the layers that stand there now.
         device: of their inputs.
-        name: of the round, for errors.
 
     Returns:
-        For each follower what :func:`apply_split` takes.
+        What the round takes, ``None`` if there is nothing to hide behind; and for each follower what
+        :func:`apply_split` takes.
     """
-    places: List[int] = []
     tensors: List[Tuple[Optional[Tensor], ...]] = []
+    behind = Behind(tensors)
+    shares: List[Share] = []
     # The last first, as backward comes to them: gradients of a weight that is there twice are added up in that order.
     for follower, module in zip(reversed(followers), reversed(modules)):
-        weight = module.weight
-        if follower.is_worthwhile and weight.requires_grad and weight.device == device and not why_whole(module):
-            places.append(len(tensors))
-            tensors.append((weight, module.bias))
+        if follower.is_worthwhile and _can_split(module, device):
+            shares.append(Share(follower, len(tensors), behind))
+            tensors.append((module.weight, module.bias))
         else:
-            places.append(-1)
-    deferral = Deferral(tensors, device, name) if tensors else None
-    return [Share(each, place, None if place < 0 else deferral) for each, place in zip(followers, reversed(places))]
+            shares.append(Share(follower))
+    return behind if tensors else None, shares[::-1]
+
+
+def _can_split(module: Any, device: torch.device) -> bool:
+    weight: Tensor = module.weight
+    return weight.requires_grad and weight.device == device and why_whole(module) is None
 
 
 def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
@@ -121,29 +125,37 @@ def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
         input: as the layer takes it.
         share: from :func:`defer_weights`.
     """
-    if share.deferral is None or not (torch.is_grad_enabled() and input.requires_grad):
+    deferral = None if share.behind is None else share.behind.deferral
+    if deferral is None or not (torch.is_grad_enabled() and input.requires_grad):
         output: Tensor = module(input)
     else:
         weight, bias = module.weight, module.bias
         if getattr(module, "padding_mode", "zeros") != "zeros":  # before any cast: autocast pads in float32
             input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         fixed = _autocast(input, weight.detach(), None if bias is None else bias.detach())
-        dtypes = weight.dtype, None if bias is None else bias.dtype
-        output = (_linear if isinstance(module, nn.Linear) else _convolve)(module, share, dtypes, *fixed)
+        late = _Late(share.follower.name, deferral, share.place, weight.dtype, None if bias is None else bias.dtype)
+        output = (_linear if isinstance(module, nn.Linear) else _convolve)(module, late, *fixed)
     share.follower.note(module, input, output)
     return output
 
 
-def _linear(module: Any, share: Share, dtypes: Any, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    assert share.deferral is not None
+class _Late(NamedTuple):
+    """Where a split layer's backward leaves the weight's and the bias's gradients."""
+
+    name: str
+    deferral: Deferral
+    place: int
+    weight_dtype: torch.dtype
+    bias_dtype: Optional[torch.dtype]
+
+
+def _linear(module: Any, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     rows = input.reshape(-1, input.shape[-1])
-    arguments = rows, weight, bias, share.deferral.token, share, dtypes
-    output: Tensor = _SplitLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    output: Tensor = _SplitLinear.apply(rows, weight, bias, late.deferral.token, late)  # type: ignore[no-untyped-call]
     return output.view(*input.shape[:-1], output.shape[-1])
 
 
-def _convolve(module: Any, share: Share, dtypes: Any, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    assert share.deferral is not None
+def _convolve(module: Any, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     geometry = (
         module.stride,
         _padding(module) if module.padding_mode == "zeros" else (0,) * len(module.stride),
@@ -153,7 +165,7 @@ def _convolve(module: Any, share: Share, dtypes: Any, input: Tensor, weight: Ten
         module.groups,
     )
     batched = input if input.dim() == weight.dim() else input.unsqueeze(0)
-    arguments = batched, weight, bias, share.deferral.token, share, dtypes, geometry
+    arguments = batched, weight, bias, late.deferral.token, late, geometry
     output: Tensor = _SplitConvolution.apply(*arguments)  # type: ignore[no-untyped-call]
     return output if batched is input else output.squeeze(0)
 
@@ -193,8 +205,13 @@ def _autocast_dtype(device: str) -> Optional[torch.dtype]:
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
 
 
-def _cast(gradients: Sequence[Optional[Tensor]], dtypes: Sequence[Optional[torch.dtype]]) -> List[Optional[Tensor]]:
-    return [g if g is None or dtype is None or g.dtype == dtype else g.to(dtype) for g, dtype in zip(gradients, dtypes)]
+def _cast(weight: Optional[Tensor], bias: Optional[Tensor], late: _Late) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """Casts gradients back, where autocast had cast the weight and the bias."""
+    if weight is not None and weight.dtype != late.weight_dtype:
+        weight = weight.to(late.weight_dtype)
+    if bias is not None and bias.dtype != late.bias_dtype:
+        bias = bias.to(late.bias_dtype)
+    return weight, bias
 
 
 class _SplitConvolution(Function):
@@ -205,31 +222,29 @@ class _SplitConvolution(Function):
         weight: Tensor,
         bias: Optional[Tensor],
         token: Tensor,
-        share: Share,
-        dtypes: Sequence[Optional[torch.dtype]],
+        late: _Late,
         geometry: Sequence[Any],
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.share, ctx.geometry, ctx.dtypes = share, geometry, dtypes
+        ctx.late, ctx.geometry = late, geometry
         ctx.bias_sizes = None if bias is None else bias.shape
         output: Tensor = torch.convolution(input, weight, bias, *geometry)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        share: Share = ctx.share
-        refuse_second_derivative(share.follower.name)
+        late: _Late = ctx.late
+        refuse_second_derivative(late.name)
         input, weight = ctx.saved_tensors
-        dtypes = ctx.dtypes
         arguments = grad, input, weight, ctx.bias_sizes, *ctx.geometry
         gradient = _CONVOLUTION_BACKWARD(*arguments, (True, False, False))[0]
 
         def weight_and_bias(needs: Sequence[bool]) -> Sequence[Optional[Tensor]]:
-            return _cast(_CONVOLUTION_BACKWARD(*arguments, (False, *needs))[1:], dtypes)
+            _, weight, bias = _CONVOLUTION_BACKWARD(*arguments, (False, *needs))
+            return _cast(weight, bias, late)
 
-        assert share.deferral is not None
-        share.deferral.leave(share.place, weight_and_bias)
-        return gradient, None, None, None, None, None, None
+        late.deferral.leave(late.place, weight_and_bias)
+        return gradient, None, None, None, None, None
 
 
 # The overload itself: finding it by its arguments takes longer than a small gradient.
@@ -238,30 +253,20 @@ _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 class _SplitLinear(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        token: Tensor,
-        share: Share,
-        dtypes: Sequence[Optional[torch.dtype]],
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Optional[Tensor], token: Tensor, late: _Late) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.share, ctx.dtypes = share, dtypes
+        ctx.late = late
         return F.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        share: Share = ctx.share
-        refuse_second_derivative(share.follower.name)
+        late: _Late = ctx.late
+        refuse_second_derivative(late.name)
         input, weight = ctx.saved_tensors
-        dtypes = ctx.dtypes
 
         def weight_and_bias(needs: Sequence[bool]) -> Sequence[Optional[Tensor]]:
             wanted, bias_wanted = needs
-            return _cast([grad.t().mm(input) if wanted else None, grad.sum(0) if bias_wanted else None], dtypes)
+            return _cast(grad.t().mm(input) if wanted else None, grad.sum(0) if bias_wanted else None, late)
 
-        assert share.deferral is not None
-        share.deferral.leave(share.place, weight_and_bias)
-        return grad.mm(weight), None, None, None, None, None
+        late.deferral.leave(late.place, weight_and_bias)
+        return grad.mm(weight), None, None, None, None

@@ -21,7 +21,7 @@ from bagua_syncbn_algo.bench.measure import interleave, run_ranks, write
 from bagua_syncbn_algo.bench.schemes import build_variant
 from bagua_syncbn_algo.channel import Channel
 
-VARIANTS = ("local", "original", "torch", "per layer", "coalesced")
+VARIANTS = ("local", "original", "torch", "per layer", "coalesced", "hidden")
 
 
 class Case(NamedTuple):
