@@ -41,6 +41,7 @@ bench: $(VENV)/.test ## all benchmarks; writes benchmarks/results/
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/running_stats.py
 	$(BIN)/python benchmarks/coalescing.py
+	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/prediction.py
 	$(BIN)/python benchmarks/memory.py
 

@@ -98,6 +98,13 @@ class Roster:
         return "\n".join([*layers, *(words for words, _ in self.rounds)]).encode()
 
 
+class _Header(NamedTuple):
+    """What each message begins with, on the host and on the device."""
+
+    words: List[int]  # sync point, phase, flags, payload length
+    bytes: Tensor
+
+
 class Channel:
     """A group of ranks that exchange statistics.
 
@@ -115,7 +122,7 @@ class Channel:
         self._anonymous = 0
         self._names: Dict[int, str] = {}
         self._rosters: Dict[Roster, int] = {}
-        self._headers: Dict[Tuple[Any, ...], Tensor] = {}
+        self._headers: Dict[Tuple[Any, ...], _Header] = {}
         self._checks: Deque[_DeferredCheck] = collections.deque()
         self._in_flight: Optional[_Flight] = None
         self.delay = 0.0  # seconds by which every round arrives later: models a network, for benchmarks
@@ -240,8 +247,7 @@ class Channel:
             One all-gather of ``capacity`` bytes a rank (one for every ``capacity − 32`` bytes of payload, should the
             payload be longer). Every rank must call.
         """
-        payload = torch.cat([part.contiguous().view(torch.uint8) for part in parts])
-        bodies = self._send(point, phase, 0, payload)
+        bodies = self._send(point, phase, 0, [part.contiguous().view(torch.uint8) for part in parts])
 
         def result() -> List[Tensor]:
             body = bodies()
@@ -263,7 +269,7 @@ class Channel:
         text = f"{type(error).__name__}: {error}".encode()[: self.capacity - _HEADER_BYTES]
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
         with contextlib.suppress(SyncBatchNormError):  # this rank's own error is the one to raise
-            self._send(point, phase, _FAULT, payload)()
+            self._send(point, phase, _FAULT, [payload])()
 
     def flush(self) -> None:
         """Waits for what is in flight, and raises what header checks have found; on CUDA these lag a few rounds."""
@@ -274,20 +280,25 @@ class Channel:
 
     # -- frames ---------------------------------------------------------------------------------------------------
 
-    def _send(self, point: SyncPoint, phase: int, flags: int, payload: Tensor) -> Callable[[], Tensor]:
-        chunks = payload.split(self.capacity - _HEADER_BYTES)
+    def _send(self, point: SyncPoint, phase: int, flags: int, parts: Sequence[Tensor]) -> Callable[[], Tensor]:
+        length, room = sum(part.numel() for part in parts), self.capacity - _HEADER_BYTES
+        if length <= room:
+            return self._depart(parts, length, point, phase, flags, length).land
         frames = [
-            self._depart(chunk, point, phase, flags | index << _FRAME_SHIFT, payload.numel())
-            for index, chunk in enumerate(chunks)
+            self._depart([chunk], chunk.numel(), point, phase, flags | index << _FRAME_SHIFT, length)
+            for index, chunk in enumerate(torch.cat(list(parts)).split(room))
         ]
-        return frames[0].land if len(frames) == 1 else lambda: torch.cat([frame.land() for frame in frames], dim=1)
+        return lambda: torch.cat([frame.land() for frame in frames], dim=1)
 
-    def _depart(self, chunk: Tensor, point: SyncPoint, phase: int, flags: int, length: int) -> _Flight:
+    def _depart(
+        self, parts: Sequence[Tensor], size: int, point: SyncPoint, phase: int, flags: int, length: int
+    ) -> _Flight:
         if self._in_flight is not None:
             self._in_flight.land(keep=True)  # its message and what was received are written to again
-        header = self._header(point, phase, flags, length, chunk.device)
-        message = self._message(point, chunk.device)
-        torch.cat([header, chunk], out=message[: _HEADER_BYTES + chunk.numel()])
+        device = parts[0].device
+        header = self._header(point, phase, flags, length, device)
+        message = self._message(point, device)
+        torch.cat([header.bytes, *parts], out=message[: _HEADER_BYTES + size])
         self.rounds += phase != _JOIN
         record = None if phase == _JOIN else active()
         entry = None
@@ -297,19 +308,20 @@ class Channel:
         flight.depart(message)
         return flight
 
-    def _header(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> Tensor:
+    def _header(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> _Header:
         # Kept per device: building one from Python numbers on CUDA is a copy from pageable memory, i.e. a wait.
         key = (point.key, phase, flags, length, device)
         header = self._headers.get(key)
         if header is None:
             with torch.inference_mode(False):  # it outlives the block that may be running
-                header = torch.tensor([point.key, phase, flags, length]).view(torch.uint8).to(device)
+                words = [point.key, phase, flags, length]
+                header = _Header(words, torch.tensor(words).view(torch.uint8).to(device))
             if not flags & _FAULT:
                 self._headers[key] = header
         return header
 
-    def _check(self, gathered: Tensor, header: Tensor, point: SyncPoint, phase: int) -> None:
-        check = _DeferredCheck(gathered, header, point, phase)
+    def _check(self, gathered: Tensor, header: _Header, point: SyncPoint, phase: int) -> None:
+        check = _DeferredCheck(gathered, header.words, point, phase)
         if not gathered.is_cuda:
             check.finish(self)
             return
@@ -500,7 +512,7 @@ class _Enqueued:
 class _Flight:
     """One frame on its way to all ranks."""
 
-    def __init__(self, channel: Channel, header: Tensor, point: SyncPoint, phase: int, entry: Optional[Round]) -> None:
+    def __init__(self, channel: Channel, header: _Header, point: SyncPoint, phase: int, entry: Optional[Round]) -> None:
         self._channel, self._header, self._point, self._phase, self._entry = channel, header, point, phase, entry
         self._gathered: Optional[Tensor] = None
         self._work: Any = None
@@ -568,14 +580,13 @@ class _Flight:
 class _DeferredCheck:
     """Compares all ranks' headers with this rank's, at once on the CPU, once they have arrived on CUDA."""
 
-    def __init__(self, gathered: Tensor, header: Tensor, point: SyncPoint, phase: int) -> None:
-        self._point, self._phase, self._event = point, phase, None
+    def __init__(self, gathered: Tensor, mine: List[int], point: SyncPoint, phase: int) -> None:
+        self._mine, self._point, self._phase, self._event = mine, point, phase, None
         if gathered.is_cuda:
             gathered = gathered.to("cpu", non_blocking=True)
-            header = header.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
-        self._gathered, self._header = gathered, header
+        self._gathered = gathered
 
     def ready(self) -> bool:
         return self._event is None or self._event.query()
@@ -583,7 +594,7 @@ class _DeferredCheck:
     def finish(self, channel: Channel) -> None:
         if self._event is not None:
             self._event.synchronize()
-        mine: List[int] = self._header.view(torch.int64).tolist()
+        mine = self._mine
         rows: List[List[int]] = self._gathered[:, :_HEADER_BYTES].view(torch.int64).tolist()
         if all(row == mine for row in rows) and not mine[2] & _FAULT:
             return

@@ -1,6 +1,6 @@
 """Step time with one round a level, against the original's scheme, torch's scheme and one round a layer.
 
-Two gloo ranks, one thread each; forward, backward and gradient all-reduce of five copies of a model that differ in how
+Two gloo ranks, one thread each; forward, backward and gradient all-reduce of six copies of a model that differ in how
 they exchange their statistics, interleaved in one run. All use the same kernels.
 """
 
@@ -19,6 +19,7 @@ from torch import nn
 from bagua_syncbn_algo import bagua, plan_of, record_rounds
 from bagua_syncbn_algo.bench.measure import interleave, run_ranks, write
 from bagua_syncbn_algo.bench.schemes import build_variant
+from bagua_syncbn_algo.bench.steps import overhead_of
 from bagua_syncbn_algo.channel import Channel
 
 VARIANTS = ("local", "original", "torch", "per layer", "coalesced", "hidden")
@@ -34,9 +35,9 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("ResNet", {"width": 64}, (4, 3, 64, 64), 25),
-    Case("Inception", {"width": 32}, (4, 3, 64, 64), 25),
-    Case("HighResolution", {"width": 18}, (2, 3, 64, 64), 20),
+    Case("ResNet", {"width": 64}, (4, 3, 64, 64), 20),
+    Case("Inception", {"width": 32}, (4, 3, 64, 64), 20),
+    Case("HighResolution", {"width": 18}, (2, 3, 64, 64), 16),
 )
 
 
@@ -91,7 +92,7 @@ def draw(rows: List[Dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(rows))
-    colors = ("#A6A6A6", "#D55E00", "#E69F00", "#56B4E9", "#0072B2")
+    colors = ("#A6A6A6", "#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73")
     for row, axis in zip(rows, axes):
         times = [1000 * row["spreads"][name]["median"] for name in VARIANTS]
         low = [1000 * row["spreads"][name]["low"] for name in VARIANTS]
@@ -99,8 +100,7 @@ def draw(rows: List[Dict[str, Any]], path: Path) -> None:
         errors = [[t - a for t, a in zip(times, low)], [b - t for t, b in zip(times, high)]]
         bars = axis.bar(VARIANTS, times, color=colors, yerr=errors, error_kw={"elinewidth": 1, "ecolor": "#404040"})
         axis.bar_label(bars, [str(row["rounds"][name]) for name in VARIANTS], fontsize=8, padding=4)
-        ratio = times[-1] / times[1]
-        axis.set_title(f"{row['case']['model']}: {ratio:.2f} x the original's", fontsize=10)
+        axis.set_title(f"{row['case']['model']}: {times[-1] / times[1]:.2f} x the original's", fontsize=10)
         axis.tick_params(axis="x", rotation=35, labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("step time, ms (median, middle half)")
@@ -116,7 +116,12 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     table = Table(
-        "model", *(f"{name}, ms" for name in VARIANTS), "vs original", "vs torch", title="rounds a step in ()"
+        "model",
+        *(f"{name}, ms" for name in VARIANTS),
+        "vs original",
+        "vs torch",
+        "overhead",
+        title="rounds a step in ()",
     )
     for case in CASES:
         if case.model not in options.models:
@@ -126,7 +131,8 @@ def main() -> None:
         medians = {name: row["spreads"][name]["median"] for name in VARIANTS}
         cells = [f"{1000 * medians[name]:.0f} ({row['rounds'][name]})" for name in VARIANTS]
         ratios = [f"{medians['coalesced'] / medians[name]:.2f}" for name in ("original", "torch")]
-        table.add_row(case.model, *cells, *ratios)
+        row["overhead"] = overhead_of({"variants": row["spreads"]}, "hidden")
+        table.add_row(case.model, *cells, *ratios, f"{row['overhead']:.2f}")
     Console(width=140).print(table)
     write(Path(__file__).parent / "results" / "coalescing.json", rows)
     if len(rows) == len(CASES):

@@ -3,7 +3,8 @@
 Two gloo ranks, one thread each; steps of two copies of a model, interleaved: one round a level, and the same with
 backward rounds hidden. Latency is added to every round as a delay on completion. ``could`` is the sum over rounds of
 the lesser of the round (as the plain version has it) and the weight gradients that hide it, both measured in steps
-after the timed ones.
+after the timed ones. ``busy`` is the share of a core that a rank's process uses in the plain version: gradients travel
+by the same cores, and what they take no hiding can give back.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bagua_syncbn_algo import bagua, plan_of, record_rounds
+from bagua_syncbn_algo import bagua, record_rounds
 from bagua_syncbn_algo import overlap as overlap_module
-from bagua_syncbn_algo.bench.measure import interleave, run_ranks, write
+from bagua_syncbn_algo.bench.measure import Spread, run_ranks, take_times, write
 from bagua_syncbn_algo.bench.schemes import build_variant, channel_of_model
 from bagua_syncbn_algo.bench.steps import training_step
 
@@ -30,63 +31,60 @@ RECORDED = 9
 
 
 class Case(NamedTuple):
-    """A model, its input, and the milliseconds added to a round."""
+    """A width of the residual network, the size of its images, and the milliseconds added to a round."""
 
-    model: str
     width: int
-    shape: Tuple[int, int, int, int]
+    size: int
     latencies: Tuple[float, ...]
     steps: int
 
 
-CASES = (
-    Case("ResNet", 32, (4, 3, 64, 64), (0, 1, 3), 40),
-    Case("ResNet", 64, (4, 3, 64, 64), (0, 1, 3), 30),
-    Case("ResNet", 128, (4, 3, 64, 64), (0,), 12),
-)
+CASES = (Case(32, 64, (0, 1, 3), 24), Case(64, 64, (0, 1, 3), 20), Case(64, 128, (0, 1), 9))
+BATCH = 4
+# Processes are started anew: how memory happens to lie in one of them favours one variant or the other.
+LAUNCHES = 3
 
 
-def run_rank(rank: int, case: Case) -> List[Dict[str, Any]]:
-    """Measures one case."""
+def run_rank(rank: int, cases: Tuple[Case, ...]) -> List[Dict[str, Any]]:
+    """Measures all cases once."""
     bagua.init_process_group()
-    torch.manual_seed(rank)
-    images = torch.randn(case.shape)
-    built: Dict[str, Any] = {}
-    for name in VARIANTS:
-        torch.manual_seed(0)
-        built[name] = build_variant(name, getattr(models, case.model)(case.width))
-    steps = {name: training_step(model, images) for name, model in built.items()}
-    for step in steps.values():
-        step()
     rows = []
-    for latency in case.latencies:
+    for case in cases:
+        torch.manual_seed(rank)
+        images = torch.randn(BATCH, 3, case.size, case.size)
+        built: Dict[str, Any] = {}
         for name in VARIANTS:
-            channel_of_model(built[name]).delay = latency / 1000
-        spreads = interleave(steps, case.steps, warmup=3)
-        plain, hidden = recorded(steps["coalesced"]), recorded(steps["hidden"])
-        could = sum(min(round_, gradient) for round_, gradient in zip(plain["rounds"], hidden["gradients"]))
-        rows.append(
-            {
-                "model": case.model,
-                "width": case.width,
-                "latency_ms": latency,
-                "variants": {name: spread._asdict() for name, spread in spreads.items()},
-                "could": could,
-                "exposed": {"coalesced": plain["exposed"], "hidden": hidden["exposed"]},
-                "rounds": sum(plain["rounds"]),
-                "gradients": sum(hidden["gradients"]),
-                "shortest_gradient_longer_than_a_round": min(
-                    gradient - round_ for round_, gradient in zip(plain["rounds"], hidden["gradients"])
-                )
-                > 0,
-                "plan": plan_of(built["hidden"]).summary(),
-            }
-        )
+            torch.manual_seed(0)
+            built[name] = build_variant(name, models.ResNet(case.width))
+        steps = {name: training_step(model, images) for name, model in built.items()}
+        for step in steps.values():
+            step()
+        for latency in case.latencies:
+            for name in VARIANTS:
+                channel_of_model(built[name]).delay = latency / 1000
+            times = take_times(steps, case.steps, warmup=3)
+            plain, hidden = recorded(steps["coalesced"]), recorded(steps["hidden"])
+            pairs = list(zip(plain["rounds"], hidden["gradients"]))
+            rows.append(
+                {
+                    "width": case.width,
+                    "size": case.size,
+                    "latency_ms": latency,
+                    "times": times,
+                    "could": sum(min(pair) for pair in pairs),
+                    "gradients_longer_than_rounds": sum(gradient > round_ for round_, gradient in pairs) / len(pairs),
+                    "exposed": {"coalesced": plain["exposed"], "hidden": hidden["exposed"]},
+                    "busy": plain["busy"],
+                }
+            )
     return rows
 
 
 def recorded(step: Any) -> Dict[str, Any]:
-    """Returns, of some steps, the medians of each backward round, of what it hid behind, and of all exposed time."""
+    """Returns, of some steps, the medians of each backward round and of what it hid behind; and the exposed time.
+
+    That is the sum of the rounds' medians too: a rank that the machine holds up in one step makes the other one wait.
+    """
     gradients: List[Tuple[float, float]] = []
     usual = overlap_module._CONVOLUTION_BACKWARD
 
@@ -97,16 +95,18 @@ def recorded(step: Any) -> Dict[str, Any]:
             gradients.append((start, time.perf_counter() - start))
         return result
 
-    durations, exposed, behind = [], [], []
+    durations, exposed, behind, busy = [], [], [], []
     overlap_module._CONVOLUTION_BACKWARD = timed
     try:
         for _ in range(RECORDED):
             gradients.clear()
+            wall, processor = time.perf_counter(), time.process_time()
             with record_rounds() as record:
                 step()
+            busy.append((time.process_time() - processor) / (time.perf_counter() - wall))
             entries = [entry for entry in record if entry.phase == "backward"]
             durations.append([entry.duration for entry in entries])
-            exposed.append(sum(entry.exposed for entry in entries))
+            exposed.append([entry.exposed for entry in entries])
             ends = [*(entry.launch for entry in entries[1:]), float("inf")]
             behind.append([sum(t for at, t in gradients if e.launch < at < end) for e, end in zip(entries, ends)])
     finally:
@@ -114,39 +114,56 @@ def recorded(step: Any) -> Dict[str, Any]:
     return {
         "rounds": [statistics.median(each) for each in zip(*durations)],
         "gradients": [statistics.median(each) for each in zip(*behind)],
-        "exposed": statistics.median(exposed),
+        "busy": statistics.median(busy),
+        "exposed": sum(statistics.median(each) for each in zip(*exposed)),
+    }
+
+
+def pooled(launches: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """Returns one row of the same case's rows in several launches."""
+    first = launches[0]
+    spreads = {name: Spread.of([t for row in launches for t in row["times"][name]]) for name in VARIANTS}
+    saved = spreads["coalesced"].median - spreads["hidden"].median
+    could = statistics.median(row["could"] for row in launches)
+    exposed = {name: statistics.median(row["exposed"][name] for row in launches) for name in VARIANTS}
+    return {
+        **{key: first[key] for key in ("width", "size", "latency_ms")},
+        "variants": {name: spread._asdict() for name, spread in spreads.items()},
+        "saved": saved,
+        "could": could,
+        "share": saved / could,
+        "gradients_longer_than_rounds": statistics.median(row["gradients_longer_than_rounds"] for row in launches),
+        "busy": statistics.median(row["busy"] for row in launches),
+        "exposed": exposed,
+        "exposed_ratio": exposed["hidden"] / exposed["coalesced"],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=sorted({case.model for case in CASES}))
-    parser.add_argument("--widths", type=int, nargs="+", default=sorted({case.width for case in CASES}))
+    parser.add_argument("--launches", type=int, default=LAUNCHES)
     options = parser.parse_args()
-    heading = ["model", "added, ms", *(f"{name}, ms" for name in VARIANTS), "hidden / coalesced"]
-    table = Table(*heading, "saved, ms", "could, ms", "saved / could", "exposed backward")
-    rows: List[Dict[str, Any]] = []
-    for case in CASES:
-        if case.model in options.models and case.width in options.widths:
-            rows += run_ranks(run_rank, case)
+    launches = [run_ranks(run_rank, CASES) for _ in range(options.launches)]
+    rows = [pooled(list(each)) for each in zip(*launches)]
+    heading = ["width", "images", "added, ms", *(f"{name}, ms" for name in VARIANTS), "hidden / coalesced"]
+    table = Table(*heading, "saved, ms", "could, ms", "saved / could", "exposed backward", "gradients > rounds", "busy")
     for row in rows:
         medians = {name: 1000 * row["variants"][name]["median"] for name in VARIANTS}
-        saved, could = medians["coalesced"] - medians["hidden"], 1000 * row["could"]
-        exposed = row["exposed"]["hidden"] / row["exposed"]["coalesced"]
-        row["exposed_ratio"] = exposed
         table.add_row(
-            f"{row['model']} {row['width']}",
+            f"{row['width']}",
+            f"{row['size']}²",
             f"{row['latency_ms']:g}",
             *(f"{medians[name]:.0f}" for name in VARIANTS),
             f"{medians['hidden'] / medians['coalesced']:.2f}",
-            f"{saved:.1f}",
-            f"{could:.1f}",
-            f"{saved / could:.2f}",
-            f"{exposed:.2f}",
+            f"{1000 * row['saved']:.1f}",
+            f"{1000 * row['could']:.1f}",
+            f"{row['share']:.2f}",
+            f"{row['exposed_ratio']:.2f}",
+            f"{row['gradients_longer_than_rounds']:.0%}",
+            f"{row['busy']:.0%}",
         )
     Console(width=150).print(table)
-    if len(rows) == sum(len(case.latencies) for case in CASES):
-        write(Path(__file__).parent / "results" / "overlap.json", rows)
+    write(Path(__file__).parent / "results" / "overlap.json", rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import run_processes, run_threads
 from torch import Tensor
 
-from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError
+from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, record_rounds
 from bagua_syncbn_algo.channel import (
     BACKWARD,
     FORWARD,
@@ -57,6 +57,57 @@ def test_exchange_returns_every_rank_in_order(dtype: torch.dtype, features: int)
         assert torch.equal(values, torch.stack([torch.arange(features, dtype=dtype) + 1000 * r for r in range(3)]))
         payload = 8 + features * torch.empty(0, dtype=dtype).element_size()
         assert rounds == -(-payload // (capacity - 32))
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("features", [4, 40])
+def test_a_round_in_flight_keeps_its_result(features: int) -> None:
+    """Catches a second round that sends or receives in the memory of the first, which is waited for later."""
+
+    def body(rank: int, group: Any) -> Any:
+        channel = channel_for(group)
+        first = channel.launch(A, BACKWARD, [torch.full((features,), 1.0 + rank)])
+        second = channel.launch(B, BACKWARD, [torch.full((features,), 10.0 + rank)])
+        third = channel.launch(A, FORWARD, [torch.full((features,), 100.0 + rank)])
+        return [wait()[0][:, 0].tolist() for wait in (third, first, second, first)]
+
+    for found in run_threads(2, body):
+        assert found == [[100.0, 101.0], [1.0, 2.0], [10.0, 11.0], [1.0, 2.0]]
+
+
+@pytest.mark.multirank
+def test_ranks_that_differ_hear_of_it_when_they_wait() -> None:
+    """Catches a mismatch that is forgotten because the next round has waited for its round."""
+
+    def body(rank: int, group: Any) -> None:
+        channel = channel_for(group)
+        wait = channel.launch((A, B)[rank], BACKWARD, [torch.zeros(4)])
+        for call in (lambda: channel.launch(A, FORWARD, [torch.zeros(4)]), wait, wait):
+            with pytest.raises(SyncBatchNormError, match="expected every rank to be at the same layer"):
+                call()
+        channel.exchange(A, FORWARD, [torch.zeros(4)])
+
+    run_threads(2, body)
+
+
+@pytest.mark.multirank
+def test_an_added_latency_is_part_of_the_round() -> None:
+    """Catches a delay that the record does not show, or a round that is there before it has passed."""
+
+    def body(rank: int, group: Any) -> float:
+        channel = channel_for(group)
+        channel.delay = 0.05
+        start = time.perf_counter()
+        if rank == 0:  # one record a process; it sees the other thread's rounds too
+            with record_rounds() as rounds:
+                channel.exchange(A, FORWARD, [torch.zeros(4)])
+            assert all(entry.finish is None or entry.duration >= 0.05 for entry in rounds)
+            assert any(entry.finish is not None for entry in rounds)
+        else:
+            channel.exchange(A, FORWARD, [torch.zeros(4)])
+        return time.perf_counter() - start
+
+    assert all(seconds >= 0.05 for seconds in run_threads(2, body))
 
 
 @pytest.mark.multirank

@@ -47,6 +47,12 @@ ORDER = [
     "host",
     "algorithm",
     "",
+    "bench",
+    "bench.factory",
+    "bench.measure",
+    "bench.schemes",
+    "bench.steps",
+    "bench.timeline",
     "__main__",
 ]
 

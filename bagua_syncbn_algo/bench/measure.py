@@ -12,13 +12,13 @@ import socket
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-__all__ = ["RANKS", "Spread", "interleave", "machine", "run_ranks", "write"]
+__all__ = ["RANKS", "Spread", "interleave", "machine", "run_ranks", "take_times", "write"]
 
 RANKS = 2
 
@@ -29,6 +29,12 @@ class Spread(NamedTuple):
     median: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        """Returns the spread of at least two times."""
+        low, median, high = statistics.quantiles(seconds, n=4)
+        return cls(median, low, high)
 
 
 def interleave(
@@ -48,6 +54,16 @@ def interleave(
     Returns:
         Seconds a call, by name.
     """
+    return {name: Spread.of(values) for name, values in take_times(variants, repeats, warmup, progress).items()}
+
+
+def take_times(
+    variants: Dict[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 10,
+    progress: Optional[Callable[[], None]] = None,
+) -> Dict[str, List[float]]:
+    """As :func:`interleave`, but returns the seconds of every counted call: to be put together with other runs'."""
     times: Dict[str, List[float]] = {name: [] for name in variants}
     for number in range(warmup + repeats):
         for name, call in variants.items():
@@ -57,11 +73,7 @@ def interleave(
                 times[name].append(time.perf_counter() - start)
             if progress is not None:
                 progress()
-    spreads = {}
-    for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        spreads[name] = Spread(median, low, high)
-    return spreads
+    return times
 
 
 def run_ranks(body: Callable[..., Any], *arguments: Any, ranks: int = RANKS) -> Any:

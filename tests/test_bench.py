@@ -1,0 +1,145 @@
+"""The command line's measurements: on real ranks, with real files; no test looks at how long anything took."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bagua_syncbn_algo.__main__ import main
+from bagua_syncbn_algo.bench import steps, timeline
+from bagua_syncbn_algo.bench.measure import Spread, run_ranks
+from bagua_syncbn_algo.bench.schemes import VARIANTS
+
+
+class Convolutions(nn.Sequential):
+    """Two levels; the second convolution is large enough to hide a round behind it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)),
+        )
+
+
+MODEL = "test_bench:Convolutions"
+INPUT = "4,3,16,16"
+
+
+@pytest.mark.multirank
+def test_bench_measures_every_variant(tmp_path: Path, capsys: Any) -> None:
+    """Catches a variant that is not what its name says, by its rounds; and a table, file or picture without it."""
+    files = ["--json", str(tmp_path / "found.json"), "-o", str(tmp_path / "found.png")]
+    main(["bench", MODEL, "--input", INPUT, "--steps", "2", "--latency", "0.5", *files])
+    printed = capsys.readouterr().out
+    assert "0.5 ms added to every round" in printed and "2 gloo ranks" in printed
+    assert "layers 2, rounds forward 2, backward 2, hidden 1" in printed
+    found = json.loads((tmp_path / "found.json").read_text())["rows"]
+    rounds = {name: each["rounds"] for name, each in found["variants"].items()}
+    assert rounds == {"local": 0, "original": 10, "torch": 4, "per layer": 4, "coalesced": 4, "hidden": 4}
+    assert list(rounds) == list(VARIANTS)
+    for name, each in found["variants"].items():
+        assert name in printed and each["low"] <= each["median"] <= each["high"]
+        # A delay on completion is part of every round: two of half a millisecond a phase, at least.
+        assert all(phase["duration"] >= 2 * 0.0005 for phase in each["phases"].values())
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+    assert steps.overhead_of(found, "original") == 1 and steps.overhead_of(found, "local") == 0
+
+
+@pytest.mark.multirank
+def test_timeline_shows_hidden_rounds_and_waits(tmp_path: Path, capsys: Any) -> None:
+    """Catches lanes of one rank only, rounds that are missing, and times of other steps."""
+    picture = tmp_path / "step.png"
+    main(["timeline", MODEL, "--input", INPUT, "--latency", "3", "-o", str(picture)])
+    assert str(picture.with_suffix(".json")) in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    events = json.loads(picture.with_suffix(".json").read_text())["traceEvents"]
+    names = {(e["pid"], e["args"]["name"]) for e in events if e["ph"] == "M"}
+    assert names == {(rank, name) for rank in range(2) for name in (f"rank {rank}", *timeline.LANES)}
+    spans = [e for e in events if e["ph"] == "X"]
+    for rank in range(2):
+        mine = [e for e in spans if e["pid"] == rank]
+        assert {e["cat"] for e in mine} == {"forward", "backward", "wait", "hidden", "exposed", "bucket"}
+        rounds = {e["name"] for e in mine if e["tid"] == timeline.LANES.index("statistics")}
+        expected = {f"Convolutions.{layer} ({phase}" for layer in (1, 4) for phase in ("forward", "backward")}
+        assert {name.rsplit(",", 1)[0] for name in rounds} == expected
+        backward = next(e for e in mine if e["cat"] == "backward")
+        # What the second convolution's weight gradient hides is a part of its round; both are in backward.
+        hidden = next(e for e in mine if e["cat"] == "hidden" and e["name"].startswith("Convolutions.1 (backward"))
+        assert backward["ts"] <= hidden["ts"] and hidden["dur"] > 0
+        assert min(e["ts"] for e in mine) >= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", MODEL, "--variants", "local", "fast"], "expected variants among local, original, torch"),
+        (["bench", MODEL, "--nproc", "1"], "expected at least 2 ranks"),
+        (["bench", MODEL, "--input", "4,0,16,16"], "expected an input of two dimensions or more"),
+        (["timeline", MODEL, "--latency", "-1"], "a latency of at least 0"),
+        (["timeline", "test_bench:Nothing"], "expected a function or class at test_bench:Nothing"),
+        (["timeline", MODEL, "--variant", "quick"], r"(got quick)"),
+    ],
+)
+def test_mistakes_are_said_before_ranks_start(arguments: Any, message: str) -> None:
+    """Catches a traceback of two ranks where a word was wrong."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert message in str(caught.value)
+
+
+def test_an_input_that_is_no_shape(capsys: Any) -> None:
+    """Catches int()'s own words."""
+    with pytest.raises(SystemExit):
+        main(["bench", MODEL, "--input", "large"])
+    assert "expected numbers with commas between them (got large)" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an ImportError after minutes of measuring."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install bagua_syncbn_algo\[bench\]"):
+        main(["timeline", MODEL])
+
+
+def test_whatever_a_model_returns_is_differentiated() -> None:
+    """Catches an output that only some models have."""
+    one, two = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    loss = steps.loss_of({"a": [one * 2, torch.arange(3)], "b": two * 3})
+    assert float(loss) == pytest.approx(4 + 9)
+    with pytest.raises(ValueError, match=r"expected the model to return floating-point tensors \(got list"):
+        steps.loss_of([torch.arange(3)])
+
+
+def _large(rank: int) -> Tensor:
+    torch.distributed.init_process_group("gloo")
+    return torch.full((100_000,), float(rank)).tolist()  # type: ignore[no-any-return]
+
+
+def _fails(rank: int) -> None:
+    torch.distributed.init_process_group("gloo")
+    if rank == 1:
+        raise RuntimeError("this rank has a fault")
+    torch.distributed.barrier()
+
+
+@pytest.mark.multirank
+def test_ranks_return_what_they_measured() -> None:
+    """Catches a result larger than a pipe holds, for which a rank and its parent wait for each other."""
+    assert run_ranks(_large) == [0.0] * 100_000
+
+
+@pytest.mark.multirank
+def test_a_rank_that_fails_ends_all() -> None:
+    """Catches a launcher that waits for a rank that waits for a dead one."""
+    with pytest.raises(Exception, match="this rank has a fault"):
+        run_ranks(_fails)
+
+
+def test_spreads_by_hand() -> None:
+    """Catches quartiles in another order."""
+    assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 1.5, 4.5)
