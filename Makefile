@@ -37,13 +37,14 @@ lint: $(VENV)/.test ## formatting, lint rules, types
 # The allocator keeps what it has: else page faults, more of them for whichever variant it pleases, decide the ratios.
 bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 bench: export MALLOC_TRIM_THRESHOLD_ = 1073741824
-bench: $(VENV)/.test ## all benchmarks; writes benchmarks/results/
+bench: $(VENV)/.test ## all benchmarks; writes benchmarks/results/ and docs/measured.md
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/running_stats.py
 	$(BIN)/python benchmarks/coalescing.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/prediction.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/tables.py
 
 # Upstream Bagua's Python layer as published, without its native core: tests/conformance/bagua_core.py stands for that.
 CONFORMANCE ?= .venv-conformance
