@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .channel import SINGLE_PROCESS, BaguaChannel, Channel, Roster, sync_point
+from .channel import SINGLE_PROCESS, Channel, Roster, sync_point
 from .coalesce import plan_of
 from .config import SyncBatchNormConfig, check_normalize_over
 from .convert import convert_sync_batchnorm, tag_sync_batchnorm, unconverted_layers
@@ -19,6 +19,7 @@ from .host import bagua, statistics_group, streams
 from .layer import SyncBatchNorm
 from .rounds import Round, active
 from .running import RunningPool
+from .transport import BaguaChannel
 
 __all__ = ["SyncBatchNormAlgorithm", "SyncBatchNormAlgorithmImpl", "enable_sync_batchnorm"]
 

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, channel_of, source_group, sync_point
+from .channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, sync_point
 from .deferred import Behind
 from .functional import Member, sync_batch_norm
 from .moments import GlobalMoments, LocalMoments, statistics_dtype
 from .records import Record, Records, inside_backward
 from .running import RunningPool
+from .transport import channel_of, source_group
 
 __all__ = ["SyncBatchNorm", "SyncTag", "normalize_together", "uncompiled"]
 

@@ -58,8 +58,7 @@ class Follower:
 
     def __init__(self, name: str, shared: bool = False) -> None:
         self.name, self._shared = name, shared
-        self._work = math.inf  # multiplications of its weight gradient, by its last forward; a first one is split
-        self._shape: Optional[torch.Size] = None  # of that forward's input
+        self._work = math.inf  # multiplications of its weight gradient; the first forward, which is split, shows it
 
     @property
     def is_worthwhile(self) -> bool:
@@ -68,11 +67,14 @@ class Follower:
         return self._work >= WORTHWHILE and not (self._shared and _any_autocast())
 
     def note(self, module: Any, input: Tensor, output: Tensor) -> None:
-        """Takes the size of a forward: what is too small is not split the next time."""
-        if input.shape != self._shape:
+        """Takes the size of the first forward: what is too small is not split from then on.
+
+        Once: a forward and its recomputation by checkpointing must not differ, whatever was between them.
+        """
+        if self._work == math.inf:
             weight: Tensor = module.weight
             many = input if isinstance(module, _TRANSPOSED) else output  # one of its elements is one use of a filter
-            self._shape, self._work = input.shape, many.numel() * weight.numel() / weight.shape[0]
+            self._work = many.numel() * weight.numel() / weight.shape[0]
 
 
 class Share(NamedTuple):

@@ -21,7 +21,8 @@ from rich.table import Table
 from bagua_syncbn_algo import SyncPlan, convert_sync_batchnorm, plan_of
 from bagua_syncbn_algo.bench.measure import RANKS, interleave, run_ranks, write
 from bagua_syncbn_algo.bench.schemes import OriginalScheme
-from bagua_syncbn_algo.channel import BACKWARD, FORWARD, Channel, TorchChannel, sync_point
+from bagua_syncbn_algo.channel import BACKWARD, FORWARD, Channel, sync_point
+from bagua_syncbn_algo.transport import TorchChannel
 
 MODELS: Dict[str, Dict[str, Any]] = {
     "ResNet": {"width": 64},
@@ -127,7 +128,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--picture", type=Path, default=Path(__file__).parent.parent / "docs" / "prediction.png")
     options = parser.parse_args()
     found = run_ranks(run_rank, options.repeats)

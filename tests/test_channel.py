@@ -13,16 +13,8 @@ from ranks import run_processes, run_threads
 from torch import Tensor
 
 from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, record_rounds
-from bagua_syncbn_algo.channel import (
-    BACKWARD,
-    FORWARD,
-    SINGLE_PROCESS,
-    Roster,
-    SyncPoint,
-    TorchChannel,
-    channel_of,
-    sync_point,
-)
+from bagua_syncbn_algo.channel import BACKWARD, FORWARD, SINGLE_PROCESS, Roster, SyncPoint, sync_point
+from bagua_syncbn_algo.transport import TorchChannel, channel_of
 
 A, B = sync_point("model.layer2.0.bn1"), sync_point("model.layer2.0.bn2")
 

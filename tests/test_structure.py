@@ -22,6 +22,7 @@ ORDER = [
     "rounds",
     "groups",
     "channel",
+    "transport",
     "deferred",
     "functional",
     "running",

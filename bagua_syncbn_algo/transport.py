@@ -1,0 +1,195 @@
+"""The channels that communicate: over a ``torch.distributed`` group, over a Bagua communicator; one for each group."""
+
+from __future__ import annotations
+
+import weakref
+from datetime import timedelta
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .channel import SINGLE_PROCESS, Channel, SyncPoint
+from .config import SyncBatchNormConfig
+from .groups import default_group, is_nccl, member_group, timeout_of
+
+__all__ = ["BaguaChannel", "TorchChannel", "channel_of", "source_group"]
+
+
+class TorchChannel(Channel):
+    """A channel over a ``torch.distributed`` process group.
+
+    Args:
+        group: the communicator; a group from ``torch.distributed.new_group`` or a bare backend such as
+            ``ProcessGroupGloo``. It must carry nothing but statistics.
+        store: where a failing rank publishes its position; optional.
+    """
+
+    def __init__(self, group: Any, store: Optional[Any] = None) -> None:
+        super().__init__()
+        self.rank, self.world_size = group.rank(), group.size()
+        # Weakly: a group that outlives destroy_process_group ends the process with an abort at exit.
+        self._held, self._key_value_store = weakref.ref(group), store
+        self._messages: Dict[torch.device, Tensor] = {}
+        self._flat = is_nccl(group)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if self._flat else torch.device("cpu")
+
+    def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
+        message = self._messages.get(device)
+        if message is None or message.numel() < self.capacity:
+            with torch.inference_mode(False):
+                message = self._messages[device] = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+        return message
+
+    def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
+        with torch.inference_mode(False):  # gloo writes to it from a thread that is not in that mode
+            gathered = message.new_empty((self.world_size, *message.shape))
+        # The group's own methods: the functional API refuses bare backends and costs 40 µs more a call. gloo has no
+        # flat form before torch 2.4; for NCCL the list form adds a copy for every rank.
+        group = self._held()
+        if group is None:
+            raise RuntimeError("the process group was destroyed")
+        if self._flat:
+            return gathered, group._allgather_base(gathered.view(-1), message.view(-1))
+        return gathered, group.allgather([list(gathered.unbind(0))], [message])
+
+    def _store(self) -> Optional[Any]:
+        return self._key_value_store
+
+
+class BaguaChannel(Channel):
+    """A channel over a Bagua communicator; each sync point's message is the registered tensor of one Bagua bucket.
+
+    Args:
+        communicator: ``group.get_global_communicator()`` of a Bagua process group made for statistics.
+        streams: orders the communicator's stream against the current one (see ``host.streams``).
+        device: where the messages lie.
+        store: where a failing rank publishes its position; optional.
+    """
+
+    def __init__(self, communicator: Any, streams: Any, device: torch.device, store: Optional[Any] = None) -> None:
+        super().__init__()
+        self.rank, self.world_size = communicator.rank(), communicator.nranks()
+        self._communicator, self._streams, self._device, self._key_value_store = communicator, streams, device, store
+        self._buckets: Dict[int, Any] = {}
+        self._unregistered: Optional[Tensor] = None  # for points without a bucket: the rare merge outside of backward
+        self._gathered: Dict[Tuple[int, torch.dtype], Tensor] = {}
+        # Upstream's call enqueues on its stream and returns; the embedded host's waits, and has this one beside it.
+        self._begin = getattr(communicator, "begin_allgather", communicator.allgather)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def buckets(self) -> List[Any]:
+        """The Bagua buckets of all sync points."""
+        return list(self._buckets.values())
+
+    def add_bucket(self, point: SyncPoint, bucket: Any) -> None:
+        """Makes ``bucket``'s one tensor (uint8, ``capacity`` bytes) the message of ``point``."""
+        self._buckets[point.key] = bucket
+
+    def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
+        if point.key in self._buckets:
+            message: Tensor = self._buckets[point.key].tensors[0]
+            return message
+        if self._unregistered is None or self._unregistered.numel() < self.capacity:
+            with torch.inference_mode(False):
+                self._unregistered = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+        return self._unregistered
+
+    def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
+        send: Any = message
+        if not send.is_bagua_tensor():
+            send = send.to_bagua_tensor()
+        key = (message.numel(), message.dtype)
+        if key not in self._gathered:
+            with torch.inference_mode(False):
+                empty: Any = torch.empty((self.world_size, *message.shape), dtype=message.dtype, device=message.device)
+                self._gathered[key] = empty.to_bagua_tensor()
+        receive: Any = self._gathered[key]
+        stream = self._communicator.cuda_stream
+        with self._streams.after(stream, [self._streams.record_event()]):
+            work = self._begin(send.bagua_backend_tensor(), receive.bagua_backend_tensor())
+        return receive, _Enqueued(work, self._streams, self._streams.event_behind(stream))
+
+    def _store(self) -> Optional[Any]:
+        return self._key_value_store
+
+
+class _Enqueued:
+    """A collective on a stream of its own; ``work`` is ``None`` on a host that has no such thing."""
+
+    def __init__(self, work: Any, streams: Any, event: Any) -> None:
+        self._work, self._streams, self._event = work, streams, event
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        self._streams.wait(self._event)
+
+    def get_future(self) -> Any:
+        return self._work.get_future()
+
+
+# The channel of each group, by the group's identity, for as long as the group lives: all ranks make it, and find it
+# again, at the same calls, whatever models each of them still holds.
+_channels: Dict[int, Tuple[weakref.ref[Any], Channel]] = {}
+
+
+def source_group(process_group: Optional[Any]) -> Optional[Any]:
+    """Returns the process group that ``process_group`` means now: itself, or the world's, or ``None`` without one."""
+    return default_group() if process_group is None else process_group
+
+
+def channel_of(process_group: Optional[Any]) -> Channel:
+    """Returns the channel for statistics over the ranks of ``process_group``, made at the first call.
+
+    Args:
+        process_group: a ``torch.distributed`` group, a bare backend, or ``None`` for the whole world.
+
+    Returns:
+        :data:`SINGLE_PROCESS` where there is one rank or no initialised group.
+
+    Raises:
+        ValueError: if this rank is not a member of the group.
+
+    Collectives:
+        The first call for a group creates a communicator of the same ranks, with the timeout of ``process_group`` or
+        of ``BAGUA_SYNCBN_TIMEOUT``. Every rank of ``process_group`` must call.
+    """
+    source = source_group(process_group)
+    if source is None:
+        return SINGLE_PROCESS
+    if source is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None) or not hasattr(source, "size"):
+        raise ValueError(
+            f"expected a process group that this rank belongs to (got {source!r}); "
+            "pass the group of this rank, or None for all ranks"
+        )
+    if source.size() == 1:
+        return SINGLE_PROCESS
+    for key in [key for key, (held, _) in list(_channels.items()) if held() is None]:
+        _channels.pop(key, None)
+    if id(source) not in _channels:
+        _channels[id(source)] = weakref.ref(source), TorchChannel(*_statistics_group(source))
+    return _channels[id(source)][1]
+
+
+def _statistics_group(source: Any) -> Tuple[Any, Optional[Any]]:
+    """Returns a communicator over the ranks of ``source`` that carries nothing else, and the store."""
+    try:
+        ranks = dist.get_process_group_ranks(source)
+    except AttributeError:  # before torch 2.0
+        ranks = list(dist.distributed_c10d._pg_group_ranks.get(source, {}))
+    except (RuntimeError, ValueError, KeyError):
+        ranks = []
+    if not ranks:
+        return source, None  # a bare backend, which does not know its global ranks: it is the user's to give
+    seconds = SyncBatchNormConfig.from_env().timeout
+    limit = timeout_of(source) if seconds is None else timedelta(seconds=seconds)
+    return member_group(ranks, limit), dist.distributed_c10d._get_default_store()
