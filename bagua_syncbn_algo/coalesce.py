@@ -12,7 +12,7 @@ import inspect
 import logging
 import warnings
 import weakref
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +23,7 @@ from .layer import SyncBatchNorm, normalize_together, uncompiled
 from .overlap import Follower, defer_weights
 from .plan import PlannedRound, SyncPlan
 from .records import Records, inside_backward
-from .schedule import Level, followers_of, levels_of, regroup, with_shared_weights
+from .schedule import Level, followers_of, levels_of, regroup, uses_of_weights
 from .tracing import CallPattern, UntraceableError, has_own_forward, hooks_of, random_states_kept, trace, twin_of
 
 __all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]
@@ -99,8 +99,8 @@ class CoalescedForward:
             followers: List[List[fx.Node]] = [[] for _ in levels]
             if self.overlap:
                 followers, variant.whole = followers_of(traced.graph, self.module, levels)
-            shared = with_shared_weights(traced.graph, self.module)
-            variant.planned(self, levels, followers, shared, traced.opaque, traced.alone)
+            uses = uses_of_weights(traced.graph, self.module)
+            variant.planned(self, levels, followers, uses, traced.opaque, traced.alone)
             if any(len(level.members) > 1 or behind for level, behind in zip(levels, followers)):
                 graph = regroup(traced.graph, self.module, levels, followers, variant.round_of)
                 twin = twin_of(self.module)  # GraphModule looks up the graph's paths, and keeps what it finds
@@ -193,7 +193,7 @@ class _Variant:
         forward: CoalescedForward,
         levels: Sequence[Level],
         followers: Sequence[Sequence[fx.Node]],
-        shared: Set[str],
+        uses: Dict[str, int],
         opaque: Dict[str, str],
         alone: Dict[str, str],
     ) -> None:
@@ -206,7 +206,7 @@ class _Variant:
             hidden_behind = tuple(f"{forward.name}.{node.target}" for node in behind)
             planned = PlannedRound(forward.path, level.number, names, features, backward, hidden_behind)
             self.rounds.append(planned)
-            self._calls[_key(level)] = _Round(planned, [str(node.target) in shared for node in behind])
+            self._calls[_key(level)] = _Round(planned, [uses[str(node.target)] > 1 for node in behind])
 
     def round_of(self, level: Level) -> _Round:
         """Returns what runs ``level``."""

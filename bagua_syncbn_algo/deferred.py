@@ -1,8 +1,8 @@
 """Gradients that backward computes later than it could: while a round of statistics is in flight.
 
-A :class:`Deferral` is one node of the backward graph for several tensors. Other nodes, created later in forward, take
-its token; so backward runs it after them, whatever order the engine chooses among the rest. Each of the others leaves
-in it what computes the gradients of its tensors.
+A :class:`Deferral` is a node of the backward graph that another node, created later in forward, gives its work to. The
+engine runs, of the nodes that are ready, the one that was created last; so the order of creation decides what runs
+while something else is in flight. Whichever order an engine chooses, the gradients are right.
 """
 
 from __future__ import annotations
@@ -20,68 +20,62 @@ Compute = Callable[[Sequence[bool]], Sequence[Optional[Tensor]]]
 
 
 class Deferral:
-    """A node of the backward graph whose gradients other nodes, created later, provide for.
+    """A node of the backward graph for whose gradients another node, created later, provides.
+
+    One for each node that provides: a backward for some tensors only, as ``torch.autograd.grad`` has it, then runs what
+    it would run without deferrals, and no more. More could be a round of statistics that other ranks do not come to.
 
     Args:
-        shares: tensors whose gradients come late, by the node that provides for them; one at least requires one. They
-            are computed in this order.
-        device: where the other nodes run: a token elsewhere would move this one to another thread of the engine.
+        tensors: whose gradients come late; one at least requires one.
+        device: where the other node runs: a token elsewhere would move this one to another thread of the engine.
         name: for errors.
     """
 
-    def __init__(self, shares: Sequence[Sequence[Optional[Tensor]]], device: torch.device, name: str) -> None:
-        self._computes: List[Optional[Compute]] = [None] * len(shares)
-        sizes = [len(tensors) for tensors in shares]
-        tensors = [tensor for share in shares for tensor in share]
-        self.token: Tensor = _Deferred.apply(self._computes, sizes, device, name, *tensors)  # type: ignore[no-untyped-call]
+    def __init__(self, tensors: Sequence[Optional[Tensor]], device: torch.device, name: str) -> None:
+        self._cell = _Cell()
+        self.token: Tensor = _Deferred.apply(self._cell, device, name, *tensors)  # type: ignore[no-untyped-call]
         self._node = self.token.grad_fn
 
-    def leave(self, place: int, compute: Compute) -> None:
-        """Leaves what computes the gradients of the share at ``place``; the other node's backward calls it.
+    def leave(self, compute: Compute) -> None:
+        """Leaves what computes the gradients; the other node's backward calls it.
 
         It is dropped where this backward, one of ``torch.autograd.grad`` for other tensors, will not run the deferred
         node: nothing is held for it.
         """
         if _will_run(self._node):
-            self._computes[place] = compute
+            self._cell.compute = compute
 
 
 class Behind:
     """What the backward round of statistics of some layers is to hide behind.
 
     Args:
-        shares: tensors whose gradients backward can compute while the round is in flight.
+        shares: tensors whose gradients backward can compute while the round is in flight, by the node that provides
+            for them, in the order of forward.
     """
 
     def __init__(self, shares: Sequence[Sequence[Optional[Tensor]]]) -> None:
         self.shares = shares
-        self.deferral: Optional[Deferral] = None  # of these shares, in order; there once the round is in the graph
+        self.deferrals: List[Deferral] = []  # one for each share; there once the round is in the graph
+
+
+class _Cell:
+    compute: Optional[Compute] = None
 
 
 class _Deferred(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        computes: List[Optional[Compute]],
-        sizes: Sequence[int],
-        device: torch.device,
-        name: str,
-        *tensors: Optional[Tensor],
-    ) -> Tensor:
-        ctx.computes, ctx.sizes, ctx.name = computes, sizes, name
+    def forward(ctx: Any, cell: _Cell, device: torch.device, name: str, *tensors: Optional[Tensor]) -> Tensor:
+        ctx.cell, ctx.name, ctx.count = cell, name, len(tensors)
         ctx.set_materialize_grads(False)
         return torch.empty((), device=device)
 
     @staticmethod
     def backward(ctx: Any, _: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         refuse_second_derivative(ctx.name)
-        gradients: List[Optional[Tensor]] = [None] * 4
-        for index, size in enumerate(ctx.sizes):
-            compute, ctx.computes[index] = ctx.computes[index], None  # emptied: it holds activations
-            position = len(gradients)
-            needs = ctx.needs_input_grad[position : position + size]
-            gradients += (None,) * size if compute is None else compute(needs)
-        return tuple(gradients)
+        compute, ctx.cell.compute = ctx.cell.compute, None  # emptied: it holds activations
+        gradients = (None,) * ctx.count if compute is None else compute(ctx.needs_input_grad[3:])
+        return (None, None, None, *gradients)
 
 
 # Not before torch 2.0: there what is left is held until the graph is gone.

@@ -58,7 +58,7 @@ def sync_batch_norm(
         channel: the ranks to normalize over.
         point: names this round to the other ranks.
         records: the round's records, through which a forward recomputed in backward reuses the statistics.
-        behind: what the round of backward is to hide behind; is given its deferral where there will be such a round.
+        behind: what the round of backward is to hide behind; is given its deferrals where there will be such a round.
 
     Returns:
         The outputs, each in its input's dtype and memory format, and the record of this forward, with the local and
@@ -100,11 +100,13 @@ def sync_batch_norm(
         if behind is None or not communicates:
             outputs: Tuple[Tensor, ...] = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
             return outputs
-        # The layers' own share is the last: it waits for the round.
-        behind.deferral = Deferral([*behind.shares, tensors], members[0].input.device, point.name)
+        # Backward comes to what was created last first: the launch, what it hides behind, and last of all the wait.
+        device = members[0].input.device
+        finish = Deferral(tensors, device, point.name)
+        behind.deferrals = [Deferral(share, device, point.name) for share in behind.shares]
         fixed = [None if tensor is None else tensor.detach() for tensor in tensors]
         needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
-        outputs = _LaunchingBatchNorm.apply(call, behind, behind.deferral.token, needs, *fixed)  # type: ignore[no-untyped-call]
+        outputs = _LaunchingBatchNorm.apply(call, finish, finish.token, needs, *fixed)  # type: ignore[no-untyped-call]
         return outputs
 
     if recomputed:
@@ -141,17 +143,16 @@ class _LaunchingBatchNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, behind: Behind, token: Tensor, needs: Sequence[bool], *tensors: Optional[Tensor]
+        ctx: Any, call: _Call, finish: Deferral, token: Tensor, needs: Sequence[bool], *tensors: Optional[Tensor]
     ) -> Tuple[Tensor, ...]:
-        ctx.behind, ctx.needs = behind, needs
+        ctx.finish, ctx.needs = finish, needs
         return _normalize(ctx, call, tensors, needs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         refuse_second_derivative(ctx.call.point.name)
-        behind: Behind = ctx.behind
-        assert behind.deferral is not None
-        behind.deferral.leave(len(behind.shares), _launch(ctx, grads, ctx.needs))
+        finish: Deferral = ctx.finish
+        finish.leave(_launch(ctx, grads, ctx.needs))
         return (None,) * (4 + len(ctx.needs))
 
 

@@ -102,19 +102,18 @@ def defer_weights(
     tensors: List[Tuple[Optional[Tensor], ...]] = []
     behind = Behind(tensors)
     shares: List[Share] = []
-    # The last first, as backward comes to them: gradients of a weight that is there twice are added up in that order.
-    for follower, module in zip(reversed(followers), reversed(modules)):
+    for follower, module in zip(followers, modules):
         if follower.is_worthwhile and _can_split(module, device):
             shares.append(Share(follower, len(tensors), behind))
             tensors.append((module.weight, module.bias))
         else:
             shares.append(Share(follower))
-    return behind if tensors else None, shares[::-1]
+    return behind if tensors else None, shares
 
 
 def _can_split(module: Any, device: torch.device) -> bool:
     weight: Tensor = module.weight
-    return weight.requires_grad and weight.device == device and why_whole(module) is None
+    return weight.requires_grad and weight.is_floating_point() and weight.device == device and why_whole(module) is None
 
 
 def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
@@ -127,7 +126,9 @@ def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
         input: as the layer takes it.
         share: from :func:`defer_weights`.
     """
-    deferral = None if share.behind is None else share.behind.deferral
+    deferral = share.behind.deferrals[share.place] if share.behind is not None and share.behind.deferrals else None
+    if isinstance(module, nn.Linear) and input.dim() > 2 and not input.is_contiguous():
+        deferral = None  # F.linear has other kernels there
     if deferral is None or not (torch.is_grad_enabled() and input.requires_grad):
         output: Tensor = module(input)
     else:
@@ -135,7 +136,7 @@ def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
         if getattr(module, "padding_mode", "zeros") != "zeros":  # before any cast: autocast pads in float32
             input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         fixed = _autocast(input, weight.detach(), None if bias is None else bias.detach())
-        late = _Late(share.follower.name, deferral, share.place, weight.dtype, None if bias is None else bias.dtype)
+        late = _Late(share.follower.name, deferral, weight.dtype, None if bias is None else bias.dtype)
         output = (_linear if isinstance(module, nn.Linear) else _convolve)(module, late, *fixed)
     share.follower.note(module, input, output)
     return output
@@ -146,7 +147,6 @@ class _Late(NamedTuple):
 
     name: str
     deferral: Deferral
-    place: int
     weight_dtype: torch.dtype
     bias_dtype: Optional[torch.dtype]
 
@@ -229,14 +229,17 @@ class _SplitConvolution(Function):
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.late, ctx.geometry = late, geometry
+        ctx.set_materialize_grads(False)
         ctx.bias_sizes = None if bias is None else bias.shape
         output: Tensor = torch.convolution(input, weight, bias, *geometry)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         late: _Late = ctx.late
         refuse_second_derivative(late.name)
+        if grad is None:  # an output that no loss uses gives no gradients, not zeros
+            return (None,) * len(ctx.needs_input_grad)
         input, weight = ctx.saved_tensors
         arguments = grad, input, weight, ctx.bias_sizes, *ctx.geometry
         gradient = _CONVOLUTION_BACKWARD(*arguments, (True, False, False))[0]
@@ -245,7 +248,7 @@ class _SplitConvolution(Function):
             _, weight, bias = _CONVOLUTION_BACKWARD(*arguments, (False, *needs))
             return _cast(weight, bias, late)
 
-        late.deferral.leave(late.place, weight_and_bias)
+        late.deferral.leave(weight_and_bias)
         return gradient, None, None, None, None, None
 
 
@@ -258,17 +261,20 @@ class _SplitLinear(Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Optional[Tensor], token: Tensor, late: _Late) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.late = late
+        ctx.set_materialize_grads(False)
         return F.linear(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         late: _Late = ctx.late
         refuse_second_derivative(late.name)
+        if grad is None:  # an output that no loss uses gives no gradients, not zeros
+            return (None,) * len(ctx.needs_input_grad)
         input, weight = ctx.saved_tensors
 
         def weight_and_bias(needs: Sequence[bool]) -> Sequence[Optional[Tensor]]:
             wanted, bias_wanted = needs
             return _cast(grad.t().mm(input) if wanted else None, grad.sum(0) if bias_wanted else None, late)
 
-        late.deferral.leave(late.place, weight_and_bias)
+        late.deferral.leave(weight_and_bias)
         return grad.mm(weight), None, None, None, None

@@ -12,7 +12,7 @@ from .layer import SyncBatchNorm
 from .overlap import apply_split, is_weighted, why_whole
 from .tracing import IN_PLACE_OPERATORS, normalize_alone
 
-__all__ = ["Application", "Level", "followers_of", "levels_of", "regroup", "with_shared_weights"]
+__all__ = ["Application", "Level", "followers_of", "levels_of", "regroup", "uses_of_weights"]
 
 
 class Application(NamedTuple):
@@ -98,6 +98,7 @@ def followers_of(
     latest: Dict[fx.Node, int] = {}  # the last level, in the order in which they run, that a value depends on
     followers: List[List[fx.Node]] = [[] for _ in levels]
     whole: Dict[str, str] = {}
+    uses = uses_of_weights(graph, module)
     for node in graph.nodes:
         index = latest[node] = own.get(node, max((latest[value] for value in node.all_input_nodes), default=-1))
         if index < 0 or not any(member.backward for member in levels[index].members):
@@ -114,6 +115,8 @@ def followers_of(
         reason = why_whole(layer)
         if reason is None and (len(node.args) != 1 or node.kwargs):
             reason = "is called with more than its input"
+        if reason is None and uses[path] > 2:
+            reason = "shares a weight between more than two places, whose gradients are added up in their own order"
         if reason is not None:
             whole[path] = reason
         elif _has_parameters(node, module):
@@ -121,11 +124,11 @@ def followers_of(
     return followers, whole
 
 
-def with_shared_weights(graph: fx.Graph, module: nn.Module) -> Set[str]:
-    """Returns the paths of modules with a parameter that the graph uses in several places."""
+def uses_of_weights(graph: fx.Graph, module: nn.Module) -> Dict[str, int]:
+    """Returns, by a module's path, in how many places of the graph its most used parameter is used."""
     paths = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     uses = Counter(id(parameter) for path in paths for parameter in module.get_submodule(path).parameters())
-    return {path for path in paths if any(uses[id(p)] > 1 for p in module.get_submodule(path).parameters())}
+    return {path: max((uses[id(p)] for p in module.get_submodule(path).parameters()), default=0) for path in paths}
 
 
 _WEIGHTED_FUNCTIONS = (

@@ -68,7 +68,7 @@ def test_the_command_line(capsys: Any, tmp_path: Path) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "layers 13, rounds forward 7, backward 7"
     assert lines[0].split() == ["round", "region", "level", "layers", "bytes", "members", "hidden", "behind"]
-    assert lines[-2] == "backward rounds that hide behind weight gradients: 7"
+    assert lines[-2] == "backward rounds that hide behind weight gradients: 4"
     assert [line.split()[3] for line in lines[1:8]] == ["1", "1", "2", "2", "1", "3", "3"]
     assert "original's scheme" in lines[-3]
     assert SyncPlan.from_json((tmp_path / "plan.json").read_text()).layers == 13
