@@ -128,9 +128,8 @@ def _bench(options: argparse.Namespace) -> None:
     build(options.model)  # a wrong name is said here, not by every rank
     found = steps.measure(asked)
     heading, *rows = steps.rows_of(found)
-    shown = Table(
-        *heading, title=steps.title_of(found), caption=f"medians (middle half) of {asked.steps} steps, interleaved"
-    )
+    caption = f"medians (middle half) of {asked.steps} steps, interleaved"
+    shown = Table(*heading, title=steps.title_of(found["options"]), caption=caption)
     for row in rows:
         shown.add_row(*row)
     Console(width=120).print(shown)

@@ -23,7 +23,7 @@ from .layer import SyncBatchNorm, normalize_together, uncompiled
 from .overlap import Follower, defer_weights
 from .plan import PlannedRound, SyncPlan
 from .records import Records, inside_backward
-from .schedule import Level, followers_of, levels_of, regroup, uses_of_weights
+from .schedule import Following, Level, followers_of, levels_of, regroup
 from .tracing import CallPattern, UntraceableError, has_own_forward, hooks_of, random_states_kept, trace, twin_of
 
 __all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]
@@ -96,15 +96,14 @@ class CoalescedForward:
         try:
             traced = trace(self.module, pattern)
             levels = levels_of(traced.graph, self.module, list(traced.alone))
-            followers: List[List[fx.Node]] = [[] for _ in levels]
+            followers: List[List[Following]] = [[] for _ in levels]
             if self.overlap:
                 followers, variant.whole = followers_of(traced.graph, self.module, levels)
-            uses = uses_of_weights(traced.graph, self.module)
-            variant.planned(self, levels, followers, uses, traced.opaque, traced.alone)
+            variant.planned(self, levels, followers, traced.opaque, traced.alone)
             if any(len(level.members) > 1 or behind for level, behind in zip(levels, followers)):
                 graph = regroup(traced.graph, self.module, levels, followers, variant.round_of)
-                twin = twin_of(self.module)  # GraphModule looks up the graph's paths, and keeps what it finds
-                variant.run = _Regrouped(type(fx.GraphModule(twin, graph)).forward, traced.outputs)
+                # On the traced twin: GraphModule looks up the graph's paths, and keeps what it finds.
+                variant.run = _Regrouped(type(fx.GraphModule(traced.twin, graph)).forward, traced.outputs)
         except UntraceableError as error:
             variant.opaque[""] = str(error)
         except Exception as error:  # a graph that fx or its order cannot cope with costs rounds, not the training
@@ -192,8 +191,7 @@ class _Variant:
         self,
         forward: CoalescedForward,
         levels: Sequence[Level],
-        followers: Sequence[Sequence[fx.Node]],
-        uses: Dict[str, int],
+        followers: Sequence[Sequence[Following]],
         opaque: Dict[str, str],
         alone: Dict[str, str],
     ) -> None:
@@ -203,10 +201,10 @@ class _Variant:
             names = tuple(f"{forward.name}.{member.path}" for member in level.members)
             features = tuple(member.layer.num_features for member in level.members)
             backward = any(member.backward for member in level.members)
-            hidden_behind = tuple(f"{forward.name}.{node.target}" for node in behind)
+            hidden_behind = tuple(f"{forward.name}.{follower.path}" for follower in behind)
             planned = PlannedRound(forward.path, level.number, names, features, backward, hidden_behind)
             self.rounds.append(planned)
-            self._calls[_key(level)] = _Round(planned, [uses[str(node.target)] > 1 for node in behind])
+            self._calls[_key(level)] = _Round(planned, [follower.shared for follower in behind])
 
     def round_of(self, level: Level) -> _Round:
         """Returns what runs ``level``."""

@@ -7,7 +7,7 @@ split in two: the input gradient at once, because the statistics wait for it, an
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +15,17 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .deferred import Behind, Deferral, refuse_second_derivative
+from .tracing import has_own_forward, hooks_of
 
 __all__ = ["Follower", "Share", "apply_split", "defer_weights", "is_weighted", "why_whole"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SPLIT = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Multiplications of a weight gradient from which splitting pays: it costs 0.1 ms of Python, in which one core of a
 # server does about 5 million (benchmarks/overlap.py). Smaller layers run as they are.
 WORTHWHILE = 5e6
-
-Weighted = Union[nn.modules.conv._ConvNd, nn.Linear]
 
 
 def is_weighted(module: nn.Module) -> bool:
@@ -39,9 +37,9 @@ def why_whole(module: nn.Module) -> Optional[str]:
     """Returns why the backward of a convolution or linear layer cannot be split; ``None`` if it can."""
     if type(module) not in _SPLIT:
         return f"is a {type(module).__name__}, which may do more than a layer of torch.nn"
-    if "forward" in module.__dict__:
+    if has_own_forward(module):
         return "has a forward of its own making"
-    if any(module.__dict__.get(kind) for kind in _HOOKS):
+    if any(hooks_of(module)):
         return "has hooks"
     if isinstance(module, _CONVOLUTIONS) and module.padding_mode == "zeros" and _padding(module) is None:
         return "pads one side more than the other"
@@ -153,12 +151,13 @@ class _Late(NamedTuple):
 
 def _linear(module: Any, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     rows = input.reshape(-1, input.shape[-1])
-    output: Tensor = _SplitLinear.apply(rows, weight, bias, late.deferral.token, late)  # type: ignore[no-untyped-call]
+    arguments = rows, weight, bias, late.deferral.token, late, _Linear
+    output: Tensor = _Split.apply(*arguments)  # type: ignore[no-untyped-call]
     return output.view(*input.shape[:-1], output.shape[-1])
 
 
 def _convolve(module: Any, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    geometry = (
+    convolution = _Convolution(
         module.stride,
         _padding(module) if module.padding_mode == "zeros" else (0,) * len(module.stride),
         module.dilation,
@@ -167,8 +166,8 @@ def _convolve(module: Any, late: _Late, input: Tensor, weight: Tensor, bias: Opt
         module.groups,
     )
     batched = input if input.dim() == weight.dim() else input.unsqueeze(0)
-    arguments = batched, weight, bias, late.deferral.token, late, geometry
-    output: Tensor = _SplitConvolution.apply(*arguments)  # type: ignore[no-untyped-call]
+    arguments = batched, weight, bias, late.deferral.token, late, convolution
+    output: Tensor = _Split.apply(*arguments)  # type: ignore[no-untyped-call]
     return output if batched is input else output.squeeze(0)
 
 
@@ -216,22 +215,64 @@ def _cast(weight: Optional[Tensor], bias: Optional[Tensor], late: _Late) -> Tupl
     return weight, bias
 
 
-class _SplitConvolution(Function):
+# The overload itself: finding it by its arguments takes longer than a small gradient.
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+
+
+class _Convolution(NamedTuple):
+    """ATen's convolution, by its arguments after the tensors."""
+
+    stride: Sequence[int]
+    padding: Optional[Sequence[int]]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        output: Tensor = torch.convolution(input, weight, bias, *self)  # type: ignore[arg-type]
+        return output
+
+    def backward(
+        self, grad: Tensor, input: Tensor, weight: Tensor, bias_sizes: Optional[torch.Size], mask: Sequence[bool]
+    ) -> Sequence[Optional[Tensor]]:
+        """Returns the gradients of input, weight and bias, as far as ``mask`` wants them."""
+        gradients: Sequence[Optional[Tensor]] = _CONVOLUTION_BACKWARD(grad, input, weight, bias_sizes, *self, mask)
+        return gradients
+
+
+class _Linear:
+    """A linear layer of an input of two dimensions."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, input: Tensor, weight: Tensor, bias_sizes: Optional[torch.Size], mask: Sequence[bool]
+    ) -> Sequence[Optional[Tensor]]:
+        """As :meth:`_Convolution.backward`."""
+        wanted, weight_wanted, bias_wanted = mask
+        return (
+            grad.mm(weight) if wanted else None,
+            grad.t().mm(input) if weight_wanted else None,
+            grad.sum(0) if bias_wanted else None,
+        )
+
+
+class _Split(Function):
+    """A convolution or linear layer whose backward gives the input's gradient and leaves the rest."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        token: Tensor,
-        late: _Late,
-        geometry: Sequence[Any],
+        ctx: Any, input: Tensor, weight: Tensor, bias: Optional[Tensor], token: Tensor, late: _Late, operation: Any
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.late, ctx.geometry = late, geometry
-        ctx.set_materialize_grads(False)
+        ctx.late, ctx.operation = late, operation
         ctx.bias_sizes = None if bias is None else bias.shape
-        output: Tensor = torch.convolution(input, weight, bias, *geometry)
+        ctx.set_materialize_grads(False)
+        output: Tensor = operation.forward(input, weight, bias)
         return output
 
     @staticmethod
@@ -240,41 +281,12 @@ class _SplitConvolution(Function):
         refuse_second_derivative(late.name)
         if grad is None:  # an output that no loss uses gives no gradients, not zeros
             return (None,) * len(ctx.needs_input_grad)
-        input, weight = ctx.saved_tensors
-        arguments = grad, input, weight, ctx.bias_sizes, *ctx.geometry
-        gradient = _CONVOLUTION_BACKWARD(*arguments, (True, False, False))[0]
+        operation, arguments = ctx.operation, (grad, *ctx.saved_tensors, ctx.bias_sizes)
+        gradient = operation.backward(*arguments, (True, False, False))[0]
 
         def weight_and_bias(needs: Sequence[bool]) -> Sequence[Optional[Tensor]]:
-            _, weight, bias = _CONVOLUTION_BACKWARD(*arguments, (False, *needs))
+            _, weight, bias = operation.backward(*arguments, (False, *needs))
             return _cast(weight, bias, late)
 
         late.deferral.leave(weight_and_bias)
         return gradient, None, None, None, None, None
-
-
-# The overload itself: finding it by its arguments takes longer than a small gradient.
-_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
-
-
-class _SplitLinear(Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Optional[Tensor], token: Tensor, late: _Late) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.late = late
-        ctx.set_materialize_grads(False)
-        return F.linear(input, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        late: _Late = ctx.late
-        refuse_second_derivative(late.name)
-        if grad is None:  # an output that no loss uses gives no gradients, not zeros
-            return (None,) * len(ctx.needs_input_grad)
-        input, weight = ctx.saved_tensors
-
-        def weight_and_bias(needs: Sequence[bool]) -> Sequence[Optional[Tensor]]:
-            wanted, bias_wanted = needs
-            return _cast(grad.t().mm(input) if wanted else None, grad.sum(0) if bias_wanted else None, late)
-
-        late.deferral.leave(weight_and_bias)
-        return grad.mm(weight), None, None, None, None

@@ -164,7 +164,9 @@ class SyncPlan:
             rounds = tuple(
                 PlannedRound(**{key: _frozen(value) for key, value in entry.items()}) for entry in fields["rounds"]
             )
-            left, whole = (tuple((name, reason) for name, reason in fields.get(key, ())) for key in ("left", "whole"))
+            left, whole = (
+                tuple((name, reason) for name, reason in pairs) for pairs in (fields["left"], fields.get("whole", ()))
+            )
             return cls(fields["model"], rounds, left, whole)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(

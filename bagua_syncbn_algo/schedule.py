@@ -12,7 +12,7 @@ from .layer import SyncBatchNorm
 from .overlap import apply_split, is_weighted, why_whole
 from .tracing import IN_PLACE_OPERATORS, normalize_alone
 
-__all__ = ["Application", "Level", "followers_of", "levels_of", "regroup", "uses_of_weights"]
+__all__ = ["Application", "Following", "Level", "followers_of", "levels_of", "regroup"]
 
 
 class Application(NamedTuple):
@@ -22,6 +22,14 @@ class Application(NamedTuple):
     path: str  # of the layer in the region
     layer: SyncBatchNorm
     backward: bool  # whether its input needs a gradient
+
+
+class Following(NamedTuple):
+    """A convolution or linear layer behind which a backward round can hide."""
+
+    node: fx.Node
+    path: str  # of the layer in the region
+    shared: bool  # whether its weight is used in several places
 
 
 class Level(NamedTuple):
@@ -85,20 +93,20 @@ def _backward_parts(graph: fx.Graph) -> Dict[fx.Node, int]:
 
 def followers_of(
     graph: fx.Graph, module: nn.Module, levels: Sequence[Level]
-) -> Tuple[List[List[fx.Node]], Dict[str, str]]:
+) -> Tuple[List[List[Following]], Dict[str, str]]:
     """Returns behind which convolutions and linear layers the backward round of each level can hide.
 
     These are the ones on a way from the level's outputs to the next level's inputs, through whatever: what such a layer
     gives back to its input the round must wait for, but not for its weight gradient.
 
     Returns:
-        Their nodes, for each of ``levels``; and the paths of such layers that cannot be split, with the reason.
+        They, for each of ``levels``; and the paths of such layers that cannot be split, with the reason.
     """
     own = {member.node: index for index, level in enumerate(levels) for member in level.members}
     latest: Dict[fx.Node, int] = {}  # the last level, in the order in which they run, that a value depends on
-    followers: List[List[fx.Node]] = [[] for _ in levels]
+    followers: List[List[Following]] = [[] for _ in levels]
     whole: Dict[str, str] = {}
-    uses = uses_of_weights(graph, module)
+    uses = _uses_of_weights(graph, module)
     for node in graph.nodes:
         index = latest[node] = own.get(node, max((latest[value] for value in node.all_input_nodes), default=-1))
         if index < 0 or not any(member.backward for member in levels[index].members):
@@ -120,11 +128,11 @@ def followers_of(
         if reason is not None:
             whole[path] = reason
         elif _has_parameters(node, module):
-            followers[index].append(node)
+            followers[index].append(Following(node, path, uses[path] > 1))
     return followers, whole
 
 
-def uses_of_weights(graph: fx.Graph, module: nn.Module) -> Dict[str, int]:
+def _uses_of_weights(graph: fx.Graph, module: nn.Module) -> Dict[str, int]:
     """Returns, by a module's path, in how many places of the graph its most used parameter is used."""
     paths = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     uses = Counter(id(parameter) for path in paths for parameter in module.get_submodule(path).parameters())
@@ -140,7 +148,7 @@ def regroup(
     graph: fx.Graph,
     module: nn.Module,
     levels: Sequence[Level],
-    followers: Sequence[Sequence[fx.Node]],
+    followers: Sequence[Sequence[Following]],
     call: Callable[[Level], Any],
 ) -> fx.Graph:
     """Returns the graph with every level of several layers, or with followers, in one call.
@@ -149,7 +157,7 @@ def regroup(
         graph: of ``module``.
         module: where the graph's paths lead.
         levels: of the graph.
-        followers: for each level the nodes whose weight gradients its backward round hides behind.
+        followers: for each level those whose weight gradients its backward round hides behind.
         call: gives what runs a level: a function of the layers, the inputs and the followers' modules that returns the
             outputs and, for each follower, what :func:`apply_split` takes.
     """
@@ -190,13 +198,13 @@ def regroup(
             continue
         layers = tuple(new.get_attr(member.path) for member in level.members)
         inputs = tuple(copies[node.all_input_nodes[-1]] for node in nodes)
-        modules = tuple(new.get_attr(str(node.target)) for node in behind)
+        modules = tuple(new.get_attr(follower.path) for follower in behind)
         together = new.call_function(call(level), (layers, inputs, modules))
         for index, node in enumerate(nodes):
             copies[node] = new.call_function(_item, (together, index))
             done.add(node)
-        for index, node in enumerate(behind, start=len(nodes)):
-            deferrals[node] = new.call_function(_item, (together, index))
+        for index, follower in enumerate(behind, start=len(nodes)):
+            deferrals[follower.node] = new.call_function(_item, (together, index))
     for node in graph.nodes:
         if node not in done:
             copy(node)

@@ -105,6 +105,7 @@ class Trace(NamedTuple):
     outputs: Any  # the structure of the output, as torch.utils._pytree has it
     opaque: Dict[str, str]  # paths of submodules that stay one step, and why
     alone: Dict[str, str]  # paths of SyncBatchNorm layers that must run by themselves, and why
+    twin: nn.Module  # the copy that was traced
 
 
 def normalize_alone(layer: SyncBatchNorm, input: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
         raise _RandomError
     if reason is not None:
         raise UntraceableError(reason)
-    return Trace(graph, tracer.outputs, tracer.opaque, tracer.alone)
+    return Trace(graph, tracer.outputs, tracer.opaque, tracer.alone, twin)
 
 
 class _Proxy(fx.Proxy):

@@ -18,9 +18,8 @@ from torch import nn
 
 from bagua_syncbn_algo import bagua, plan_of, record_rounds
 from bagua_syncbn_algo.bench.measure import interleave, run_ranks, write
-from bagua_syncbn_algo.bench.schemes import build_variant
+from bagua_syncbn_algo.bench.schemes import COLORS, build_variant, channel_of_model
 from bagua_syncbn_algo.bench.steps import overhead_of
-from bagua_syncbn_algo.channel import Channel
 
 VARIANTS = ("local", "original", "torch", "per layer", "coalesced", "hidden")
 
@@ -59,14 +58,14 @@ def run_rank(rank: int, case: Case) -> Dict[str, Any]:
         step(built[name])
     rounds, seconds = {}, {}
     for name, model in built.items():
-        channel = _channel(model)
-        before = 0 if channel is None else channel.rounds
+        channel = channel_of_model(model)
+        before = channel.rounds
         recorded = []
         for _ in range(5):
             with record_rounds() as record:
                 step(model)
             recorded.append(sum(entry.duration for entry in record))
-        rounds[name] = 0 if channel is None else (channel.rounds - before) // 5
+        rounds[name] = (channel.rounds - before) // 5
         seconds[name] = sorted(recorded)[2]
     spreads = interleave({name: (lambda m=model: step(m)) for name, model in built.items()}, case.steps, warmup=3)
     return {
@@ -78,27 +77,25 @@ def run_rank(rank: int, case: Case) -> Dict[str, Any]:
     }
 
 
-def _channel(model: Any) -> Any:
-    for part in model.modules():
-        channel = part.__dict__.get("_channel")
-        if isinstance(channel, Channel):
-            return channel
-    return None
-
-
 def draw(rows: List[Dict[str, Any]], path: Path) -> None:
     """Draws the step times as bars, a group for each model, with the rounds of a step on them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(rows))
-    colors = ("#A6A6A6", "#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73")
     for row, axis in zip(rows, axes):
         times = [1000 * row["spreads"][name]["median"] for name in VARIANTS]
         low = [1000 * row["spreads"][name]["low"] for name in VARIANTS]
         high = [1000 * row["spreads"][name]["high"] for name in VARIANTS]
         errors = [[t - a for t, a in zip(times, low)], [b - t for t, b in zip(times, high)]]
-        bars = axis.bar(VARIANTS, times, color=colors, yerr=errors, error_kw={"elinewidth": 1, "ecolor": "#404040"})
+        looks = [COLORS[name] for name in VARIANTS]
+        bars = axis.bar(
+            VARIANTS,
+            times,
+            color=looks,
+            yerr=errors,
+            error_kw={"elinewidth": 1, "ecolor": "#404040"},
+        )
         axis.bar_label(bars, [str(row["rounds"][name]) for name in VARIANTS], fontsize=8, padding=4)
         axis.set_title(f"{row['case']['model']}: {times[-1] / times[1]:.2f} x the original's", fontsize=10)
         axis.tick_params(axis="x", rotation=35, labelsize=8)

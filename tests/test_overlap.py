@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bagua_syncbn_algo import (
-    SyncBatchNorm,
     SyncBatchNormAlgorithm,
     SyncBatchNormError,
     bagua,
@@ -26,7 +25,7 @@ from bagua_syncbn_algo import (
 )
 from bagua_syncbn_algo import deferred as deferred_module
 from bagua_syncbn_algo import overlap as overlap_module
-from bagua_syncbn_algo.channel import BACKWARD, REHEARSAL
+from bagua_syncbn_algo.channel import BACKWARD, REHEARSAL, sync_point
 from bagua_syncbn_algo.deferred import Deferral
 from bagua_syncbn_algo.overlap import Follower, apply_split, defer_weights, why_whole
 
@@ -65,14 +64,8 @@ def alone(model: nn.Module, **options: Any) -> Tuple[Any, Alone]:
     model, channel = convert_sync_batchnorm(model, **options), Alone()
     for layer in sync_batchnorm_layers(model):
         layer._bound_channel = lambda: channel  # type: ignore[method-assign]
-        layer._point = overlap_point(layer)
+        layer._point = sync_point(layer.sync_name)
     return model, channel
-
-
-def overlap_point(layer: SyncBatchNorm) -> Any:
-    from bagua_syncbn_algo.channel import sync_point
-
-    return sync_point(layer.sync_name)
 
 
 def gradients(model: nn.Module) -> List[Any]:

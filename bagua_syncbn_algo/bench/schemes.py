@@ -14,7 +14,7 @@ from ..channel import FORWARD, Channel, SyncPoint, sync_point
 from ..convert import convert_sync_batchnorm, sync_batchnorm_layers
 from ..host import bagua
 
-__all__ = ["OriginalScheme", "TorchScheme", "VARIANTS", "build_variant", "channel_of_model"]
+__all__ = ["COLORS", "OriginalScheme", "TorchScheme", "VARIANTS", "build_variant", "channel_of_model"]
 
 # By name, what a table says of it.
 VARIANTS = {
@@ -24,6 +24,16 @@ VARIANTS = {
     "per layer": "1 round a layer forward, 1 backward",
     "coalesced": "1 round a level forward, 1 backward",
     "hidden": "coalesced, the backward round behind weight gradients",
+}
+
+# In pictures.
+COLORS = {
+    "local": "#A6A6A6",
+    "original": "#D55E00",
+    "torch": "#E69F00",
+    "per layer": "#56B4E9",
+    "coalesced": "#0072B2",
+    "hidden": "#009E73",
 }
 
 

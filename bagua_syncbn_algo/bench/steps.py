@@ -16,7 +16,7 @@ from ..host import bagua
 from ..rounds import Rounds, record_rounds
 from .factory import build
 from .measure import RANKS, interleave, run_ranks
-from .schemes import VARIANTS, build_variant, channel_of_model
+from .schemes import COLORS, VARIANTS, build_variant, channel_of_model
 
 __all__ = ["Options", "draw", "measure", "rows_of", "training_step"]
 
@@ -57,7 +57,7 @@ class Options:
 
 
 def training_step(model: nn.Module, input: Tensor) -> Callable[[], None]:
-    """Returns a function that runs forward and backward; the loss is the mean of all floating-point outputs."""
+    """Returns a function that runs forward and backward; the loss is :func:`loss_of` the output."""
 
     def step() -> None:
         for parameter in model.parameters():
@@ -82,12 +82,11 @@ def loss_of(output: Any) -> Tensor:
     return torch.stack([leaf.float().square().mean() for leaf in leaves]).sum()
 
 
-def measure(options: Options, model: Callable[[], nn.Module] | None = None) -> Dict[str, Any]:
+def measure(options: Options) -> Dict[str, Any]:
     """Runs all variants on ranks of their own, interleaved.
 
     Args:
         options: what to measure.
-        model: a function at module level, in place of the name in ``options``.
 
     Returns:
         What was asked, the plan in words, and for each variant its rounds a step, the seconds of a step (``median``,
@@ -97,11 +96,11 @@ def measure(options: Options, model: Callable[[], nn.Module] | None = None) -> D
     Raises:
         torch.multiprocessing.ProcessException: if a rank failed.
     """
-    found: Dict[str, Any] = run_ranks(_run_rank, options, model, ranks=options.ranks)
+    found: Dict[str, Any] = run_ranks(_run_rank, options, ranks=options.ranks)
     return found
 
 
-def _run_rank(rank: int, options: Options, model: Any) -> Dict[str, Any]:
+def _run_rank(rank: int, options: Options) -> Dict[str, Any]:
     from rich.progress import Progress
 
     bagua.init_process_group()
@@ -110,9 +109,8 @@ def _run_rank(rank: int, options: Options, model: Any) -> Dict[str, Any]:
     built: Dict[str, Any] = {}
     for name in options.variants:
         torch.manual_seed(0)
-        built[name] = build_variant(name, build(options.model) if model is None else model())
+        built[name] = build_variant(name, build(options.model))
     steps = {name: training_step(each, input) for name, each in built.items()}
-    channels = {name: channel_of_model(each) for name, each in built.items()}
     warmup = 5
     with Progress(transient=True, disable=rank != 0) as progress:
         task = progress.add_task("measuring", total=len(built) * (options.steps + warmup))
@@ -173,9 +171,8 @@ def overhead_of(found: Mapping[str, Any], name: str) -> float:
     return float((this - local) / (original - local))
 
 
-def title_of(found: Mapping[str, Any]) -> str:
-    """Returns what was measured, with what was added, in words."""
-    options = found["options"]
+def title_of(options: Mapping[str, Any]) -> str:
+    """Returns what was measured, with what was added, in words; by the fields of :class:`Options`."""
     shape = "x".join(map(str, options["shape"]))
     latency = options["latency"]
     added = f"{1000 * latency:g} ms added to every round" if latency else "no latency added"
@@ -195,13 +192,18 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         [time - 1000 * variants[name]["low"] for time, name in zip(times, names)],
         [1000 * variants[name]["high"] - time for time, name in zip(times, names)],
     ]
-    colors = {"local": "#A6A6A6", "original": "#D55E00", "torch": "#E69F00", "per layer": "#56B4E9"}
-    looks = [{**colors, "coalesced": "#0072B2", "hidden": "#009E73"}[name] for name in names]
-    bars = axis.barh(names, times, color=looks, xerr=errors, error_kw={"elinewidth": 1, "ecolor": "#404040"})
+    looks = [COLORS[name] for name in names]
+    bars = axis.barh(
+        names,
+        times,
+        color=looks,
+        xerr=errors,
+        error_kw={"elinewidth": 1, "ecolor": "#404040"},
+    )
     labels = [f"{time:.0f} ms, {variants[name]['rounds']} rounds" for time, name in zip(times, names)]
     axis.bar_label(bars, labels, fontsize=8, padding=8)
     axis.set_xlim(0, 1.3 * max(times))
     axis.set_xlabel("step time, ms (median and middle half)")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(title_of(found), fontsize=9, loc="left")
+    axis.set_title(title_of(found["options"]), fontsize=9, loc="left")
     figure.savefig(path)

@@ -58,7 +58,7 @@ def _watched_algorithm(events: List[Tuple[str, float, float]]) -> Any:
     class Watched(bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm):  # type: ignore[misc]
         def reify(self, process_group: Any) -> Any:
             live = super().reify(process_group)
-            usual, starts = live.init_operations, {}
+            starts: Dict[str, float] = {}
 
             def init_operations(ddp: Any, bucket: Any) -> None:
                 bucket.clear_ops()
@@ -68,7 +68,6 @@ def _watched_algorithm(events: List[Tuple[str, float, float]]) -> Any:
                     lambda name: events.append((name, starts[name], time.perf_counter())), group=process_group
                 )
 
-            del usual
             live.init_operations = init_operations
             return live
 
@@ -172,8 +171,7 @@ def draw(spans: List[Span], options: Options, path: Path) -> None:
     shown = {span.kind for span in spans}
     handles = [_patch(color, label) for kind, (color, label) in _LOOKS.items() if kind in shown and kind != "exposed"]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    named = {"options": {**vars(options)}}
-    figure.suptitle(title_of(named), fontsize=9, x=0.01, ha="left")
+    figure.suptitle(title_of(vars(options)), fontsize=9, x=0.01, ha="left")
     figure.savefig(path)
 
 
