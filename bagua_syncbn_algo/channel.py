@@ -36,8 +36,10 @@ __all__ = [
 FORWARD, BACKWARD, _JOIN = 0, 1, 2
 _PHASES = ("forward", "backward", "first use")
 
-# Header of every frame: sync point, phase, flags, payload length in bytes; int64 each, never converted.
-_HEADER_BYTES = 32
+# Header of every frame: sync point, phase, flags, payload length in bytes, and when it was sent in nanoseconds (0 but
+# where a network is modelled); int64 each, never converted.
+_HEADER_BYTES = 40
+_COMPARED = 4  # of the words: the same on all ranks
 _FAULT = 1  # flag: the payload is the text of an error on the sending rank
 _FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longer than one
 
@@ -118,7 +120,9 @@ class Channel:
         self._headers: Dict[Tuple[Any, ...], _Header] = {}
         self._checks: Deque[_DeferredCheck] = collections.deque()
         self._in_flight: Optional[_Flight] = None
-        self.delay = 0.0  # seconds by which every round arrives later: models a network, for benchmarks
+        # Seconds from the last rank's sending before which nothing arrives: models a network, for benchmarks on one
+        # machine. From the sending, because a message on a wire needs none of the cores that compute meanwhile.
+        self.delay = 0.0
 
     # -- the collective -------------------------------------------------------------------------------------------
 
@@ -237,7 +241,7 @@ class Channel:
                 not arrive.
 
         Collectives:
-            One all-gather of ``capacity`` bytes a rank (one for every ``capacity − 32`` bytes of payload, should the
+            One all-gather of ``capacity`` bytes a rank (one for every ``capacity − 40`` bytes of payload, should the
             payload be longer). Every rank must call.
         """
         bodies = self._send(point, phase, 0, [part.contiguous().view(torch.uint8) for part in parts])
@@ -297,6 +301,8 @@ class Channel:
         entry = None
         if record is not None:
             entry = record.launch(point.layers or (point.name,), _PHASES[phase], message.numel())
+        if self.delay:
+            message[_HEADER_BYTES - 8 : _HEADER_BYTES].view(torch.int64).fill_(time.perf_counter_ns())
         self._in_flight = flight = _Flight(self, header, point, phase, entry)
         flight.depart(message)
         return flight
@@ -308,7 +314,7 @@ class Channel:
         if header is None:
             with torch.inference_mode(False):  # it outlives the block that may be running
                 words = [point.key, phase, flags, length]
-                header = _Header(words, torch.tensor(words).view(torch.uint8).to(device))
+                header = _Header(words, torch.tensor([*words, 0]).view(torch.uint8).to(device))
             if not flags & _FAULT:
                 self._headers[key] = header
         return header
@@ -399,8 +405,7 @@ class _Flight:
             self._gathered, self._work = self._channel._all_gather(message)
         except RuntimeError as error:
             self._error = error
-        timed = self._entry is not None or self._channel.delay
-        if timed and self._gathered is not None and not self._gathered.is_cuda:
+        if self._entry is not None and self._gathered is not None and not self._gathered.is_cuda:
             with contextlib.suppress(AttributeError, RuntimeError):  # not every backend can tell
                 self._work.get_future().add_done_callback(self._note_arrival)
 
@@ -408,7 +413,7 @@ class _Flight:
         self._arrival = time.perf_counter()
 
     def land(self, keep: bool = False) -> Tensor:
-        """Waits, checks the headers and returns the payloads ``(W, capacity − 32)``.
+        """Waits, checks the headers and returns the payloads ``(W, capacity − 40)``.
 
         Args:
             keep: the next flight is about to use the memory of this one.
@@ -445,7 +450,9 @@ class _Flight:
             raise SyncBatchNormError(self._channel._autopsy(where, error)) from error
         finish = time.perf_counter() if self._arrival is None else self._arrival
         if self._channel.delay:
-            finish += self._channel.delay
+            assert self._gathered is not None
+            sent = self._gathered[:, _HEADER_BYTES - 8 : _HEADER_BYTES].view(torch.int64).max().item() / 1e9
+            finish = max(finish, sent + self._channel.delay)
             time.sleep(max(0.0, finish - time.perf_counter()))
         if self._entry is not None:
             self._entry.wait, self._entry.finish = start, finish
@@ -469,7 +476,7 @@ class _DeferredCheck:
         if self._event is not None:
             self._event.synchronize()
         mine = self._mine
-        rows: List[List[int]] = self._gathered[:, :_HEADER_BYTES].view(torch.int64).tolist()
+        rows: List[List[int]] = self._gathered[:, :_HEADER_BYTES].view(torch.int64)[:, :_COMPARED].tolist()
         if all(row == mine for row in rows) and not mine[2] & _FAULT:
             return
         name, phase = self._point.name, _PHASES[self._phase]

@@ -32,9 +32,8 @@ class Deferral:
     """
 
     def __init__(self, tensors: Sequence[Optional[Tensor]], device: torch.device, name: str) -> None:
-        self._cell = _Cell()
-        self.token: Tensor = _Deferred.apply(self._cell, device, name, *tensors)  # type: ignore[no-untyped-call]
-        self._node = self.token.grad_fn
+        self.token: Tensor = _Deferred.apply((device, name), *tensors)  # type: ignore[no-untyped-call]
+        self._node: Any = self.token.grad_fn
 
     def leave(self, compute: Compute) -> None:
         """Leaves what computes the gradients; the other node's backward calls it.
@@ -43,7 +42,7 @@ class Deferral:
         node: nothing is held for it.
         """
         if _will_run(self._node):
-            self._cell.compute = compute
+            self._node.compute = compute
 
 
 class Behind:
@@ -59,23 +58,20 @@ class Behind:
         self.deferrals: List[Deferral] = []  # one for each share; there once the round is in the graph
 
 
-class _Cell:
-    compute: Optional[Compute] = None
-
-
 class _Deferred(Function):
     @staticmethod
-    def forward(ctx: Any, cell: _Cell, device: torch.device, name: str, *tensors: Optional[Tensor]) -> Tensor:
-        ctx.cell, ctx.name, ctx.count = cell, name, len(tensors)
+    def forward(ctx: Any, where: Tuple[torch.device, str], *tensors: Optional[Tensor]) -> Tensor:
+        device, ctx.name = where
+        ctx.compute = None
         ctx.set_materialize_grads(False)
         return torch.empty((), device=device)
 
     @staticmethod
     def backward(ctx: Any, _: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         refuse_second_derivative(ctx.name)
-        compute, ctx.cell.compute = ctx.cell.compute, None  # emptied: it holds activations
-        gradients = (None,) * ctx.count if compute is None else compute(ctx.needs_input_grad[3:])
-        return (None, None, None, *gradients)
+        compute, ctx.compute = ctx.compute, None  # emptied: it holds activations
+        needs = ctx.needs_input_grad[1:]
+        return (None, *([None] * len(needs) if compute is None else compute(needs)))
 
 
 # Not before torch 2.0: there what is left is held until the graph is gone.

@@ -104,9 +104,7 @@ def sync_batch_norm(
         device = members[0].input.device
         finish = Deferral(tensors, device, point.name)
         behind.deferrals = [Deferral(share, device, point.name) for share in behind.shares]
-        fixed = [None if tensor is None else tensor.detach() for tensor in tensors]
-        needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
-        outputs = _LaunchingBatchNorm.apply(call, finish, finish.token, needs, *fixed)  # type: ignore[no-untyped-call]
+        outputs = _LaunchingBatchNorm.apply(call, finish, finish.token, tensors)  # type: ignore[no-untyped-call]
         return outputs
 
     if recomputed:
@@ -143,17 +141,18 @@ class _LaunchingBatchNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, finish: Deferral, token: Tensor, needs: Sequence[bool], *tensors: Optional[Tensor]
+        ctx: Any, call: _Call, finish: Deferral, token: Tensor, tensors: Sequence[Optional[Tensor]]
     ) -> Tuple[Tensor, ...]:
-        ctx.finish, ctx.needs = finish, needs
-        return _normalize(ctx, call, tensors, needs)
+        # In one argument, in which autograd does not look for inputs: the tensors' gradients are the deferral's.
+        ctx.finish, ctx.needs = finish, [tensor is not None and tensor.requires_grad for tensor in tensors]
+        return _normalize(ctx, call, tensors, ctx.needs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         refuse_second_derivative(ctx.call.point.name)
         finish: Deferral = ctx.finish
         finish.leave(_launch(ctx, grads, ctx.needs))
-        return (None,) * (4 + len(ctx.needs))
+        return None, None, None, None
 
 
 def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> Tuple[Tensor, ...]:

@@ -133,7 +133,7 @@ def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
         weight, bias = module.weight, module.bias
         if getattr(module, "padding_mode", "zeros") != "zeros":  # before any cast: autocast pads in float32
             input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        fixed = _autocast(input, weight.detach(), None if bias is None else bias.detach())
+        fixed = _autocast(input, weight, bias)
         late = _Late(share.follower.name, deferral, weight.dtype, None if bias is None else bias.dtype)
         output = (_linear if isinstance(module, nn.Linear) else _convolve)(module, late, *fixed)
     share.follower.note(module, input, output)
@@ -151,7 +151,7 @@ class _Late(NamedTuple):
 
 def _linear(module: Any, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     rows = input.reshape(-1, input.shape[-1])
-    arguments = rows, weight, bias, late.deferral.token, late, _Linear
+    arguments = rows, late.deferral.token, (weight, bias), late, _Linear
     output: Tensor = _Split.apply(*arguments)  # type: ignore[no-untyped-call]
     return output.view(*input.shape[:-1], output.shape[-1])
 
@@ -166,7 +166,7 @@ def _convolve(module: Any, late: _Late, input: Tensor, weight: Tensor, bias: Opt
         module.groups,
     )
     batched = input if input.dim() == weight.dim() else input.unsqueeze(0)
-    arguments = batched, weight, bias, late.deferral.token, late, convolution
+    arguments = batched, late.deferral.token, (weight, bias), late, convolution
     output: Tensor = _Split.apply(*arguments)  # type: ignore[no-untyped-call]
     return output if batched is input else output.squeeze(0)
 
@@ -181,15 +181,14 @@ def _padding(module: nn.modules.conv._ConvNd) -> Optional[Sequence[int]]:
     return None if any(zeros % 2 for zeros in whole) else [zeros // 2 for zeros in whole]
 
 
-def _autocast(*tensors: Optional[Tensor]) -> Tuple[Any, ...]:
+def _autocast(input: Tensor, *parameters: Optional[Tensor]) -> Tuple[Any, ...]:
     """Casts as autocast does: it does not reach what an autograd Function saves."""
-    assert tensors[0] is not None
-    dtype = _autocast_dtype(tensors[0].device.type) if _any_autocast() else None
+    dtype = _autocast_dtype(input.device.type) if _any_autocast() else None
     if dtype is None:
-        return tensors
+        return (input, *parameters)
     return tuple(
         tensor.to(dtype) if tensor is not None and tensor.dtype not in (dtype, torch.float64) else tensor
-        for tensor in tensors
+        for tensor in (input, *(parameter if parameter is None else parameter.detach() for parameter in parameters))
     )
 
 
@@ -266,8 +265,10 @@ class _Split(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Optional[Tensor], token: Tensor, late: _Late, operation: Any
+        ctx: Any, input: Tensor, token: Tensor, parameters: Tuple[Tensor, Optional[Tensor]], late: _Late, operation: Any
     ) -> Tensor:
+        # The parameters are in one argument, in which autograd does not look for inputs.
+        weight, bias = parameters
         ctx.save_for_backward(input, weight)
         ctx.late, ctx.operation = late, operation
         ctx.bias_sizes = None if bias is None else bias.shape
@@ -289,4 +290,4 @@ class _Split(Function):
             return _cast(weight, bias, late)
 
         late.deferral.leave(weight_and_bias)
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None

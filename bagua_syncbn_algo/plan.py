@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional, Tuple
 
 __all__ = ["PlannedRound", "Prediction", "SyncPlan"]
 
-_HEADER_BYTES = 32
+_HEADER_BYTES = 40
 
 
 @dataclass(frozen=True)

@@ -69,13 +69,13 @@ def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
         for scheme in SCHEMES:
             channel: Channel = OriginalScheme(group()) if scheme == "original" else TorchChannel(group())
             widest = max(planned.payload() for planned in plan.rounds)
-            single = 40 + 8 * max(max(planned.features) for planned in plan.rounds)
+            single = 48 + 8 * max(max(planned.features) for planned in plan.rounds)
             channel.capacity = widest if scheme == "planned" else single
             variants[f"{name} {scheme}"] = replay(channel, plan, scheme == "planned")
     probes = {size: TorchChannel(group()) for size in (64, _MEGABYTE)}
     for size, probe in probes.items():
         probe.capacity = size
-        part = torch.zeros(size - 32, dtype=torch.uint8)
+        part = torch.zeros(size - 40, dtype=torch.uint8)
         count = _TRAIN if size == 64 else _TRAIN // 5
         variants[str(size)] = lambda probe=probe, part=part, count=count: [  # type: ignore[misc]
             probe.exchange(sync_point("probe"), FORWARD, [part]) for _ in range(count)

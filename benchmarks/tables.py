@@ -33,15 +33,15 @@ def coalescing(rows: Any) -> List[str]:
 
 
 def overlap(rows: Any) -> List[str]:
-    heading = ["width, images", "added", "one round a level", "hidden", "saved", "could be saved", "saved / could"]
-    heading += ["exposed backward, ms", "ratio", "a core is busy"]
+    heading = ["width, images", "added", "one round a level", "hidden", "saved"]
+    heading += ["could be saved (beside gradients)", "saved / could", "exposed backward, ms", "ratio", "a core is busy"]
     body = [
         [
             f"{row['width']}, {row['size']}²",
             f"{row['latency_ms']:g} ms",
             *(milliseconds(row["variants"][name]) for name in ("coalesced", "hidden")),
             f"{1000 * row['saved']:.1f}",
-            f"{1000 * row['could']:.1f}",
+            f"{1000 * row['could']:.1f} ({1000 * row['could_beside_gradients']:.1f})",
             f"{row['share']:.2f}",
             " → ".join(f"{1000 * row['exposed'][name]:.1f}" for name in ("coalesced", "hidden")),
             f"{row['exposed_ratio']:.2f}",

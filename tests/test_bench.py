@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, List, Sequence
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from bagua_syncbn_algo.__main__ import main
 from bagua_syncbn_algo.bench import steps, timeline
 from bagua_syncbn_algo.bench.measure import Spread, run_ranks
-from bagua_syncbn_algo.bench.schemes import VARIANTS
+from bagua_syncbn_algo.bench.schemes import VARIANTS, add_latency
+from bagua_syncbn_algo.channel import Channel, SyncPoint
 
 
 class Convolutions(nn.Sequential):
@@ -72,6 +74,28 @@ def test_timeline_shows_hidden_rounds_and_waits(tmp_path: Path, capsys: Any) -> 
         hidden = next(e for e in mine if e["cat"] == "hidden" and e["name"].startswith("Convolutions.1 (backward"))
         assert backward["ts"] <= hidden["ts"] and hidden["dur"] > 0
         assert min(e["ts"] for e in mine) >= 0
+
+
+class Slept(Channel):
+    """A channel whose rounds take 5 ms."""
+
+    def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
+        time.sleep(5e-3)
+        return list(parts)
+
+
+def test_latency_is_added_to_what_a_round_takes() -> None:
+    """Catches a stated latency in which the round itself disappears, and one that a second call adds to the first."""
+    channel = Slept()
+    for _ in range(2):
+        channel.capacity = 64
+        add_latency(channel, 1.0)
+        assert channel.delay >= 1.0 + 5e-3
+    add_latency(channel, 0.0)
+    assert channel.delay == 0
+    bare = Channel()
+    add_latency(bare, 1.0)
+    assert bare.delay == 0
 
 
 @pytest.mark.parametrize(

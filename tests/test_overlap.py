@@ -447,7 +447,7 @@ def test_gradients_of_inputs_only_hold_nothing(mocker: MockerFixture) -> None:
     loss = total(model(x))
     torch.autograd.grad(loss, x)
     assert len(made) == 4
-    assert all(deferral._cell.compute is None for deferral in made)
+    assert all(deferral._node.compute is None for deferral in made)
 
 
 class Heads(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any, Callable, Dict, List, Sequence
 
@@ -14,7 +15,9 @@ from ..channel import FORWARD, Channel, SyncPoint, sync_point
 from ..convert import convert_sync_batchnorm, sync_batchnorm_layers
 from ..host import bagua
 
-__all__ = ["COLORS", "OriginalScheme", "TorchScheme", "VARIANTS", "build_variant", "channel_of_model"]
+__all__ = ["COLORS", "OriginalScheme", "TorchScheme", "VARIANTS", "add_latency", "build_variant", "channel_of_model"]
+
+_PROBE, _PROBES = sync_point("a round to see what it takes"), 51
 
 # By name, what a table says of it.
 VARIANTS = {
@@ -53,21 +56,21 @@ class _Scheme(Channel):
 
     def gather(self, part: Tensor) -> Tensor:
         """Returns every rank's ``part``."""
-        gathered = part.new_empty((self.world_size, *part.shape))
-        self._finish(self._group.allgather([list(gathered.unbind(0))], [part]))
+        start, gathered = time.perf_counter(), part.new_empty((self.world_size, *part.shape))
+        self._finish(start, self._group.allgather([list(gathered.unbind(0))], [part]))
         return gathered
 
     def reduce(self, part: Tensor) -> Tensor:
         """Returns the sum over all ranks, as if it were of one."""
-        total = part.clone()
-        self._finish(self._group.allreduce([total]))
+        start, total = time.perf_counter(), part.clone()
+        self._finish(start, self._group.allreduce([total]))
         return total.unsqueeze(0)
 
-    def _finish(self, work: Any) -> None:
+    def _finish(self, start: float, work: Any) -> None:
         self.rounds += 1
         work.wait()
-        if self.delay:
-            time.sleep(self.delay)
+        if self.delay:  # from this rank's sending, not the last one's: in doubt in favour of the scheme
+            time.sleep(max(0.0, start + self.delay - time.perf_counter()))
 
     def fail(self, point: SyncPoint, phase: int, error: BaseException) -> None:
         raise error
@@ -120,6 +123,32 @@ def build_variant(name: str, model: nn.Module, inner: Any = None) -> Any:
     for layer in sync_batchnorm_layers(wrapped):
         layer.bind(channel, sync_point(layer.sync_name))
     return wrapped
+
+
+def add_latency(channel: Channel, seconds: float) -> None:
+    """Makes every round take as long as it takes here between idle ranks, and ``seconds`` more.
+
+    As on a wire: from when the last rank has sent, whether or not a core is free meanwhile.
+
+    Args:
+        channel: whose rounds; its ranks must be idle.
+        seconds: 0 for rounds as they are.
+
+    Collectives:
+        Some rounds. Every rank must call.
+    """
+    channel.delay = 0.0
+    if not seconds or type(channel) is Channel:  # of a model without rounds
+        return
+    durations = []
+    for _ in range(_PROBES):
+        start = time.perf_counter()
+        if isinstance(channel, _Scheme):
+            channel.gather(torch.zeros(8))
+        else:
+            channel.exchange(_PROBE, FORWARD, [torch.zeros(8)])
+        durations.append(time.perf_counter() - start)
+    channel.delay = statistics.median(durations) + seconds
 
 
 def channel_of_model(model: nn.Module) -> Channel:

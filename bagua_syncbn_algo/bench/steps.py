@@ -16,7 +16,7 @@ from ..host import bagua
 from ..rounds import Rounds, record_rounds
 from .factory import build
 from .measure import RANKS, interleave, run_ranks
-from .schemes import COLORS, VARIANTS, build_variant, channel_of_model
+from .schemes import COLORS, VARIANTS, add_latency, build_variant, channel_of_model
 
 __all__ = ["Options", "draw", "measure", "rows_of", "training_step"]
 
@@ -118,7 +118,7 @@ def _run_rank(rank: int, options: Options) -> Dict[str, Any]:
             step()
         channels = {name: channel_of_model(each) for name, each in built.items()}
         for channel in channels.values():
-            channel.delay = options.latency
+            add_latency(channel, options.latency)
         spreads = interleave(steps, options.steps, warmup, lambda: progress.advance(task))
     variants = {}
     for name, step in steps.items():

@@ -14,7 +14,7 @@ from ..host import bagua
 from ..rounds import record_rounds
 from .factory import build
 from .measure import run_ranks
-from .schemes import build_variant, channel_of_model
+from .schemes import add_latency, build_variant, channel_of_model
 from .steps import Options, loss_of, title_of
 
 __all__ = ["Span", "draw", "record_step", "write_trace"]
@@ -84,7 +84,7 @@ def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
     steps: List[List[Span]] = []
     for number in range(3 + _STEPS):
         if number == 3:  # the first ones check the graph and grow the buckets
-            channel_of_model(model).delay = options.latency
+            add_latency(channel_of_model(model), options.latency)
         dist.barrier()
         buckets.clear()
         for parameter in model.parameters():
