@@ -18,6 +18,7 @@ from .deferred import Behind, Deferral, refuse_second_derivative
 from .moments import (
     GlobalMoments,
     LocalMoments,
+    cast,
     dense,
     gradient_sums,
     input_gradient,
@@ -29,7 +30,7 @@ from .moments import (
 )
 from .records import Record, Records
 
-__all__ = ["Member", "exchange_moments", "sync_batch_norm"]
+__all__ = ["Member", "launch_moments", "sync_batch_norm"]
 
 _T = TypeVar("_T")
 
@@ -75,9 +76,21 @@ def sync_batch_norm(
         any input requires a gradient. Every rank must call.
     """
     inputs = [dense(member.input.detach()) for member in members]
+    tensors = [tensor for member in members for tensor in (member.input, member.weight, member.bias)]
+    communicates = torch.is_grad_enabled() and any(member.input.requires_grad for member in members)
 
     def moments() -> List[LocalMoments]:
         return [_local(input) for input in inputs]
+
+    def defer() -> Optional[Deferral]:
+        if behind is None or not communicates:
+            return None
+        # Backward comes to what was created last first: the launch, what it hides behind, and last of all the wait.
+        device = members[0].input.device
+        with torch.enable_grad():
+            finish = Deferral(tensors, device, point.name)
+            behind.deferrals = [Deferral(share, device, point.name) for share in behind.shares]
+        return finish
 
     with torch.no_grad():
         record = None
@@ -87,23 +100,19 @@ def sync_batch_norm(
         recomputed = record is not None
         if record is None:
             local = _or_fail(channel, point, FORWARD, moments)
-            record = Record(local, exchange_moments(local, channel, point, [member.name for member in members]))
+            arrived = launch_moments(local, channel, point, [member.name for member in members])
+            finish = defer()  # while the statistics travel: it needs none of them
+            record = Record(local, arrived())
             if records is not None:
                 records.open(record)
         else:
-            local = record.local
+            local, finish = record.local, defer()
     call = _Call(local, record.merged, [member.eps for member in members], channel, point, records, record)
-    tensors = [tensor for member in members for tensor in (member.input, member.weight, member.bias)]
-    communicates = torch.is_grad_enabled() and any(member.input.requires_grad for member in members)
 
     def apply() -> Tuple[Tensor, ...]:
-        if behind is None or not communicates:
+        if finish is None:
             outputs: Tuple[Tensor, ...] = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
             return outputs
-        # Backward comes to what was created last first: the launch, what it hides behind, and last of all the wait.
-        device = members[0].input.device
-        finish = Deferral(tensors, device, point.name)
-        behind.deferrals = [Deferral(share, device, point.name) for share in behind.shares]
         outputs = _LaunchingBatchNorm.apply(call, finish, finish.token, tensors)  # type: ignore[no-untyped-call]
         return outputs
 
@@ -209,7 +218,7 @@ def _launch(
     local_dy, local_dy_xhat = _or_fail(call.channel, call.point, BACKWARD, local_sums)
     arrived: Optional[Callable[[], List[Tensor]]] = None
     if any(needs[::3]):
-        parts = [torch.cat([part.to(mean.dtype) for part in (*local_dy, *local_dy_xhat)])]
+        parts = [torch.cat([cast(part, mean.dtype) for part in (*local_dy, *local_dy_xhat)])]
         if count > 1:
             used = tuple(output is not None for output in outputs)
             parts.append(_constant(used, torch.uint8, mean.device))
@@ -246,9 +255,9 @@ def _launch(
                     )
         for i, weight in enumerate(weights):
             if used[i] and needs[3 * i + 1]:
-                gradients[3 * i + 1] = local_dy_xhat[i].to(weight.dtype)
+                gradients[3 * i + 1] = cast(local_dy_xhat[i], weight.dtype)
             if used[i] and needs[3 * i + 2]:
-                gradients[3 * i + 2] = local_dy[i].to(bias_dtypes[i])
+                gradients[3 * i + 2] = cast(local_dy[i], bias_dtypes[i])
         if call.records is not None:
             call.records.close(call.record)
         return gradients
@@ -263,10 +272,10 @@ def _local(input: Tensor) -> LocalMoments:
     return LocalMoments(0, zeros, zeros)
 
 
-def exchange_moments(
+def launch_moments(
     local: Sequence[LocalMoments], channel: Channel, point: SyncPoint, names: Sequence[str]
-) -> GlobalMoments:
-    """Merges the local moments of all ranks of ``channel``.
+) -> Callable[[], GlobalMoments]:
+    """Sends local moments on their way, to be merged over all ranks of ``channel``.
 
     Args:
         local: of each layer in the round.
@@ -275,10 +284,10 @@ def exchange_moments(
         names: of the layers, for errors.
 
     Returns:
-        The layers' moments one after the other, in the widest of their dtypes.
+        What waits for them, and returns the layers' moments one after the other, in the widest of their dtypes.
 
     Raises:
-        ValueError: if the whole group holds at most one value per channel.
+        ValueError: from waiting: if the whole group holds at most one value per channel.
         SyncBatchNormError: if another rank failed, is elsewhere or did not arrive.
 
     Collectives:
@@ -287,20 +296,25 @@ def exchange_moments(
     device = local[0].mean.device
     dtype = torch.float64 if any(part.mean.dtype == torch.float64 for part in local) else torch.float32
     count = _constant(tuple(part.elements for part in local), torch.int64, device)
-    payload = torch.cat([*(part.mean.to(dtype) for part in local), *(part.variance.to(dtype) for part in local)])
-    counts, moments = channel.exchange(point, FORWARD, [count, payload])
-    # Where this rank alone holds two values per channel, the world does too: no need to wait for the others' counts.
-    for index, part in enumerate(local):
-        if part.elements < 2 and int(counts[:, index].sum()) < 2:
-            raise ValueError(
-                f"expected more than 1 value per channel in the whole group when training (got {part.elements} here, "
-                f"{int(counts[:, index].sum())} on all {channel.world_size} ranks, at {names[index]}); use a larger "
-                "batch or eval()"
-            )
-    means, variances = moments.chunk(2, dim=1)
-    if len(local) == 1:
-        return merge_moments(counts, means, variances)
-    return merge_moments(counts, means, variances, _layer_of(tuple(part.mean.numel() for part in local), device))
+    payload = torch.cat([*(cast(part.mean, dtype) for part in local), *(cast(part.variance, dtype) for part in local)])
+    arrived = channel.launch(point, FORWARD, [count, payload])
+
+    def merged() -> GlobalMoments:
+        counts, moments = arrived()
+        # Where this rank alone holds two values per channel, the world does too: no need to look at the others' counts.
+        for index, part in enumerate(local):
+            if part.elements < 2 and int(counts[:, index].sum()) < 2:
+                raise ValueError(
+                    f"expected more than 1 value per channel in the whole group when training (got {part.elements} "
+                    f"here, {int(counts[:, index].sum())} on all {channel.world_size} ranks, at {names[index]}); use a "
+                    "larger batch or eval()"
+                )
+        means, variances = moments.chunk(2, dim=1)
+        if len(local) == 1:
+            return merge_moments(counts, means, variances)
+        return merge_moments(counts, means, variances, _layer_of(tuple(part.mean.numel() for part in local), device))
+
+    return merged
 
 
 @lru_cache(maxsize=1024)
@@ -330,7 +344,7 @@ def _split(vector: Tensor, inputs: Sequence[Tensor]) -> List[Tensor]:
     if len(inputs) == 1:
         return [vector]
     pieces = vector.split([input.shape[1] for input in inputs])
-    return [piece.to(statistics_dtype(input.dtype)) for piece, input in zip(pieces, inputs)]
+    return [cast(piece, statistics_dtype(input.dtype)) for piece, input in zip(pieces, inputs)]
 
 
 def _or_fail(channel: Channel, point: SyncPoint, phase: int, compute: Callable[[], _T]) -> _T:

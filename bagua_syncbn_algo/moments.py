@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "GlobalMoments",
     "LocalMoments",
+    "cast",
     "dense",
     "gradient_sums",
     "input_gradient",
@@ -152,8 +153,8 @@ def normalize(
         bias: shape ``(C,)`` or ``None``; any floating dtype.
     """
     dtype = mean.dtype
-    weight = None if weight is None else _cast(weight, dtype)
-    bias = None if bias is None else _cast(bias, dtype)
+    weight = None if weight is None else cast(weight, dtype)
+    bias = None if bias is None else cast(bias, dtype)
     return _kernels(input).normalize(input, local, mean, invstd, weight, bias)
 
 
@@ -194,11 +195,11 @@ def input_gradient(
         mean_dy: shape ``(C,)``: the mean of ``dy`` over the elements of all ranks.
         mean_dy_xhat: shape ``(C,)``: the mean of ``dy · x̂`` over the elements of all ranks.
     """
-    weight = None if weight is None else _cast(weight, mean.dtype)
+    weight = None if weight is None else cast(weight, mean.dtype)
     return _kernels(input).input_gradient(grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As ``tensor.to(dtype)``, which takes a microsecond to find that there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
@@ -237,7 +238,7 @@ class _CpuKernels:
     def local_moments(input: Tensor) -> LocalMoments:
         channels = input.shape[1]
         count = input.numel() // channels
-        input = _cast(input, statistics_dtype(input.dtype))
+        input = cast(input, statistics_dtype(input.dtype))
         if memory_format(input) != torch.contiguous_format:
             mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
             return LocalMoments(count, mean, variance)
@@ -276,13 +277,13 @@ class _CpuKernels:
         else:
             output, offset = local.centred, (local.shift - mean) * scale
             offset = offset if bias is None else offset + bias
-        return _cast(_scale_and_shift_(output, scale, offset), input.dtype)
+        return cast(_scale_and_shift_(output, scale, offset), input.dtype)
 
     @staticmethod
     def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
         _, dy_xhat, dy = _BATCH_NORM_BACKWARD(
-            _cast(grad_output, mean.dtype),
-            _cast(input, mean.dtype),
+            cast(grad_output, mean.dtype),
+            cast(input, mean.dtype),
             None,
             None,
             None,
@@ -308,8 +309,8 @@ class _CpuKernels:
         gradient = torch.sub(input, _per_channel(mean, input))
         minus = scale.neg()
         _scale_and_shift_(gradient, (minus * invstd).mul_(mean_dy_xhat), minus.mul_(mean_dy))
-        gradient.addcmul_(_cast(grad_output, mean.dtype), _per_channel(scale, input))
-        return _cast(gradient, input.dtype)
+        gradient.addcmul_(cast(grad_output, mean.dtype), _per_channel(scale, input))
+        return cast(gradient, input.dtype)
 
 
 class _CudaKernels:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .channel import Channel, SyncPoint
-from .functional import exchange_moments
+from .functional import launch_moments
 from .moments import LocalMoments, merge_moments
 
 __all__ = ["RunningPool"]
@@ -99,7 +99,7 @@ class RunningPool:
         Collectives:
             One all-gather of ``8 + 2C·itemsize`` payload bytes. Every rank must call.
         """
-        layer.update_running_statistics(exchange_moments([local], self._channel, point, [layer.sync_name]))
+        layer.update_running_statistics(launch_moments([local], self._channel, point, [layer.sync_name])())
 
     @torch.no_grad()
     def load(self) -> None:

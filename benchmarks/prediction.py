@@ -128,7 +128,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--picture", type=Path, default=Path(__file__).parent.parent / "docs" / "prediction.png")
     options = parser.parse_args()
     found = run_ranks(run_rank, options.repeats)
