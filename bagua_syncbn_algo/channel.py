@@ -24,6 +24,7 @@ from .rounds import Round, active
 __all__ = [
     "BACKWARD",
     "FORWARD",
+    "HEADER_BYTES",
     "REHEARSAL",
     "Channel",
     "Roster",
@@ -38,13 +39,13 @@ _PHASES = ("forward", "backward", "first use")
 
 # Header of every frame: sync point, phase, flags, payload length in bytes, and when it was sent in nanoseconds (0 but
 # where a network is modelled); int64 each, never converted.
-_HEADER_BYTES = 40
+HEADER_BYTES = 40
 _COMPARED = 4  # of the words: the same on all ranks
 _FAULT = 1  # flag: the payload is the text of an error on the sending rank
 _FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longer than one
 
-_FIRST_CAPACITY = 64  # bytes of the very first message, which agrees on the length of all others
-_DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,016 float32 channels
+_FIRST_CAPACITY = 64  # bytes of the very first message, which agrees on the length of all others: header, 3 numbers
+_DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,018 float32 channels
 _LONGEST_CAPACITY = 65536  # bytes; statistics of very wide rounds travel in several messages
 _AUTOPSY_SECONDS = 3.0  # how long a failing rank waits for the others to publish where they are
 
@@ -85,7 +86,7 @@ class Roster:
         alone = max(8 + 2 * features * itemsize for _, features in self.layers)
         longest = max([alone] + [8 * len(each) + 2 * sum(each) * itemsize for _, each in self.rounds])
         # Up to a limit: every message is as long as the longest.
-        return -(-(_HEADER_BYTES + max(alone, min(longest, _LONGEST_CAPACITY - _HEADER_BYTES))) // 64) * 64
+        return -(-(HEADER_BYTES + max(alone, min(longest, _LONGEST_CAPACITY - HEADER_BYTES))) // 64) * 64
 
     def text(self) -> bytes:
         """Returns one line a layer and round, for the comparison between ranks."""
@@ -263,7 +264,7 @@ class Channel:
         Collectives:
             One all-gather of ``capacity`` bytes a rank, in place of :meth:`exchange`.
         """
-        text = f"{type(error).__name__}: {error}".encode()[: self.capacity - _HEADER_BYTES]
+        text = f"{type(error).__name__}: {error}".encode()[: self.capacity - HEADER_BYTES]
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
         with contextlib.suppress(SyncBatchNormError):  # this rank's own error is the one to raise
             self._send(point, phase, _FAULT, [payload])()
@@ -278,7 +279,7 @@ class Channel:
     # -- frames ---------------------------------------------------------------------------------------------------
 
     def _send(self, point: SyncPoint, phase: int, flags: int, parts: Sequence[Tensor]) -> Callable[[], Tensor]:
-        length, room = sum(part.numel() for part in parts), self.capacity - _HEADER_BYTES
+        length, room = sum(part.numel() for part in parts), self.capacity - HEADER_BYTES
         if length <= room:
             return self._depart(parts, length, point, phase, flags, length).land
         frames = [
@@ -295,14 +296,14 @@ class Channel:
         device = parts[0].device
         header = self._header(point, phase, flags, length, device)
         message = self._message(point, device)
-        torch.cat([header.bytes, *parts], out=message[: _HEADER_BYTES + size])
+        torch.cat([header.bytes, *parts], out=message[: HEADER_BYTES + size])
         self.rounds += phase != _JOIN
         record = None if phase == _JOIN else active()
         entry = None
         if record is not None:
             entry = record.launch(point.layers or (point.name,), _PHASES[phase], message.numel())
         if self.delay:
-            message[_HEADER_BYTES - 8 : _HEADER_BYTES].view(torch.int64).fill_(time.perf_counter_ns())
+            message[HEADER_BYTES - 8 : HEADER_BYTES].view(torch.int64).fill_(time.perf_counter_ns())
         self._in_flight = flight = _Flight(self, header, point, phase, entry)
         flight.depart(message)
         return flight
@@ -437,7 +438,7 @@ class _Flight:
         assert self._gathered is not None
         if keep:
             self._gathered = self._gathered.clone()
-        return self._gathered[:, _HEADER_BYTES:]
+        return self._gathered[:, HEADER_BYTES:]
 
     def _wait(self) -> None:
         start = time.perf_counter()
@@ -451,7 +452,7 @@ class _Flight:
         finish = time.perf_counter() if self._arrival is None else self._arrival
         if self._channel.delay:
             assert self._gathered is not None
-            sent = self._gathered[:, _HEADER_BYTES - 8 : _HEADER_BYTES].view(torch.int64).max().item() / 1e9
+            sent = self._gathered[:, HEADER_BYTES - 8 : HEADER_BYTES].view(torch.int64).max().item() / 1e9
             finish = max(finish, sent + self._channel.delay)
             time.sleep(max(0.0, finish - time.perf_counter()))
         if self._entry is not None:
@@ -476,13 +477,13 @@ class _DeferredCheck:
         if self._event is not None:
             self._event.synchronize()
         mine = self._mine
-        rows: List[List[int]] = self._gathered[:, :_HEADER_BYTES].view(torch.int64)[:, :_COMPARED].tolist()
+        rows: List[List[int]] = self._gathered[:, : 8 * _COMPARED].view(torch.int64).tolist()
         if all(row == mine for row in rows) and not mine[2] & _FAULT:
             return
         name, phase = self._point.name, _PHASES[self._phase]
         for rank, (_, _, flags, length) in enumerate(rows):
             if flags & _FAULT and rank != channel.rank:
-                text = bytes(self._gathered[rank, _HEADER_BYTES : _HEADER_BYTES + length].tolist())
+                text = bytes(self._gathered[rank, HEADER_BYTES : HEADER_BYTES + length].tolist())
                 raise SyncBatchNormError(
                     f"expected rank {rank} to send statistics at {name} ({phase}) "
                     f"(got its error: {text.decode(errors='replace')}); mend that rank, the others only waited for it"

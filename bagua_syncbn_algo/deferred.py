@@ -55,20 +55,20 @@ class Behind:
 
     def __init__(self, shares: Sequence[Sequence[Optional[Tensor]]]) -> None:
         self.shares = shares
-        self.deferrals: List[Deferral] = []  # one for each share; there once the round is in the graph
+        self.deferrals: List[Deferral] = []  # one for each share; made by forward, where backward will have a round
 
 
 class _Deferred(Function):
     @staticmethod
     def forward(ctx: Any, where: Tuple[torch.device, str], *tensors: Optional[Tensor]) -> Tensor:
-        device, ctx.name = where
+        device, ctx.layer = where
         ctx.compute = None
         ctx.set_materialize_grads(False)
         return torch.empty((), device=device)
 
     @staticmethod
     def backward(ctx: Any, _: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        refuse_second_derivative(ctx.name)
+        refuse_second_derivative(ctx.layer)
         compute, ctx.compute = ctx.compute, None  # emptied: it holds activations
         needs = ctx.needs_input_grad[1:]
         return (None, *([None] * len(needs) if compute is None else compute(needs)))

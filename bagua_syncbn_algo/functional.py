@@ -98,15 +98,18 @@ def sync_batch_norm(
             # A fault before the exchange must reach the ranks that already wait in it.
             record = _or_fail(channel, point, FORWARD, lambda: records.match(moments))
         recomputed = record is not None
+        arrived = None
         if record is None:
             local = _or_fail(channel, point, FORWARD, moments)
             arrived = launch_moments(local, channel, point, [member.name for member in members])
-            finish = defer()  # while the statistics travel: it needs none of them
+        finish = _or_fail(channel, point, FORWARD, defer)  # while the statistics travel: it needs none of them
+        if record is None:
+            assert arrived is not None
             record = Record(local, arrived())
             if records is not None:
                 records.open(record)
         else:
-            local, finish = record.local, defer()
+            local = record.local
     call = _Call(local, record.merged, [member.eps for member in members], channel, point, records, record)
 
     def apply() -> Tuple[Tensor, ...]:

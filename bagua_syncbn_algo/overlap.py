@@ -134,29 +134,32 @@ def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
         if getattr(module, "padding_mode", "zeros") != "zeros":  # before any cast: autocast pads in float32
             input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         fixed = _autocast(input, weight, bias)
-        late = _Late(share.follower.name, deferral, weight.dtype, None if bias is None else bias.dtype)
-        output = (_linear if isinstance(module, nn.Linear) else _convolve)(module, late, *fixed)
+        late = _Late(share.follower.name, weight.dtype, None if bias is None else bias.dtype)
+        output = (_linear if isinstance(module, nn.Linear) else _convolve)(module, deferral, late, *fixed)
     share.follower.note(module, input, output)
     return output
 
 
 class _Late(NamedTuple):
-    """Where a split layer's backward leaves the weight's and the bias's gradients."""
+    """What gradients computed late need to know. Not the deferral, which holds them until then: a circle."""
 
     name: str
-    deferral: Deferral
     weight_dtype: torch.dtype
     bias_dtype: Optional[torch.dtype]
 
 
-def _linear(module: Any, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def _linear(
+    module: Any, deferral: Deferral, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]
+) -> Tensor:
     rows = input.reshape(-1, input.shape[-1])
-    arguments = rows, late.deferral.token, (weight, bias), late, _Linear
+    arguments = rows, deferral.token, (weight, bias), deferral, late, _Linear
     output: Tensor = _Split.apply(*arguments)  # type: ignore[no-untyped-call]
     return output.view(*input.shape[:-1], output.shape[-1])
 
 
-def _convolve(module: Any, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def _convolve(
+    module: Any, deferral: Deferral, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]
+) -> Tensor:
     convolution = _Convolution(
         module.stride,
         _padding(module) if module.padding_mode == "zeros" else (0,) * len(module.stride),
@@ -166,7 +169,7 @@ def _convolve(module: Any, late: _Late, input: Tensor, weight: Tensor, bias: Opt
         module.groups,
     )
     batched = input if input.dim() == weight.dim() else input.unsqueeze(0)
-    arguments = batched, late.deferral.token, (weight, bias), late, convolution
+    arguments = batched, deferral.token, (weight, bias), deferral, late, convolution
     output: Tensor = _Split.apply(*arguments)  # type: ignore[no-untyped-call]
     return output if batched is input else output.squeeze(0)
 
@@ -182,7 +185,7 @@ def _padding(module: nn.modules.conv._ConvNd) -> Optional[Sequence[int]]:
 
 
 def _autocast(input: Tensor, *parameters: Optional[Tensor]) -> Tuple[Any, ...]:
-    """Casts as autocast does: it does not reach what an autograd Function saves."""
+    """Casts as autocast does, which does not reach what an autograd Function saves; parameters outside of the graph."""
     dtype = _autocast_dtype(input.device.type) if _any_autocast() else None
     if dtype is None:
         return (input, *parameters)
@@ -265,12 +268,18 @@ class _Split(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, token: Tensor, parameters: Tuple[Tensor, Optional[Tensor]], late: _Late, operation: Any
+        ctx: Any,
+        input: Tensor,
+        token: Tensor,
+        parameters: Tuple[Tensor, Optional[Tensor]],
+        deferral: Deferral,
+        late: _Late,
+        operation: Any,
     ) -> Tensor:
         # The parameters are in one argument, in which autograd does not look for inputs.
         weight, bias = parameters
         ctx.save_for_backward(input, weight)
-        ctx.late, ctx.operation = late, operation
+        ctx.deferral, ctx.late, ctx.operation = deferral, late, operation
         ctx.bias_sizes = None if bias is None else bias.shape
         ctx.set_materialize_grads(False)
         output: Tensor = operation.forward(input, weight, bias)
@@ -289,5 +298,5 @@ class _Split(Function):
             _, weight, bias = operation.backward(*arguments, (False, *needs))
             return _cast(weight, bias, late)
 
-        late.deferral.leave(weight_and_bias)
-        return gradient, None, None, None, None
+        ctx.deferral.leave(weight_and_bias)
+        return gradient, None, None, None, None, None

@@ -7,9 +7,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, Optional, Tuple
 
-__all__ = ["PlannedRound", "Prediction", "SyncPlan"]
+from .channel import HEADER_BYTES
 
-_HEADER_BYTES = 40
+__all__ = ["PlannedRound", "Prediction", "SyncPlan"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PlannedRound:
 
     def payload(self, itemsize: int = 4) -> int:
         """Returns the bytes that a rank sends in forward: count, mean and variance of every layer."""
-        return _HEADER_BYTES + 8 * len(self.layers) + 2 * itemsize * sum(self.features)
+        return HEADER_BYTES + 8 * len(self.layers) + 2 * itemsize * sum(self.features)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class SyncPlan:
         # One length for all messages: the longest one's.
         longest = max((planned.payload(itemsize) for planned in self.rounds), default=0)
         widest = max((max(planned.features) for planned in self.rounds), default=0)
-        single = _HEADER_BYTES + 8 + 2 * itemsize * widest
+        single = HEADER_BYTES + 8 + 2 * itemsize * widest
         original = per_layer = 0.0
         for planned in self.rounds:
             for features in planned.features:

@@ -21,7 +21,7 @@ from rich.table import Table
 from bagua_syncbn_algo import SyncPlan, convert_sync_batchnorm, plan_of
 from bagua_syncbn_algo.bench.measure import RANKS, interleave, run_ranks, write
 from bagua_syncbn_algo.bench.schemes import OriginalScheme
-from bagua_syncbn_algo.channel import BACKWARD, FORWARD, Channel, sync_point
+from bagua_syncbn_algo.channel import BACKWARD, FORWARD, HEADER_BYTES, Channel, sync_point
 from bagua_syncbn_algo.transport import TorchChannel
 
 MODELS: Dict[str, Dict[str, Any]] = {
@@ -69,13 +69,13 @@ def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
         for scheme in SCHEMES:
             channel: Channel = OriginalScheme(group()) if scheme == "original" else TorchChannel(group())
             widest = max(planned.payload() for planned in plan.rounds)
-            single = 48 + 8 * max(max(planned.features) for planned in plan.rounds)
+            single = HEADER_BYTES + 8 + 8 * max(max(planned.features) for planned in plan.rounds)
             channel.capacity = widest if scheme == "planned" else single
             variants[f"{name} {scheme}"] = replay(channel, plan, scheme == "planned")
     probes = {size: TorchChannel(group()) for size in (64, _MEGABYTE)}
     for size, probe in probes.items():
         probe.capacity = size
-        part = torch.zeros(size - 40, dtype=torch.uint8)
+        part = torch.zeros(size - HEADER_BYTES, dtype=torch.uint8)
         count = _TRAIN if size == 64 else _TRAIN // 5
         variants[str(size)] = lambda probe=probe, part=part, count=count: [  # type: ignore[misc]
             probe.exchange(sync_point("probe"), FORWARD, [part]) for _ in range(count)

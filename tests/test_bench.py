@@ -80,6 +80,7 @@ class Slept(Channel):
     """A channel whose rounds take 5 ms."""
 
     def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
+        assert self.delay == 0
         time.sleep(5e-3)
         return list(parts)
 
@@ -88,7 +89,6 @@ def test_latency_is_added_to_what_a_round_takes() -> None:
     """Catches a stated latency in which the round itself disappears, and one that a second call adds to the first."""
     channel = Slept()
     for _ in range(2):
-        channel.capacity = 64
         add_latency(channel, 1.0)
         assert channel.delay >= 1.0 + 5e-3
     add_latency(channel, 0.0)

@@ -24,6 +24,7 @@ from bagua_syncbn_algo import (
     sync_batchnorm_layers,
 )
 from bagua_syncbn_algo import deferred as deferred_module
+from bagua_syncbn_algo import functional as functional_module
 from bagua_syncbn_algo import overlap as overlap_module
 from bagua_syncbn_algo.channel import BACKWARD, REHEARSAL, sync_point
 from bagua_syncbn_algo.deferred import Deferral
@@ -46,13 +47,14 @@ class Alone(type(REHEARSAL)):  # type: ignore[misc]
     def launch(self, point: Any, phase: int, parts: Any) -> Callable[[], Any]:
         arrived = super().launch(point, phase, parts)
 
+        def note(what: str) -> None:
+            self.events.append(f"{what} {point.name.split('.', 1)[1]}{'' if phase == BACKWARD else ' forward'}")
+
         def wait() -> Any:
-            if phase == BACKWARD:
-                self.events.append(f"wait {point.name.split('.', 1)[1]}")
+            note("wait")
             return arrived()
 
-        if phase == BACKWARD:
-            self.events.append(f"launch {point.name.split('.', 1)[1]}")
+        note("launch")
         return wait
 
     def agree(self, occasion: str, text: str, value: int) -> List[int]:
@@ -268,9 +270,27 @@ def test_the_engine_hides_every_round(mocker: MockerFixture) -> None:
 
     mocker.patch.object(overlap_module, "_CONVOLUTION_BACKWARD", convolution_backward)
     mocker.patch.object(overlap_module, "_cast", cast)
-    total(model(x)).backward()
+    output = total(model(x))
+    channel.events.clear()
+    output.backward()
     second, first = ["launch bn2", "weights of head", "wait bn2"], ["launch bn1", "weights of conv2", "wait bn1"]
     assert channel.events == [*second, "input of conv2", *first]
+
+
+def test_forward_makes_its_nodes_while_the_statistics_travel(mocker: MockerFixture) -> None:
+    """Catches Python that runs after a wait, where it could run in it."""
+    model, channel = alone(Net())
+    total(model(torch.randn(2, 3, 6, 6))).backward()
+    channel.events.clear()
+
+    def made(*arguments: Any) -> Deferral:
+        channel.events.append("node")
+        return Deferral(*arguments)
+
+    mocker.patch.object(functional_module, "Deferral", made)
+    model(torch.randn(2, 3, 6, 6))
+    rounds = [[f"launch {name} forward", "node", "node", f"wait {name} forward"] for name in ("bn1", "bn2")]
+    assert channel.events == [*rounds[0], *rounds[1]]
 
 
 def test_plans_name_what_hides_a_round() -> None:
@@ -499,7 +519,7 @@ def test_gradients_of_a_follower_start_no_round() -> None:
     (found,) = torch.autograd.grad(total(model(x)), model.head.weight)
     plain, _ = alone(copy.deepcopy(model), overlap=False)
     assert torch.equal(found, torch.autograd.grad(total(plain(x)), plain.head.weight)[0])
-    assert channel.events == []
+    assert not [event for event in channel.events if not event.endswith("forward")]
 
 
 def test_a_gradient_penalty_is_told_how_to_go_on() -> None:
@@ -522,7 +542,9 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(convert_sync_batchnorm(Net(), overlap=False))
     assert plan_of(model).rounds_hidden == 0
     _, channel = alone(model, overlap=False)
-    total(model(torch.randn(2, 3, 6, 6))).backward()
+    output = total(model(torch.randn(2, 3, 6, 6)))
+    channel.events.clear()
+    output.backward()
     assert channel.events[:2] == ["launch bn2", "wait bn2"]
 
 
@@ -615,6 +637,32 @@ def test_an_error_in_the_middle_of_backward_on_one_rank(faults: Dict[int, str]) 
     for error in run_threads(2, body, errors=True):
         assert isinstance(error, SyncBatchNormError)
         assert "rank 0 at Net.bn1 (backward), rank 1 at Net.bn1 (forward)" in str(error)
+
+
+@pytest.mark.multirank
+def test_an_error_while_forward_makes_its_nodes(mocker: MockerFixture) -> None:
+    """Catches a rank that fails with its message under way, and leaves the others to a timeout in the next round."""
+    start = Net()
+    batches = [torch.randn(2, 3, 6, 6) for _ in range(2)]
+    fails = [False, False]
+
+    def made(*arguments: Any) -> Deferral:
+        if fails[_rank_of_thread.rank]:
+            raise MemoryError("no room for a node")
+        return Deferral(*arguments)
+
+    mocker.patch.object(functional_module, "Deferral", made)
+
+    def body(rank: int, group: Any) -> None:
+        _rank_of_thread.rank = rank
+        model = convert_sync_batchnorm(copy.deepcopy(start), group)
+        total(model(batches[rank])).backward()
+        fails[rank] = rank == 1
+        total(model(batches[rank])).backward()
+
+    other, own = run_threads(2, body, errors=True)
+    assert isinstance(own, MemoryError)
+    assert isinstance(other, SyncBatchNormError) and "MemoryError: no room for a node" in str(other)
 
 
 def _ddp(rank: int, unused: bool) -> Any:
