@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .deferred import Behind, Deferral, refuse_second_derivative
+from .moments import cast
 from .tracing import has_own_forward, hooks_of
 
 __all__ = ["Follower", "Share", "apply_split", "defer_weights", "is_weighted", "why_whole"]
@@ -210,11 +211,10 @@ def _autocast_dtype(device: str) -> Optional[torch.dtype]:
 
 def _cast(weight: Optional[Tensor], bias: Optional[Tensor], late: _Late) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """Casts gradients back, where autocast had cast the weight and the bias."""
-    if weight is not None and weight.dtype != late.weight_dtype:
-        weight = weight.to(late.weight_dtype)
-    if bias is not None and bias.dtype != late.bias_dtype:
-        bias = bias.to(late.bias_dtype)
-    return weight, bias
+    return (
+        None if weight is None else cast(weight, late.weight_dtype),
+        None if bias is None or late.bias_dtype is None else cast(bias, late.bias_dtype),
+    )
 
 
 # The overload itself: finding it by its arguments takes longer than a small gradient.

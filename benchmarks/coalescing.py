@@ -18,8 +18,8 @@ from torch import nn
 
 from bagua_syncbn_algo import bagua, plan_of, record_rounds
 from bagua_syncbn_algo.bench.measure import interleave, run_ranks, write
-from bagua_syncbn_algo.bench.schemes import COLORS, build_variant, channel_of_model
-from bagua_syncbn_algo.bench.steps import overhead_of
+from bagua_syncbn_algo.bench.schemes import build_variant, channel_of_model
+from bagua_syncbn_algo.bench.steps import bars_of, overhead_of
 
 VARIANTS = ("local", "original", "torch", "per layer", "coalesced", "hidden")
 
@@ -84,18 +84,8 @@ def draw(rows: List[Dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(rows))
     for row, axis in zip(rows, axes):
-        times = [1000 * row["spreads"][name]["median"] for name in VARIANTS]
-        low = [1000 * row["spreads"][name]["low"] for name in VARIANTS]
-        high = [1000 * row["spreads"][name]["high"] for name in VARIANTS]
-        errors = [[t - a for t, a in zip(times, low)], [b - t for t, b in zip(times, high)]]
-        looks = [COLORS[name] for name in VARIANTS]
-        bars = axis.bar(
-            VARIANTS,
-            times,
-            color=looks,
-            yerr=errors,
-            error_kw={"elinewidth": 1, "ecolor": "#404040"},
-        )
+        times, errors, looks = bars_of(row["spreads"], VARIANTS)
+        bars = axis.bar(VARIANTS, times, yerr=errors, **looks)
         axis.bar_label(bars, [str(row["rounds"][name]) for name in VARIANTS], fontsize=8, padding=4)
         axis.set_title(f"{row['case']['model']}: {times[-1] / times[1]:.2f} x the original's", fontsize=10)
         axis.tick_params(axis="x", rotation=35, labelsize=8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .factory import build
 from .measure import RANKS, interleave, run_ranks
 from .schemes import COLORS, VARIANTS, add_latency, build_variant, channel_of_model
 
-__all__ = ["Options", "draw", "measure", "rows_of", "training_step"]
+__all__ = ["Options", "bars_of", "draw", "measure", "rows_of", "training_step"]
 
 _RECORDED = 5  # steps of each variant under record_rounds, after the timed ones
 
@@ -179,6 +179,15 @@ def title_of(options: Mapping[str, Any]) -> str:
     return f"{options['model']}, {shape} a rank, {options['ranks']} gloo ranks, {added}"
 
 
+def bars_of(spreads: Mapping[str, Any], names: Sequence[str]) -> Tuple[List[float], List[List[float]], Dict[str, Any]]:
+    """Returns how variants' bars look: lengths in ms, the middle halves around them, matplotlib's other options."""
+    times = [1000 * spreads[name]["median"] for name in names]
+    below = [time - 1000 * spreads[name]["low"] for time, name in zip(times, names)]
+    above = [1000 * spreads[name]["high"] - time for time, name in zip(times, names)]
+    looks = {"color": [COLORS[name] for name in names], "error_kw": {"elinewidth": 1, "ecolor": "#404040"}}
+    return times, [below, above], looks
+
+
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """Draws the step times as bars, with the rounds of a step on them."""
     from matplotlib.figure import Figure
@@ -187,19 +196,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     axis = figure.subplots()
     variants = found["variants"]
     names = list(variants)[::-1]
-    times = [1000 * variants[name]["median"] for name in names]
-    errors = [
-        [time - 1000 * variants[name]["low"] for time, name in zip(times, names)],
-        [1000 * variants[name]["high"] - time for time, name in zip(times, names)],
-    ]
-    looks = [COLORS[name] for name in names]
-    bars = axis.barh(
-        names,
-        times,
-        color=looks,
-        xerr=errors,
-        error_kw={"elinewidth": 1, "ecolor": "#404040"},
-    )
+    times, errors, looks = bars_of(variants, names)
+    bars = axis.barh(names, times, xerr=errors, **looks)
     labels = [f"{time:.0f} ms, {variants[name]['rounds']} rounds" for time, name in zip(times, names)]
     axis.bar_label(bars, labels, fontsize=8, padding=8)
     axis.set_xlim(0, 1.3 * max(times))
