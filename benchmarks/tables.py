@@ -25,11 +25,12 @@ def coalescing(rows: Any) -> List[str]:
         [
             row["case"]["model"],
             *(f"{milliseconds(row['spreads'][name])}, {row['rounds'][name]}" for name in names),
-            f"{row['overhead']:.2f}",
+            *(f"{row[key]:.2f}" for key in ("overhead", "overhead_giving_way")),
         ]
         for row in rows
     ]
-    return table(["model", *(f"{name}: ms, rounds" for name in names), "overhead, hidden / original"], body)
+    ratios = ["overhead, hidden / original", "hidden / original, giving way"]
+    return table(["model", *(f"{name}: ms, rounds" for name in names), *ratios], body)
 
 
 def overlap(rows: Any) -> List[str]:

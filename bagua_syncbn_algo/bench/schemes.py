@@ -97,13 +97,15 @@ class TorchScheme(_Scheme):
         return [self.reduce(parts[0])]
 
 
-def build_variant(name: str, model: nn.Module, inner: Any = None) -> Any:
+def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = None) -> Any:
     """Returns ``model`` in ``with_bagua``, with its statistics exchanged by one of :data:`VARIANTS`.
 
     Args:
         name: of the variant.
         model: changed in place.
         inner: the algorithm for the gradients; all-reduce by default.
+        group: what the original's or torch's scheme communicates over; one of ``torch.distributed`` by default, as
+            these two have.
 
     Collectives:
         Every rank must call.
@@ -119,7 +121,7 @@ def build_variant(name: str, model: nn.Module, inner: Any = None) -> Any:
         return wrapped.with_bagua([], SyncBatchNormAlgorithm(inner))
     wrapped.with_bagua([], inner)
     schemes: Dict[str, Any] = {"original": OriginalScheme, "torch": TorchScheme}
-    channel = schemes[name](dist.new_group()._get_backend(torch.device("cpu")))
+    channel = schemes[name](dist.new_group()._get_backend(torch.device("cpu")) if group is None else group)
     for layer in sync_batchnorm_layers(wrapped):
         layer.bind(channel, sync_point(layer.sync_name))
     return wrapped

@@ -1,0 +1,60 @@
+"""Groups of one's own, and the threads that they start."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_processes
+
+from bagua_syncbn_algo import groups
+
+linux = pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="there are no scheduling policies here")
+
+
+def _policies(rank: int, mine: int) -> Any:
+    os.sched_setscheduler(0, mine, os.sched_param(0))
+    dist.init_process_group("gloo")
+    before = set(os.listdir("/proc/self/task"))
+    group = groups.member_group(range(2))
+    started = set(os.listdir("/proc/self/task")) - before
+    policies = {os.sched_getscheduler(int(thread)) for thread in started}
+    group.barrier().wait()
+    after = os.sched_getscheduler(0)
+    dist.destroy_process_group()
+    return len(started) > 0, policies, after
+
+
+@linux
+@pytest.mark.multirank
+def test_threads_of_a_group_give_way_and_ours_does_not() -> None:
+    """Catches gloo's threads that interrupt the one that sends, and then spin; and a caller left with their policy."""
+    assert run_processes(2, _policies, os.SCHED_OTHER) == [(True, {os.SCHED_BATCH}, os.SCHED_OTHER)] * 2
+
+
+@linux
+@pytest.mark.multirank
+def test_a_policy_of_the_users_own_stays() -> None:
+    """Catches threads of a program that runs when nothing else does taken out of that."""
+    assert run_processes(2, _policies, os.SCHED_IDLE) == [(True, {os.SCHED_IDLE}, os.SCHED_IDLE)] * 2
+
+
+@linux
+def test_a_group_is_made_where_policies_may_not_be_set(mocker: Any) -> None:
+    """Catches a container's refusal that ends the program."""
+    mocker.patch.object(groups.os, "sched_setscheduler", side_effect=PermissionError("not in this container"))
+    with groups._threads_that_give_way():
+        made = True
+    assert made
+
+
+def test_the_core_is_given_to_the_thread_that_sends(mocker: Any) -> None:
+    """Catches a message that leaves only when what this thread computes next is done."""
+    group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1)
+    given = mocker.spy(groups, "_yield_core")
+    gathered, message = torch.zeros(1, 3), torch.tensor([1.0, 2.0, 3.0])
+    groups.begin_all_gather(group, gathered, message).wait()
+    assert given.call_count == 1 and gathered[0].tolist() == [1.0, 2.0, 3.0]
