@@ -17,9 +17,8 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-__all__ = ["begin_all_gather", "default_group", "is_nccl", "member_group", "timeout_of"]
+__all__ = ["default_group", "is_nccl", "member_group", "timeout_of", "yield_core"]
 
 _made: Counter[Tuple[int, ...]] = Counter()
 # Held until exit, and let go before the interpreter ends: a gloo group that is destroyed after it aborts the process.
@@ -95,27 +94,8 @@ def _threads_that_give_way() -> Iterator[None]:
             os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
-_yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
-
-
-def begin_all_gather(group: Any, gathered: Tensor, message: Tensor) -> Any:
-    """Sets off an all-gather, on gloo without leaving the message behind what this thread computes next.
-
-    Args:
-        group: a ``torch.distributed`` group or a bare backend.
-        gathered: shape ``(W, ...)``; the result, ranks in order.
-        message: shape ``(...)``.
-
-    Returns:
-        A ``torch.distributed.Work``, after whose ``wait`` the result is there.
-
-    Collectives:
-        One all-gather. Every rank of ``group`` must call.
-    """
-    # The group's own method: the functional API refuses bare backends and costs 40 µs more a call.
-    work = group.allgather([list(gathered.unbind(0))], [message])
-    _yield_core()  # to the thread that sends, which does not take it: what is computed meanwhile may be long
-    return work
+# Lets threads go first that wait for this core, and would not take it: those above.
+yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
 
 
 def is_nccl(group: Any) -> bool:

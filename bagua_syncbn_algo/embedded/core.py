@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..groups import begin_all_gather
 from .streams import CpuStreams
 
 __all__ = ["BaguaBucketPy", "BaguaCommBackendPy", "BaguaSingleCommunicatorPy", "BaguaTensorPy"]
@@ -125,8 +124,8 @@ class BaguaSingleCommunicatorPy:
     def begin_allgather(self, send: BaguaTensorPy, recv: BaguaTensorPy) -> Any:
         """Sets :meth:`allgather` off; what it returns waits for it. (Upstream's own calls do not wait.)"""
         source = send.effective().detach()
-        rows = recv.effective().detach().view((self.nranks(), *source.shape))
-        return begin_all_gather(self._group, rows, source)
+        rows = list(recv.effective().detach().view((self.nranks(), *source.shape)).unbind(0))
+        return self._group.allgather([rows], [source])
 
     def allgather_inplace(self, tensor: BaguaTensorPy) -> None:
         """Fills ``tensor``, of which each rank has written its own part, with every rank's part, in rank order."""
