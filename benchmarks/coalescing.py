@@ -8,6 +8,7 @@ over a group of torch.distributed, as its users have it, and over one whose thre
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
@@ -24,6 +25,7 @@ from bagua_syncbn_algo.bench.steps import bars_of
 from bagua_syncbn_algo.groups import member_group
 
 VARIANTS = ("local", "original", "torch", "per layer", "coalesced", "hidden")
+RECORDED = 3
 GIVING_WAY = "original, giving way"
 
 
@@ -37,9 +39,9 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("ResNet", {"width": 64}, (4, 3, 64, 64), 18),
-    Case("Inception", {"width": 32}, (4, 3, 64, 64), 18),
-    Case("HighResolution", {"width": 18}, (2, 3, 64, 64), 12),
+    Case("ResNet", {"width": 64}, (4, 3, 64, 64), 16),
+    Case("Inception", {"width": 32}, (4, 3, 64, 64), 10),
+    Case("HighResolution", {"width": 18}, (2, 3, 64, 64), 10),
 )
 
 
@@ -65,12 +67,12 @@ def run_rank(rank: int, case: Case) -> Dict[str, Any]:
         channel = channel_of_model(model)
         before = channel.rounds
         recorded = []
-        for _ in range(5):
+        for _ in range(RECORDED):
             with record_rounds() as record:
                 step(model)
             recorded.append(sum(entry.duration for entry in record))
-        rounds[name] = (channel.rounds - before) // 5
-        seconds[name] = sorted(recorded)[2]
+        rounds[name] = (channel.rounds - before) // RECORDED
+        seconds[name] = statistics.median(recorded)
     spreads = interleave({name: (lambda m=model: step(m)) for name, model in built.items()}, case.steps, warmup=3)
     return {
         "case": case._asdict(),
