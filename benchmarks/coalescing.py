@@ -21,7 +21,7 @@ from torch import nn
 from bagua_syncbn_algo import bagua, plan_of, record_rounds
 from bagua_syncbn_algo.bench.measure import RANKS, interleave, run_ranks, write
 from bagua_syncbn_algo.bench.schemes import build_variant, channel_of_model
-from bagua_syncbn_algo.bench.steps import bars_of
+from bagua_syncbn_algo.bench.steps import bars_of, overhead_of
 from bagua_syncbn_algo.groups import member_group
 
 VARIANTS = ("local", "original", "torch", "per layer", "coalesced", "hidden")
@@ -58,8 +58,8 @@ def run_rank(rank: int, case: Case) -> Dict[str, Any]:
 
     for name in (*VARIANTS[:2], GIVING_WAY, *VARIANTS[2:]):
         torch.manual_seed(0)
-        group = member_group(range(RANKS)) if name == GIVING_WAY else None
-        built[name] = build_variant(name.split(",")[0], getattr(models, case.model)(**case.arguments), group=group)
+        scheme, group = ("original", member_group(range(RANKS))) if name == GIVING_WAY else (name, None)
+        built[name] = build_variant(scheme, getattr(models, case.model)(**case.arguments), group=group)
         step(built[name])
         step(built[name])
     rounds, seconds = {}, {}
@@ -125,9 +125,9 @@ def main() -> None:
         medians = {name: row["spreads"][name]["median"] for name in VARIANTS}
         cells = [f"{1000 * medians[name]:.0f} ({row['rounds'][name]})" for name in VARIANTS]
         ratios = [f"{medians['coalesced'] / medians[name]:.2f}" for name in ("original", "torch")]
-        beyond = {name: spread["median"] - medians["local"] for name, spread in row["spreads"].items()}
-        for key, name in (("overhead", "original"), ("overhead_giving_way", GIVING_WAY)):
-            row[key] = beyond["hidden"] / beyond[name]
+        found = {"variants": row["spreads"]}
+        row["overhead"] = overhead_of(found, "hidden")
+        row["overhead_giving_way"] = overhead_of(found, "hidden", GIVING_WAY)
         table.add_row(case.model, *cells, *ratios, f"{row['overhead']:.2f}", f"{row['overhead_giving_way']:.2f}")
     Console(width=140).print(table)
     write(Path(__file__).parent / "results" / "coalescing.json", rows)

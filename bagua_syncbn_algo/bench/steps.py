@@ -165,10 +165,10 @@ def rows_of(found: Mapping[str, Any]) -> List[Tuple[str, ...]]:
     return rows
 
 
-def overhead_of(found: Mapping[str, Any], name: str) -> float:
-    """Returns a variant's step beyond local BatchNorm's as a share of the original scheme's."""
-    local, original, this = (found["variants"][each]["median"] for each in ("local", "original", name))
-    return float((this - local) / (original - local))
+def overhead_of(found: Mapping[str, Any], name: str, of: str = "original") -> float:
+    """Returns a variant's step beyond local BatchNorm's as a share of another's, by default the original's."""
+    local, other, this = (found["variants"][each]["median"] for each in ("local", of, name))
+    return float((this - local) / (other - local))
 
 
 def title_of(options: Mapping[str, Any]) -> str:
