@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .bucket import BaguaBucket
-from .communication import BaguaProcessGroup, allgather, broadcast, broadcast_object, get_backend
+from .communication import BaguaProcessGroup, allgather, broadcast, broadcast_object, get_backend, streams
 from .env import get_default_bucket_size
 
 __all__ = ["BaguaDistributedDataParallel"]
@@ -213,7 +213,13 @@ class BaguaDistributedDataParallel:
         self._backward = task
         self._outstanding = dict(self._registered)
         self._took_part = False
+        self._note_new_gradients(self.gradient_as_bucket_view and not streams().is_asynchronous)
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _note_new_gradients(self, noted: bool) -> None:
+        """Tells the buckets which gradients may move: one that is there now, before backward, the user may hold."""
+        for tensor in self._bagua_tensors:
+            tensor.bagua_backend_tensor().gradient_is_new = noted and tensor.is_leaf and tensor.grad is None
 
     def _on_gradient(self, name: str, parameter: nn.Parameter) -> None:
         if not self.require_backward_grad_sync:
@@ -246,6 +252,7 @@ class BaguaDistributedDataParallel:
             self.bagua_algorithm.init_post_backward_hook(self)()
         finally:
             self._backward, self._outstanding = None, {}
+            self._note_new_gradients(False)
 
 
 class _Kept:

@@ -60,6 +60,7 @@ class BaguaBucket:
         if flatten:
             self._flatten_()
         self.backend_bucket = BaguaBucketPy(name, [tensor.bagua_backend_tensor() for tensor in self._all_tensors])
+        self.backend_bucket.memory = self.backend_tensor
         for tensor in self._all_tensors:
             tensor._bagua_bucket = self
 

@@ -101,7 +101,8 @@ _group_count = itertools.count()
 
 def streams() -> CpuStreams:
     """Returns how communication is ordered against computation here: on CUDA by streams, on the CPU by the program."""
-    return CudaStreams() if dist.is_initialized() and is_nccl(dist.group.WORLD) else CpuStreams()
+    cuda = torch.cuda.is_available() and dist.is_initialized() and is_nccl(dist.group.WORLD)
+    return CudaStreams() if cuda else CpuStreams()
 
 
 def init_process_group(store: Optional[Any] = None) -> None:

@@ -41,12 +41,25 @@ class BaguaTensorPy:
 
     def __init__(self, name: str, torch_tensor: Tensor) -> None:
         self.name, self._proxy = name, torch_tensor
+        #: Whether the proxy's gradient is of this backward, so that nobody holds it and another may take its place.
+        self.gradient_is_new = False
 
     def effective(self) -> Tensor:
         """Returns the tensor that is communicated now: what the getter closure gives for the proxy."""
         proxy: Any = self._proxy
         tensor: Tensor = proxy.bagua_getter_closure()
         return tensor
+
+    def receive(self, values: Tensor) -> None:
+        """Gives the effective tensor ``values``, a piece of a flat tensor; a new gradient moves there."""
+        proxy: Any = self._proxy
+        effective = self.effective()
+        if self.gradient_is_new and effective is proxy.grad and effective.is_contiguous():
+            # Not as a view, which nobody could detach in place.
+            place = values.untyped_storage(), values.storage_offset(), effective.shape, effective.stride()
+            proxy.bagua_setter_closure(torch.empty(0, dtype=values.dtype).set_(*place))
+        else:
+            effective.detach().copy_(values.view(effective.shape))
 
     def data_ptr(self) -> int:
         """Returns the address of the effective tensor."""
@@ -162,6 +175,8 @@ class BaguaBucketPy:
 
     def __init__(self, name: str, tensors: Sequence[BaguaTensorPy]) -> None:
         self.name, self.tensors = name, list(tensors)
+        #: One flat tensor in which the tensors may lie, where there is one.
+        self.memory: Optional[Tensor] = None
         self._operations: List[Callable[[Sequence[Any]], Tuple[CpuStreams, Any]]] = []
 
     def clear_ops(self) -> None:
@@ -242,18 +257,21 @@ class BaguaBucketPy:
     def flat(self) -> Iterator[Tensor]:
         """Gives all effective tensors as one flat tensor: their own memory if they lie together, else a copy of it.
 
-        What the block leaves in it is written back.
+        What the block leaves in it is written back, or becomes theirs.
         """
         with torch.no_grad():
             tensors = [tensor.effective().detach() for tensor in self.tensors]
             view = flat_view(tensors)
-            whole = torch.cat([t.reshape(-1) for t in tensors]) if view is None else view
+            whole = self._copied(tensors) if view is None else view
             yield whole
             if view is None:
-                offset = 0
-                for tensor in tensors:
-                    tensor.copy_(whole[offset : offset + tensor.numel()].view(tensor.shape))
-                    offset += tensor.numel()
+                for tensor, values in zip(self.tensors, whole.split([t.numel() for t in tensors])):
+                    tensor.receive(values)
+
+    def _copied(self, tensors: Sequence[Tensor]) -> Tensor:
+        values = [tensor.reshape(-1) for tensor in tensors]
+        # New memory would be given back after the step, and page faults take longer than the copy.
+        return torch.cat(values, out=self.memory) if _is_free(self.memory) else torch.cat(values)
 
     def run(self, events: Sequence[Any]) -> Tuple[CpuStreams, Any]:
         """Runs all operations, in order, after ``events``.
@@ -292,6 +310,7 @@ class BaguaCommBackendPy:
         self.model_name = ""
         self._buckets: List[BaguaBucketPy] = []
         self._owner: Dict[int, int] = {}
+        self._awaited: List[Set[int]] = []  # of each bucket, the tensors that have to be ready
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._worker: Optional[threading.Thread] = None
         self._pending: List[Future[Any]] = []
@@ -300,7 +319,7 @@ class BaguaCommBackendPy:
 
     def reset(self) -> None:
         """Forgets which tensors are ready, for a new round; what was launched is still awaited."""
-        self._ready: List[Set[int]] = [set() for _ in self._buckets]
+        self._missing: List[Set[int]] = [set(tensors) for tensors in self._awaited]
         self._events: List[List[Any]] = [[] for _ in self._buckets]
         self._front = 0
 
@@ -309,6 +328,8 @@ class BaguaCommBackendPy:
         self.wait_pending_comm_ops()
         self._buckets = list(buckets)
         self._owner = {id(tensor): index for index, bucket in enumerate(buckets) for tensor in bucket.tensors}
+        padding = "bagua_padding_tensor"  # ready at all times
+        self._awaited = [{id(t) for t in bucket.tensors if not t.name.startswith(padding)} for bucket in buckets]
         self.reset()
 
     def mark_communication_ready(self, tensor: BaguaTensorPy, event: Any) -> None:
@@ -328,9 +349,9 @@ class BaguaCommBackendPy:
                 f"expected one gradient a backward for {tensor.name} (got a second one after its bucket was sent); "
                 "checkpoint shared parameters with use_reentrant=False"
             )
-        self._ready[index].add(id(tensor))
+        self._missing[index].discard(id(tensor))
         self._events[index].append(event)
-        while self._front < len(self._buckets) and self._is_full(self._front):
+        while self._front < len(self._buckets) and not self._missing[self._front]:
             self._launch(self._buckets[self._front], self._events[self._front])
             self._front += 1
         if self._front == len(self._buckets):
@@ -343,10 +364,6 @@ class BaguaCommBackendPy:
             streams, event = future.result()
             streams.wait(event)
         return len(pending)
-
-    def _is_full(self, index: int) -> bool:
-        tensors = self._buckets[index].tensors
-        return all(id(t) in self._ready[index] or t.name.startswith("bagua_padding_tensor") for t in tensors)
 
     def _launch(self, bucket: BaguaBucketPy, events: Sequence[Any]) -> None:
         if self._worker is None:
@@ -377,6 +394,15 @@ def _stop(jobs: queue.SimpleQueue[Any], worker: threading.Thread) -> None:
     jobs.put(None)
     if worker is not threading.current_thread():
         worker.join(timeout=1.0)
+
+
+def _is_free(memory: Optional[Tensor]) -> bool:
+    """Whether no other tensor lies in the memory; no, where PyTorch cannot tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if memory is None or count is None:
+        return False
+    storage = memory.untyped_storage()
+    return bool(count(storage._cdata) == 2)  # by the tensor, and by the line above
 
 
 def flat_view(tensors: Sequence[Tensor]) -> Optional[Tensor]:

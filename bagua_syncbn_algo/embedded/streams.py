@@ -13,6 +13,9 @@ __all__ = ["CpuStreams", "CudaStreams"]
 class CpuStreams:
     """The CPU has one order of execution: the program's."""
 
+    #: Whether work may still be queued on memory that the program has let go.
+    is_asynchronous = False
+
     def new_stream(self) -> Any:
         """Returns a stream for communication."""
         return None
@@ -39,6 +42,8 @@ class CpuStreams:
 
 class CudaStreams(CpuStreams):
     """The same on CUDA; nothing here makes the host wait."""
+
+    is_asynchronous = True
 
     def new_stream(self) -> Any:
         return torch.cuda.Stream(priority=-1)
