@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .channel import REHEARSAL
 from .layer import SyncBatchNorm, normalize_together, uncompiled
-from .overlap import Follower, defer_weights
+from .overlap import Follower, Followers
 from .plan import PlannedRound, SyncPlan
 from .records import Records, inside_backward
 from .schedule import Following, Level, followers_of, levels_of, regroup
@@ -232,12 +232,12 @@ class _Round:
     def __call__(
         self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], modules: Sequence[nn.Module]
     ) -> Tuple[Any, ...]:
-        behind, shares = defer_weights(self._followers, modules, inputs[0].device)
+        behind = Followers(self._followers, modules)
         records = None if self._name is None else self.records
-        outputs = normalize_together(layers, inputs, self._name, records, behind)
+        outputs = normalize_together(layers, inputs, self._name, records, behind if modules else None)
         if any(layer._forward_hooks for layer in layers):
             outputs = tuple(_hooked(*each) for each in zip(layers, inputs, outputs))
-        return (*outputs, *shares)
+        return (*outputs, behind)
 
 
 def _hooked(layer: SyncBatchNorm, input: Tensor, output: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ while something else is in flight. Whichever order an engine chooses, the gradie
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -48,16 +48,35 @@ class Deferral:
 
 
 class Behind:
-    """What the backward round of statistics of some layers is to hide behind.
+    """What the backward round of statistics of some layers is to hide behind, in one forward."""
 
-    Args:
-        shares: tensors whose gradients backward can compute while the round is in flight, by the node that provides
-            for them, in the order of forward.
-    """
+    def __init__(self) -> None:
+        #: One for each share that there is; none where backward will not have a round.
+        self.deferrals: Sequence[Optional[Deferral]] = ()
 
-    def __init__(self, shares: Sequence[Sequence[Optional[Tensor]]]) -> None:
-        self.shares = shares
-        self.deferrals: List[Deferral] = []  # one for each share; made by forward, where backward will have a round
+    def shares(self, device: torch.device) -> Sequence[Optional[Sequence[Optional[Tensor]]]]:
+        """Returns tensors on ``device`` whose gradients backward can compute while the round is in flight.
+
+        By the nodes that will provide for them, in the order of forward; ``None`` for a node that is not to.
+        """
+        raise NotImplementedError
+
+    def defer(self, tensors: Sequence[Optional[Tensor]], device: torch.device, name: str) -> Optional[Deferral]:
+        """Makes the deferrals of all shares; returns that of ``tensors``, the round's own, or ``None`` without a share.
+
+        Args:
+            tensors: whose gradients wait for the round.
+            device: of the round.
+            name: of the round, for errors.
+        """
+        shares = self.shares(device)
+        if all(share is None for share in shares):
+            return None
+        # Backward comes to what was created last first: the launch, what it hides behind, and last of all the wait.
+        with torch.enable_grad():
+            finish = Deferral(tensors, device, name)
+            self.deferrals = [None if share is None else Deferral(share, device, name) for share in shares]
+        return finish
 
 
 class _Deferred(Function):

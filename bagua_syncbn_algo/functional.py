@@ -83,14 +83,7 @@ def sync_batch_norm(
         return [_local(input) for input in inputs]
 
     def defer() -> Optional[Deferral]:
-        if behind is None or not communicates:
-            return None
-        # Backward comes to what was created last first: the launch, what it hides behind, and last of all the wait.
-        device = members[0].input.device
-        with torch.enable_grad():
-            finish = Deferral(tensors, device, point.name)
-            behind.deferrals = [Deferral(share, device, point.name) for share in behind.shares]
-        return finish
+        return behind.defer(tensors, inputs[0].device, point.name) if behind is not None and communicates else None
 
     with torch.no_grad():
         record = None

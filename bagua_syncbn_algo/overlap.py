@@ -18,7 +18,7 @@ from .deferred import Behind, Deferral, refuse_second_derivative
 from .moments import cast
 from .tracing import has_own_forward, hooks_of
 
-__all__ = ["Follower", "Share", "apply_split", "defer_weights", "is_weighted", "why_whole"]
+__all__ = ["Follower", "Followers", "apply_split", "is_weighted", "why_whole"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -76,38 +76,23 @@ class Follower:
             self._work = many.numel() * weight.numel() / weight.shape[0]
 
 
-class Share(NamedTuple):
-    """What one forward of a follower needs in order to be split."""
-
-    follower: Follower
-    place: int = 0  # of its tensors in what the round hides behind
-    behind: Optional[Behind] = None  # None: the layer is to run as it is
-
-
-def defer_weights(
-    followers: Sequence[Follower], modules: Sequence[Any], device: torch.device
-) -> Tuple[Optional[Behind], List[Share]]:
-    """Chooses which followers of a round to split now.
+class Followers(Behind):
+    """The followers of one round, in one forward.
 
     Args:
-        followers: of one round.
+        followers: of the round.
         modules: the layers that stand there now.
-        device: of their inputs.
-
-    Returns:
-        What the round takes, ``None`` if there is nothing to hide behind; and for each follower what
-        :func:`apply_split` takes.
     """
-    tensors: List[Tuple[Optional[Tensor], ...]] = []
-    behind = Behind(tensors)
-    shares: List[Share] = []
-    for follower, module in zip(followers, modules):
-        if follower.is_worthwhile and _can_split(module, device):
-            shares.append(Share(follower, len(tensors), behind))
-            tensors.append((module.weight, module.bias))
-        else:
-            shares.append(Share(follower))
-    return behind if tensors else None, shares
+
+    def __init__(self, followers: Sequence[Follower], modules: Sequence[Any]) -> None:
+        super().__init__()
+        self.followers, self._modules = followers, modules
+
+    def shares(self, device: torch.device) -> List[Optional[Tuple[Optional[Tensor], ...]]]:
+        return [
+            (module.weight, module.bias) if follower.is_worthwhile and _can_split(module, device) else None
+            for follower, module in zip(self.followers, self._modules)
+        ]
 
 
 def _can_split(module: Any, device: torch.device) -> bool:
@@ -115,17 +100,19 @@ def _can_split(module: Any, device: torch.device) -> bool:
     return weight.requires_grad and weight.is_floating_point() and weight.device == device and why_whole(module) is None
 
 
-def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
-    """Runs a convolution or linear layer, its weight gradient deferred.
+def apply_split(module: Any, input: Tensor, followers: Followers, place: int) -> Tensor:
+    """Runs a convolution or linear layer, its weight gradient deferred where the round has a deferral for it.
 
     Bitwise the same output and gradients as ``module(input)``.
 
     Args:
         module: the layer.
         input: as the layer takes it.
-        share: from :func:`defer_weights`.
+        followers: of its round, which has run.
+        place: of the layer among them.
     """
-    deferral = share.behind.deferrals[share.place] if share.behind is not None and share.behind.deferrals else None
+    follower, deferrals = followers.followers[place], followers.deferrals
+    deferral = deferrals[place] if deferrals else None
     if isinstance(module, nn.Linear) and input.dim() > 2 and not input.is_contiguous():
         deferral = None  # F.linear has other kernels there
     if deferral is None or not (torch.is_grad_enabled() and input.requires_grad):
@@ -135,9 +122,9 @@ def apply_split(module: Any, input: Tensor, share: Share) -> Tensor:
         if getattr(module, "padding_mode", "zeros") != "zeros":  # before any cast: autocast pads in float32
             input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         fixed = _autocast(input, weight, bias)
-        late = _Late(share.follower.name, weight.dtype, None if bias is None else bias.dtype)
+        late = _Late(follower.name, weight.dtype, None if bias is None else bias.dtype)
         output = (_linear if isinstance(module, nn.Linear) else _convolve)(module, deferral, late, *fixed)
-    share.follower.note(module, input, output)
+    follower.note(module, input, output)
     return output
 
 

@@ -159,9 +159,9 @@ def regroup(
         levels: of the graph.
         followers: for each level those whose weight gradients its backward round hides behind.
         call: gives what runs a level: a function of the layers, the inputs and the followers' modules that returns the
-            outputs and, for each follower, what :func:`apply_split` takes.
+            outputs and, last, what :func:`apply_split` takes for its followers.
     """
-    deferrals: Dict[fx.Node, fx.Node] = {}
+    follows: Dict[fx.Node, Tuple[fx.Node, int]] = {}  # what its round returned last, and its place there
     before = _dependencies(graph, module)
     position = {node: index for index, node in enumerate(graph.nodes)}
     done: Set[fx.Node] = set()
@@ -169,8 +169,8 @@ def regroup(
     new = fx.Graph()
 
     def copy(node: fx.Node) -> None:
-        if node in deferrals:
-            arguments = (new.get_attr(str(node.target)), copies[node.all_input_nodes[0]], deferrals[node])
+        if node in follows:
+            arguments = (new.get_attr(str(node.target)), copies[node.all_input_nodes[0]], *follows[node])
             copies[node] = new.call_function(apply_split, arguments)
         else:
             copies[node] = new.node_copy(node, lambda earlier: copies[earlier])
@@ -203,8 +203,9 @@ def regroup(
         for index, node in enumerate(nodes):
             copies[node] = new.call_function(_item, (together, index))
             done.add(node)
-        for index, follower in enumerate(behind, start=len(nodes)):
-            deferrals[follower.node] = new.call_function(_item, (together, index))
+        if behind:
+            last = new.call_function(_item, (together, len(nodes)))
+            follows.update((follower.node, (last, place)) for place, follower in enumerate(behind))
     for node in graph.nodes:
         if node not in done:
             copy(node)

@@ -28,7 +28,7 @@ from bagua_syncbn_algo import functional as functional_module
 from bagua_syncbn_algo import overlap as overlap_module
 from bagua_syncbn_algo.channel import BACKWARD, REHEARSAL, sync_point
 from bagua_syncbn_algo.deferred import Deferral
-from bagua_syncbn_algo.overlap import Follower, apply_split, defer_weights, why_whole
+from bagua_syncbn_algo.overlap import Follower, Followers, apply_split, why_whole
 
 
 @pytest.fixture(autouse=True)
@@ -136,11 +136,9 @@ def split_and_whole(layer: nn.Module, x: Tensor, context: Callable[[], Any], spl
         with context():
             hidden = leaf * 1.0
             if split:
-                behind, (share,) = defer_weights([Follower("layer")], [twin], x.device)
-                assert (behind is not None) == splits
-                if behind is not None:
-                    behind.deferrals = [Deferral(share, x.device, "round") for share in behind.shares]
-                output = apply_split(twin, hidden, share)
+                followers = Followers([Follower("layer")], [twin])
+                assert (followers.defer([leaf], x.device, "round") is not None) == splits
+                output = apply_split(twin, hidden, followers, 0)
             else:
                 output = twin(hidden)
         output.backward(torch.linspace(-1, 1, output.numel()).view_as(output).to(output.dtype))
@@ -302,7 +300,7 @@ def test_forward_makes_its_nodes_while_the_statistics_travel(mocker: MockerFixtu
         channel.events.append("node")
         return Deferral(*arguments)
 
-    mocker.patch.object(functional_module, "Deferral", made)
+    mocker.patch.object(deferred_module, "Deferral", made)
     model(torch.randn(2, 3, 6, 6))
     rounds = [[f"launch {name} forward", "node", "node", f"wait {name} forward"] for name in ("bn1", "bn2")]
     assert channel.events == [*rounds[0], *rounds[1]]
@@ -666,7 +664,7 @@ def test_an_error_while_forward_makes_its_nodes(mocker: MockerFixture) -> None:
             raise MemoryError("no room for a node")
         return Deferral(*arguments)
 
-    mocker.patch.object(functional_module, "Deferral", made)
+    mocker.patch.object(deferred_module, "Deferral", made)
 
     def body(rank: int, group: Any) -> None:
         _rank_of_thread.rank = rank
