@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .groups import yield_core
-
 __all__ = ["Behind", "Deferral", "refuse_second_derivative"]
 
 # Takes for each tensor whether a gradient is wanted; returns the gradients.
@@ -92,7 +90,6 @@ class _Deferred(Function):
         refuse_second_derivative(ctx.layer)
         compute, ctx.compute = ctx.compute, None  # emptied: it holds activations
         needs = ctx.needs_input_grad[1:]
-        yield_core()  # what is computed now may be long, and the round in flight needs a moment of the core to go on
         return (None, *([None] * len(needs) if compute is None else compute(needs)))
 
 

@@ -50,10 +50,9 @@ class BaguaTensorPy:
         tensor: Tensor = proxy.bagua_getter_closure()
         return tensor
 
-    def receive(self, values: Tensor) -> None:
+    def receive(self, values: Tensor, effective: Tensor) -> None:
         """Gives the effective tensor ``values``, a piece of a flat tensor; a new gradient moves there."""
         proxy: Any = self._proxy
-        effective = self.effective()
         if self.gradient_is_new and effective is proxy.grad and effective.is_contiguous():
             # Not as a view, which nobody could detach in place.
             place = values.untyped_storage(), values.storage_offset(), effective.shape, effective.stride()
@@ -260,16 +259,16 @@ class BaguaBucketPy:
         What the block leaves in it is written back, or becomes theirs.
         """
         with torch.no_grad():
-            tensors = [tensor.effective().detach() for tensor in self.tensors]
+            tensors = [tensor.effective() for tensor in self.tensors]
             view = flat_view(tensors)
             whole = self._copied(tensors) if view is None else view
             yield whole
             if view is None:
-                for tensor, values in zip(self.tensors, whole.split([t.numel() for t in tensors])):
-                    tensor.receive(values)
+                for tensor, effective, values in zip(self.tensors, tensors, whole.split([t.numel() for t in tensors])):
+                    tensor.receive(values, effective)
 
     def _copied(self, tensors: Sequence[Tensor]) -> Tensor:
-        values = [tensor.reshape(-1) for tensor in tensors]
+        values = [tensor.detach().reshape(-1) for tensor in tensors]
         # New memory would be given back after the step, and page faults take longer than the copy.
         return torch.cat(values, out=self.memory) if _is_free(self.memory) else torch.cat(values)
 
@@ -408,8 +407,9 @@ def _is_free(memory: Optional[Tensor]) -> bool:
 def flat_view(tensors: Sequence[Tensor]) -> Optional[Tensor]:
     """Returns one flat tensor over the memory of all ``tensors`` where they lie one behind the other, else ``None``."""
     first, offset = tensors[0], tensors[0].storage_offset()
+    start = first.untyped_storage().data_ptr()
     for tensor in tensors:
-        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        same = tensor.untyped_storage().data_ptr() == start
         if not same or tensor.storage_offset() != offset or not tensor.is_contiguous() or tensor.dtype != first.dtype:
             return None
         offset += tensor.numel()
