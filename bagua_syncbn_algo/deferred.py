@@ -35,14 +35,17 @@ class Deferral:
         self.token: Tensor = _Deferred.apply((device, name), *tensors)  # type: ignore[no-untyped-call]
         self._node: Any = self.token.grad_fn
 
-    def leave(self, compute: Compute) -> None:
+    def leave(self, compute: Compute) -> bool:
         """Leaves what computes the gradients; the other node's backward calls it.
 
-        It is dropped where this backward, one of ``torch.autograd.grad`` for other tensors, will not run the deferred
-        node: nothing is held for it.
+        Returns:
+            Whether it is taken. It is dropped where this backward, one of ``torch.autograd.grad`` for other tensors,
+            will not run the deferred node: nothing is held for it.
         """
-        if _will_run(self._node):
+        taken = _will_run(self._node)
+        if taken:
             self._node.compute = compute
+        return taken
 
 
 class Behind:

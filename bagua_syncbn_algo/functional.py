@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .channel import BACKWARD, FORWARD, Channel, SyncPoint
 from .deferred import Behind, Deferral, refuse_second_derivative
+from .groups import yield_core
 from .moments import (
     GlobalMoments,
     LocalMoments,
@@ -77,13 +78,18 @@ def sync_batch_norm(
     """
     inputs = [dense(member.input.detach()) for member in members]
     tensors = [tensor for member in members for tensor in (member.input, member.weight, member.bias)]
+    # The gradients of a layer's own parameters need no other rank, unless that is to say whether there are any.
+    early: List[Optional[Tensor]] = tensors[1:] if len(members) == 1 else []
     communicates = torch.is_grad_enabled() and any(member.input.requires_grad for member in members)
 
     def moments() -> List[LocalMoments]:
         return [_local(input) for input in inputs]
 
     def defer() -> Optional[Deferral]:
-        return behind.defer(tensors, inputs[0].device, point.name) if behind is not None and communicates else None
+        if behind is None or not communicates:
+            return None
+        late = [*tensors[: len(tensors) - len(early)], *[None] * len(early)]
+        return behind.defer(late, inputs[0].device, point.name)
 
     with torch.no_grad():
         record = None
@@ -109,7 +115,7 @@ def sync_batch_norm(
         if finish is None:
             outputs: Tuple[Tensor, ...] = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
             return outputs
-        outputs = _LaunchingBatchNorm.apply(call, finish, finish.token, tensors)  # type: ignore[no-untyped-call]
+        outputs = _LaunchingBatchNorm.apply(call, finish, finish.token, tensors, *early)  # type: ignore[no-untyped-call]
         return outputs
 
     if recomputed:
@@ -138,15 +144,24 @@ class _SyncBatchNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        return (None, *_launch(ctx, grads, ctx.needs_input_grad[1:])(ctx.needs_input_grad[1:]))
+        _, wait = _launch(ctx, grads, ctx.needs_input_grad[1:])
+        return (None, *wait(ctx.needs_input_grad[1:]))
 
 
 class _LaunchingBatchNorm(Function):
-    """A round whose backward sends statistics, and leaves waiting for them and the gradients to a deferral."""
+    """A round whose backward sends statistics, and leaves waiting for them and the gradients to a deferral.
+
+    But for those in ``early``, which are known when it sends.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, finish: Deferral, token: Tensor, tensors: Sequence[Optional[Tensor]]
+        ctx: Any,
+        call: _Call,
+        finish: Deferral,
+        token: Tensor,
+        tensors: Sequence[Optional[Tensor]],
+        *early: Optional[Tensor],
     ) -> Tuple[Tensor, ...]:
         # In one argument, in which autograd does not look for inputs: the tensors' gradients are the deferral's.
         ctx.finish, ctx.needs = finish, [tensor is not None and tensor.requires_grad for tensor in tensors]
@@ -156,8 +171,13 @@ class _LaunchingBatchNorm(Function):
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         refuse_second_derivative(ctx.call.point.name)
         finish: Deferral = ctx.finish
-        finish.leave(_launch(ctx, grads, ctx.needs))
-        return None, None, None, None
+        of_parameters, wait = _launch(ctx, grads, ctx.needs)
+        if not finish.leave(wait):
+            wait([False] * len(ctx.needs))  # a backward for the parameters alone: the round has to end all the same
+        yield_core()  # what comes now may be long, and the round in flight needs a moment of the core to go on
+        needs = ctx.needs_input_grad[4:]
+        early = of_parameters(0, needs) if needs and grads[0] is not None else [None] * len(needs)
+        return (None, None, None, None, *early)
 
 
 def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> Tuple[Tensor, ...]:
@@ -183,13 +203,18 @@ def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs
     return tuple(outputs)
 
 
+# From which gradients are wanted to the gradients.
+_Gradients = Callable[[Sequence[bool]], List[Optional[Tensor]]]
+
+
 def _launch(
     ctx: Any, grads: Sequence[Optional[Tensor]], needs: Sequence[bool]
-) -> Callable[[Sequence[bool]], List[Optional[Tensor]]]:
+) -> Tuple[Callable[[int, Sequence[bool]], List[Optional[Tensor]]], _Gradients]:
     """The first half of backward: local sums, and their message on its way.
 
     Returns:
-        The second half, which waits for the sums of all ranks: from which gradients are wanted to the gradients.
+        What gives the gradients of a layer's weight and bias, from its index and which of both are wanted; and the
+        second half of backward, which waits for the sums of all ranks, and gives all gradients.
     """
     call: _Call = ctx.call
     mean, invstd, elements, *rest = ctx.saved_tensors
@@ -220,7 +245,11 @@ def _launch(
             parts.append(_constant(used, torch.uint8, mean.device))
         arrived = call.channel.launch(call.point, BACKWARD, parts)
 
-    def finish(needs: Sequence[bool]) -> List[Optional[Tensor]]:
+    def of_parameters(i: int, needs: Sequence[bool]) -> List[Optional[Tensor]]:
+        weight = cast(local_dy_xhat[i], weights[i].dtype) if needs[0] else None
+        return [weight, cast(local_dy[i], bias_dtypes[i]) if needs[1] else None]
+
+    def wait(needs: Sequence[bool]) -> List[Optional[Tensor]]:
         used = [output is not None for output in outputs]
         gradients: List[Optional[Tensor]] = [None] * (3 * count)
         if arrived is not None:
@@ -249,16 +278,14 @@ def _launch(
                         dy[i],
                         dy_xhat[i],
                     )
-        for i, weight in enumerate(weights):
-            if used[i] and needs[3 * i + 1]:
-                gradients[3 * i + 1] = cast(local_dy_xhat[i], weight.dtype)
-            if used[i] and needs[3 * i + 2]:
-                gradients[3 * i + 2] = cast(local_dy[i], bias_dtypes[i])
+        for i in range(count):
+            if used[i]:
+                gradients[3 * i + 1 : 3 * i + 3] = of_parameters(i, needs[3 * i + 1 : 3 * i + 3])
         if call.records is not None:
             call.records.close(call.record)
         return gradients
 
-    return finish
+    return of_parameters, wait
 
 
 def _local(input: Tensor) -> LocalMoments:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .deferred import Behind, Deferral, refuse_second_derivative
-from .groups import yield_core
 from .moments import cast
 from .tracing import has_own_forward, hooks_of
 
@@ -283,7 +282,6 @@ class _Split(Function):
         gradient = operation.backward(*arguments, (True, False, False))[0]
 
         def weight_and_bias(needs: Sequence[bool]) -> Sequence[Optional[Tensor]]:
-            yield_core()  # this may be long, and the round in flight needs a moment of the core to go on
             _, weight, bias = operation.backward(*arguments, (False, *needs))
             return _cast(weight, bias, late)
 

@@ -279,7 +279,7 @@ def test_a_round_in_flight_gets_the_core_before_what_hides_it(mocker: MockerFixt
     """Catches a message that its threads, which give way, send on only when the weight gradient is done."""
     model, channel = alone(Net())
     total(model(torch.randn(2, 3, 6, 6))).backward()
-    mocker.patch.object(overlap_module, "yield_core", lambda: channel.events.append("yield"))
+    mocker.patch.object(functional_module, "yield_core", lambda: channel.events.append("yield"))
     mocker.patch.object(overlap_module, "_cast", lambda *each: channel.events.append("weights") or each[:2])
     output = total(model(torch.randn(2, 3, 6, 6)))
     channel.events.clear()
