@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import weakref
@@ -200,9 +201,11 @@ class BaguaBucketPy:
         communicators = [c for c in (communicator_intranode, communicator_internode) if c is not None]
 
         def operation(events: Sequence[Any]) -> Tuple[CpuStreams, Any]:
-            with communicators[0].streams.after(communicators[0].cuda_stream, events), self.flat() as whole:
+            # Divided before the sum, as torch's DDP does: half-precision gradients do not overflow.
+            divisor = math.prod(c.nranks() for c in communicators) if average else 1
+            with communicators[0].streams.after(communicators[0].cuda_stream, events), self.flat(divisor) as whole:
                 for communicator in communicators:
-                    communicator.reduce_over_all(whole, AVG if average else SUM)
+                    communicator.reduce_over_all(whole, SUM)
             return communicators[0].streams, communicators[0].cuda_stream
 
         self._operations.append(operation)
@@ -253,24 +256,37 @@ class BaguaBucketPy:
         self._operations.append(run)
 
     @contextlib.contextmanager
-    def flat(self) -> Iterator[Tensor]:
+    def flat(self, divisor: int = 1) -> Iterator[Tensor]:
         """Gives all effective tensors as one flat tensor: their own memory if they lie together, else a copy of it.
 
         What the block leaves in it is written back, or becomes theirs.
+
+        Args:
+            divisor: by which they are divided first; in the same pass over memory as the copy.
         """
         with torch.no_grad():
             tensors = [tensor.effective() for tensor in self.tensors]
             view = flat_view(tensors)
-            whole = self._copied(tensors) if view is None else view
+            whole = self._copied(tensors, divisor) if view is None else view
+            if view is not None and divisor != 1:
+                view.div_(divisor)
             yield whole
             if view is None:
                 for tensor, effective, values in zip(self.tensors, tensors, whole.split([t.numel() for t in tensors])):
                     tensor.receive(values, effective)
 
-    def _copied(self, tensors: Sequence[Tensor]) -> Tensor:
-        values = [tensor.detach().reshape(-1) for tensor in tensors]
+    def _copied(self, tensors: Sequence[Tensor], divisor: int) -> Tensor:
+        sizes = [tensor.numel() for tensor in tensors]
         # New memory would be given back after the step, and page faults take longer than the copy.
-        return torch.cat(values, out=self.memory) if _is_free(self.memory) else torch.cat(values)
+        own = self.memory if _is_free(self.memory) else None
+        whole = tensors[0].new_empty(sum(sizes)) if own is None else own
+        for tensor, piece in zip(tensors, whole.split(sizes)):
+            values = tensor.detach().reshape(-1)
+            if divisor == 1:
+                piece.copy_(values)
+            else:
+                torch.div(values, divisor, out=piece)
+        return whole
 
     def run(self, events: Sequence[Any]) -> Tuple[CpuStreams, Any]:
         """Runs all operations, in order, after ``events``.
