@@ -1,11 +1,12 @@
 """What hiding the backward rounds saves, beside what could be saved.
 
-Two gloo ranks, one thread each; steps of two copies of a model, interleaved: one round a level, and the same with
-backward rounds hidden. Latency is added to every round as a wire's, from when the last rank has sent. ``could`` is the
-sum over rounds of the lesser of the round (as the plain version has it) and the weight gradients that hide it. Both are
-measured in steps after the timed ones, without gradient communication: on a machine with a core a rank it travels by
-the cores that compute, and while it does both take up to five times as long (``could_beside_gradients``). ``busy`` is
-the share of a core that a rank's process uses in the plain version, gradient communication included.
+Two gloo ranks, one thread each; steps of one model, interleaved: with one round a level, and the same with backward
+rounds hidden. Latency is added to every round as a wire's, from when the last rank has sent. ``could`` is the sum over
+rounds of the lesser of the round (as the plain version has it) and the weight gradients that hide it, measured in steps
+after the timed ones. Everything is measured twice: in training steps, and in steps that only accumulate gradients
+(``alone``), which exchange statistics and nothing else. On a machine with a core a rank gradient communication travels
+by the cores that compute: it fills some of the waits, so that hiding them saves less, and slows what runs beside it.
+``busy`` is the share of a core that a rank's process uses in the plain version's training steps.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import models
 import torch
@@ -26,8 +28,10 @@ from bagua_syncbn_algo import overlap as overlap_module
 from bagua_syncbn_algo.bench.measure import Spread, run_ranks, take_times, write
 from bagua_syncbn_algo.bench.schemes import add_latency, build_variant, channel_of_model
 from bagua_syncbn_algo.bench.steps import training_step
+from bagua_syncbn_algo.coalesce import coalesce
 
 VARIANTS = ("coalesced", "hidden")
+KINDS = ("training", "alone")
 RECORDED = 5
 
 
@@ -37,12 +41,12 @@ class Case(NamedTuple):
     width: int
     size: int
     latencies: Tuple[float, ...]
-    steps: int
+    steps: int  # of either variant and kind
 
 
-CASES = (Case(32, 64, (0, 1, 3), 28), Case(64, 64, (0, 1, 3), 26), Case(64, 128, (0, 1), 5))
+CASES = (Case(32, 64, (0, 1, 3), 24), Case(64, 64, (0, 1, 3), 24), Case(64, 128, (0, 1), 5))
 BATCH = 4
-# Processes are started anew: how memory happens to lie in one of them favours one variant or the other.
+# Processes are started anew: how threads and memory happen to lie in one of them matters.
 LAUNCHES = 2
 
 
@@ -53,39 +57,47 @@ def run_rank(rank: int, cases: Tuple[Case, ...]) -> List[Dict[str, Any]]:
     for case in cases:
         torch.manual_seed(rank)
         images = torch.randn(BATCH, 3, case.size, case.size)
-        built: Dict[str, Any] = {}
-        for name in VARIANTS:
-            torch.manual_seed(0)
-            built[name] = build_variant(name, models.ResNet(case.width))
-        steps = {name: training_step(model, images) for name, model in built.items()}
+        torch.manual_seed(0)
+        model = build_variant("hidden", models.ResNet(case.width))
+        steps = variants_of(model, training_step(model, images))
         for step in steps.values():
             step()
         for latency in case.latencies:
-            for name in VARIANTS:
-                add_latency(channel_of_model(built[name]), latency / 1000)
-            times = take_times(steps, case.steps, warmup=3)
-            plain, hidden = recorded(steps["coalesced"]), recorded(steps["hidden"])
-            alone = {}
-            for name, model in built.items():
-                model.bagua_ddp.require_backward_grad_sync = False
-                alone[name] = recorded(steps[name])
-                model.bagua_ddp.require_backward_grad_sync = True
-            pairs = list(zip(alone["coalesced"]["rounds"], alone["hidden"]["gradients"]))
-            beside = zip(plain["rounds"], hidden["gradients"])
-            rows.append(
-                {
-                    "width": case.width,
-                    "size": case.size,
-                    "latency_ms": latency,
-                    "times": times,
-                    "could": sum(min(pair) for pair in pairs),
-                    "could_beside_gradients": sum(min(pair) for pair in beside),
-                    "gradients_longer_than_rounds": sum(gradient > round_ for round_, gradient in pairs) / len(pairs),
-                    "exposed": {"coalesced": plain["exposed"], "hidden": hidden["exposed"]},
-                    "busy": plain["busy"],
-                }
-            )
+            add_latency(channel_of_model(model), latency / 1000)
+            row: Dict[str, Any] = {"width": case.width, "size": case.size, "latency_ms": latency}
+            for kind in KINDS:
+                model.bagua_ddp.require_backward_grad_sync = kind == "training"
+                row[kind] = measured(steps, case.steps)
+            rows.append(row)
     return rows
+
+
+def variants_of(model: Any, step: Callable[[], None]) -> Dict[str, Callable[[], None]]:
+    """Returns a step of each variant, on the same parameters: how these lie in memory favours neither."""
+    forwards = {}
+    for name in VARIANTS:
+        coalesce(model, overlap=name == "hidden")
+        forwards[name] = model.forward
+
+    def run(name: str) -> None:
+        model.forward = forwards[name]
+        step()
+
+    return {name: partial(run, name) for name in VARIANTS}
+
+
+def measured(steps: Dict[str, Callable[[], None]], count: int) -> Dict[str, Any]:
+    """Returns the times of steps of both variants, and what could be saved."""
+    times = take_times(steps, count, warmup=3)
+    plain, hidden = (recorded(steps[name]) for name in VARIANTS)
+    pairs = list(zip(plain["rounds"], hidden["gradients"]))
+    return {
+        "times": times,
+        "could": sum(min(pair) for pair in pairs),
+        "gradients_longer_than_rounds": sum(gradient > round_ for round_, gradient in pairs) / len(pairs),
+        "exposed": {"coalesced": plain["exposed"], "hidden": hidden["exposed"]},
+        "busy": plain["busy"],
+    }
 
 
 def recorded(step: Any) -> Dict[str, Any]:
@@ -129,23 +141,29 @@ def recorded(step: Any) -> Dict[str, Any]:
 
 def pooled(launches: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Returns one row of the same case's rows in several launches."""
-    first = launches[0]
-    spreads = {name: Spread.of([t for row in launches for t in row["times"][name]]) for name in VARIANTS}
+    row = {key: launches[0][key] for key in ("width", "size", "latency_ms")}
+    kinds = {kind: _pooled([launch[kind] for launch in launches]) for kind in KINDS}
+    # What can be hidden is a property of the rounds and the layers: the steps that do nothing else show it best.
+    could = kinds["alone"]["could"]
+    for kind in kinds.values():
+        kind["share"] = kind["saved"] / could
+    return {**row, **kinds, "could": could}
+
+
+def _pooled(launches: List[Dict[str, Any]]) -> Dict[str, Any]:
+    spreads = {name: Spread.of([t for each in launches for t in each["times"][name]]) for name in VARIANTS}
     # Of steps that ran one after the other: a machine that slows down for a while slows both.
-    saved = statistics.median(a - b for row in launches for a, b in zip(*(row["times"][name] for name in VARIANTS)))
-    could, beside = (statistics.median(row[key] for row in launches) for key in ("could", "could_beside_gradients"))
-    exposed = {name: statistics.median(row["exposed"][name] for row in launches) for name in VARIANTS}
+    saved = statistics.median(a - b for each in launches for a, b in zip(*(each["times"][name] for name in VARIANTS)))
+    exposed = {name: statistics.median(each["exposed"][name] for each in launches) for name in VARIANTS}
     return {
-        **{key: first[key] for key in ("width", "size", "latency_ms")},
         "variants": {name: spread._asdict() for name, spread in spreads.items()},
         "saved": saved,
-        "could": could,
-        "could_beside_gradients": beside,
-        "share": saved / could,
-        "gradients_longer_than_rounds": statistics.median(row["gradients_longer_than_rounds"] for row in launches),
-        "busy": statistics.median(row["busy"] for row in launches),
         "exposed": exposed,
         "exposed_ratio": exposed["hidden"] / exposed["coalesced"],
+        **{
+            key: statistics.median(each[key] for each in launches)
+            for key in ("could", "gradients_longer_than_rounds", "busy")
+        },
     }
 
 
@@ -155,23 +173,26 @@ def main() -> None:
     options = parser.parse_args()
     launches = [run_ranks(run_rank, CASES) for _ in range(options.launches)]
     rows = [pooled(list(each)) for each in zip(*launches)]
-    heading = ["width", "images", "added, ms", *(f"{name}, ms" for name in VARIANTS), "hidden / coalesced"]
+    heading = ["width", "images", "added, ms", "steps", *(f"{name}, ms" for name in VARIANTS), "hidden / coalesced"]
     table = Table(*heading, "saved, ms", "could, ms", "saved / could", "exposed backward", "gradients > rounds", "busy")
     for row in rows:
-        medians = {name: 1000 * row["variants"][name]["median"] for name in VARIANTS}
-        table.add_row(
-            f"{row['width']}",
-            f"{row['size']}²",
-            f"{row['latency_ms']:g}",
-            *(f"{medians[name]:.0f}" for name in VARIANTS),
-            f"{medians['hidden'] / medians['coalesced']:.2f}",
-            f"{1000 * row['saved']:.1f}",
-            f"{1000 * row['could']:.1f}",
-            f"{row['share']:.2f}",
-            f"{row['exposed_ratio']:.2f}",
-            f"{row['gradients_longer_than_rounds']:.0%}",
-            f"{row['busy']:.0%}",
-        )
+        for kind in KINDS:
+            each = row[kind]
+            medians = {name: 1000 * each["variants"][name]["median"] for name in VARIANTS}
+            table.add_row(
+                f"{row['width']}",
+                f"{row['size']}²",
+                f"{row['latency_ms']:g}",
+                kind,
+                *(f"{medians[name]:.0f}" for name in VARIANTS),
+                f"{medians['hidden'] / medians['coalesced']:.2f}",
+                f"{1000 * each['saved']:.1f}",
+                f"{1000 * row['could']:.1f}",
+                f"{each['share']:.2f}",
+                f"{each['exposed_ratio']:.2f}",
+                f"{each['gradients_longer_than_rounds']:.0%}",
+                f"{each['busy']:.0%}",
+            )
     Console(width=150).print(table)
     write(Path(__file__).parent / "results" / "overlap.json", rows)
 

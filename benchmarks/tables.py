@@ -34,21 +34,24 @@ def coalescing(rows: Any) -> List[str]:
 
 
 def overlap(rows: Any) -> List[str]:
-    heading = ["width, images", "added", "one round a level", "hidden", "saved"]
-    heading += ["could be saved (beside gradients)", "saved / could", "exposed backward, ms", "ratio", "a core is busy"]
+    heading = ["width, images", "added", "steps", "one round a level", "hidden", "saved", "could be saved"]
+    heading += ["saved / could", "exposed backward, ms", "ratio", "gradients longer than rounds", "a core is busy"]
     body = [
         [
             f"{row['width']}, {row['size']}²",
             f"{row['latency_ms']:g} ms",
-            *(milliseconds(row["variants"][name]) for name in ("coalesced", "hidden")),
-            f"{1000 * row['saved']:.1f}",
-            f"{1000 * row['could']:.1f} ({1000 * row['could_beside_gradients']:.1f})",
-            f"{row['share']:.2f}",
-            " → ".join(f"{1000 * row['exposed'][name]:.1f}" for name in ("coalesced", "hidden")),
-            f"{row['exposed_ratio']:.2f}",
-            f"{row['busy']:.0%}",
+            {"training": "training", "alone": "accumulating"}[kind],
+            *(milliseconds(row[kind]["variants"][name]) for name in ("coalesced", "hidden")),
+            f"{1000 * row[kind]['saved']:.1f}",
+            f"{1000 * row['could']:.1f}",
+            f"{row[kind]['share']:.2f}",
+            " → ".join(f"{1000 * row[kind]['exposed'][name]:.1f}" for name in ("coalesced", "hidden")),
+            f"{row[kind]['exposed_ratio']:.2f}",
+            f"{row[kind]['gradients_longer_than_rounds']:.0%}",
+            f"{row[kind]['busy']:.0%}",
         ]
         for row in rows
+        for kind in ("training", "alone")
     ]
     return table(heading, body)
 
