@@ -344,6 +344,83 @@ def test_several_backwards(semantics: Any) -> None:
     torch.testing.assert_close((semantics[0]["local"] + semantics[1]["local"]) / 2, first)
 
 
+# -- where gradients lie ----------------------------------------------------------------------------------------------
+
+
+def _moving(rank: int, tells: bool) -> Any:
+    """Five backwards of one model; ``tells``: whether PyTorch tells who uses a memory."""
+    if not tells:
+        torch._C._storage_Use_Count = None  # type: ignore[attr-defined]
+    bagua.init_process_group()
+    model = net()
+    model.with_bagua([], gradient_allreduce())
+    parameters = list(model.parameters())
+
+    def backward(step: int) -> List[Any]:
+        model.zero_grad(set_to_none=True)
+        model(batch(step, rank)[0]).pow(2).sum().backward()
+        return [parameter.grad for parameter in parameters]
+
+    shared = [t for bucket in model.bagua_buckets if len(bucket.tensors) > 1 for t in bucket.tensors]
+    places = []
+    for step in range(2):
+        backward(step)
+        places.append([parameter.grad.data_ptr() for parameter in shared])
+    together = [bucket.check_flatten() for bucket in model.bagua_buckets]
+    kept = backward(0)
+    before = [gradient.clone() for gradient in kept]
+    following = [gradient.clone() for gradient in backward(1)]
+    unharmed = all(torch.equal(a, b) for a, b in zip(kept, before))
+    own = [torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, own):
+        parameter.grad = gradient
+    model(batch(1, rank)[0]).pow(2).sum().backward()
+    return places[0] == places[1] and len(shared) > 4, together, unharmed, kept, following, own
+
+
+def _expected(step: int) -> Any:
+    reference = net()
+    loss = sum(reference(batch(step, rank)[0]).pow(2).sum() for rank in range(2)) / 2
+    return torch.autograd.grad(loss, list(reference.parameters()))
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("tells", [True, False])
+def test_new_gradients_move_into_their_bucket(tells: bool) -> None:
+    """Catches gradients copied there and back at every step after ``zero_grad(set_to_none=True)``.
+
+    And what moving could break: a gradient of an earlier step that the user has kept is overwritten by the next one, or
+    a tensor that the user has made the gradient is left local.
+    """
+    reports = run_processes(2, _moving, tells, env={"BAGUA_DEFAULT_BUCKET_SIZE": "600"})
+    for same_place, together, unharmed, kept, following, own in reports:
+        assert len(together) > 2 and all(together)
+        assert same_place or not tells
+        assert unharmed
+        torch.testing.assert_close(kept, list(_expected(0)))
+        torch.testing.assert_close(following, list(_expected(1)))
+        torch.testing.assert_close(own, list(_expected(1)))
+
+
+def _not_flat(rank: int) -> Any:
+    bagua.init_process_group()
+    model = net()
+    model.with_bagua([], gradient_allreduce(), do_flatten=False)
+    model.zero_grad(set_to_none=True)
+    seen = []
+    model[0].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad))
+    model(batch(0, rank)[0]).pow(2).sum().backward()
+    return seen[0] is model[0].weight.grad, [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.multirank
+def test_gradients_stay_where_they_are_without_flattening() -> None:
+    """Catches a gradient that moves although ``do_flatten=False`` asks it not to."""
+    for stays, gradients in run_processes(2, _not_flat):
+        assert stays
+        torch.testing.assert_close(gradients, list(_expected(0)))
+
+
 # -- checkpointing ----------------------------------------------------------------------------------------------------
 
 

@@ -55,9 +55,7 @@ class BaguaTensorPy:
         """Gives the effective tensor ``values``, a piece of a flat tensor; a new gradient moves there."""
         proxy: Any = self._proxy
         if self.gradient_is_new and effective is proxy.grad and effective.is_contiguous():
-            # Not as a view, which nobody could detach in place.
-            place = values.untyped_storage(), values.storage_offset(), effective.shape, effective.stride()
-            proxy.bagua_setter_closure(torch.empty(0, dtype=values.dtype).set_(*place))
+            proxy.bagua_setter_closure(_over(values, values.storage_offset(), effective.shape, effective.stride()))
         else:
             effective.detach().copy_(values.view(effective.shape))
 
@@ -429,4 +427,11 @@ def flat_view(tensors: Sequence[Tensor]) -> Optional[Tensor]:
         if not same or tensor.storage_offset() != offset or not tensor.is_contiguous() or tensor.dtype != first.dtype:
             return None
         offset += tensor.numel()
-    return first.detach().as_strided((offset - first.storage_offset(),), (1,), first.storage_offset())
+    return _over(first, first.storage_offset(), (offset - first.storage_offset(),), (1,))
+
+
+def _over(tensor: Tensor, offset: Any, shape: Any, strides: Any) -> Tensor:
+    """Returns a tensor over the same memory that is no view, which would hold its base and could not be detached."""
+    with torch.no_grad():
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return empty.set_(tensor.untyped_storage(), offset, shape, strides)
