@@ -32,7 +32,8 @@ class BaguaModule:
             optimizers: the optimizers of this module.
             algorithm: how to communicate, e.g. ``GradientAllReduceAlgorithm()``.
             process_group: ``None`` for the default group.
-            do_flatten: whether each bucket's gradients lie in one piece of memory.
+            do_flatten: whether each bucket's gradients lie in one piece of memory. One that a backward has made moves
+                there before that backward ends: hold on to parameters, not to gradients seen in hooks.
 
         Returns:
             This module.
