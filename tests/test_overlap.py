@@ -452,6 +452,34 @@ def test_the_same_gradients_whatever_the_use(build: Callable[[], nn.Module], use
         assert torch.equal(ours_, theirs_)
 
 
+def test_a_layers_own_gradients_do_not_wait_for_the_round() -> None:
+    """Catches hooks and gradient buckets that come after a wait, where they could be in it."""
+    model, channel = alone(Net())
+    x = torch.randn(2, 3, 6, 6)
+    total(model(x)).backward()
+    for parameter in model.bn2.parameters():
+        parameter.register_hook(lambda grad: channel.events.append("own gradient of bn2"))
+    output = total(model(x))
+    channel.events.clear()
+    output.backward()
+    assert channel.events[:4] == ["launch bn2", "own gradient of bn2", "own gradient of bn2", "wait bn2"]
+
+
+def test_gradients_of_a_layers_own_parameters_alone() -> None:
+    """Catches a round that was launched, and that nobody ends because nobody wants the input's gradient."""
+    start, x = Net(), torch.randn(2, 3, 6, 6)
+    found = []
+    for overlap in (True, False):
+        model, channel = alone(copy.deepcopy(start), overlap=overlap)
+        total(model(x)).backward()
+        output = total(model(x))
+        channel.events.clear()
+        found.append((torch.autograd.grad(output, list(model.bn2.parameters())), list(channel.events)))
+    (ours, events), (theirs, as_plain) = found
+    same(list(ours), list(theirs))
+    assert events == as_plain == ["launch bn2", "wait bn2"]
+
+
 @pytest.mark.parametrize("frozen", ["conv1", "bn1", "conv2", "bn2", "head"])
 def test_frozen_layers(frozen: str) -> None:
     """Catches a deferral that waits for a gradient that nobody wants."""
