@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["Behind", "Deferral", "refuse_second_derivative"]
+__all__ = ["Behind", "Compute", "Deferral", "refuse_second_derivative"]
 
 # Takes for each tensor whether a gradient is wanted; returns the gradients.
 Compute = Callable[[Sequence[bool]], Sequence[Optional[Tensor]]]

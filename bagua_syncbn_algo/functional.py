@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .channel import BACKWARD, FORWARD, Channel, SyncPoint
-from .deferred import Behind, Deferral, refuse_second_derivative
+from .deferred import Behind, Compute, Deferral, refuse_second_derivative
 from .groups import yield_core
 from .moments import (
     GlobalMoments,
@@ -88,7 +88,7 @@ def sync_batch_norm(
     def defer() -> Optional[Deferral]:
         if behind is None or not communicates:
             return None
-        late = [*tensors[: len(tensors) - len(early)], *[None] * len(early)]
+        late = [tensors[0], None, None] if early else tensors
         return behind.defer(late, inputs[0].device, point.name)
 
     with torch.no_grad():
@@ -203,13 +203,9 @@ def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs
     return tuple(outputs)
 
 
-# From which gradients are wanted to the gradients.
-_Gradients = Callable[[Sequence[bool]], List[Optional[Tensor]]]
-
-
 def _launch(
     ctx: Any, grads: Sequence[Optional[Tensor]], needs: Sequence[bool]
-) -> Tuple[Callable[[int, Sequence[bool]], List[Optional[Tensor]]], _Gradients]:
+) -> Tuple[Callable[[int, Sequence[bool]], List[Optional[Tensor]]], Compute]:
     """The first half of backward: local sums, and their message on its way.
 
     Returns:

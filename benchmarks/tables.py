@@ -40,7 +40,7 @@ def overlap(rows: Any) -> List[str]:
         [
             f"{row['width']}, {row['size']}²",
             f"{row['latency_ms']:g} ms",
-            {"training": "training", "alone": "accumulating"}[kind],
+            words,
             *(milliseconds(row[kind]["variants"][name]) for name in ("coalesced", "hidden")),
             f"{1000 * row[kind]['saved']:.1f}",
             f"{1000 * row['could']:.1f}",
@@ -51,7 +51,7 @@ def overlap(rows: Any) -> List[str]:
             f"{row[kind]['busy']:.0%}",
         ]
         for row in rows
-        for kind in ("training", "alone")
+        for kind, words in (("training", "training"), ("alone", "accumulating"))
     ]
     return table(heading, body)
 

@@ -421,6 +421,37 @@ def test_gradients_stay_where_they_are_without_flattening() -> None:
         torch.testing.assert_close(gradients, list(_expected(0)))
 
 
+class _WithoutSetter(bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithmImpl):  # type: ignore[misc, name-defined]
+    """Registers gradients by a getter alone."""
+
+    def init_tensors(self, bagua_ddp: Any) -> Any:
+        tensors = super().init_tensors(bagua_ddp)
+        for tensor in tensors:
+            tensor._bagua_setter_closure = None
+        return tensors
+
+
+class _WithoutSetterAlgorithm(bagua.algorithms.Algorithm):  # type: ignore[misc, name-defined]
+    def reify(self, process_group: Any) -> Any:
+        return _WithoutSetter(process_group)
+
+
+def _without_setter(rank: int) -> Any:
+    bagua.init_process_group()
+    model = net()
+    model.with_bagua([], _WithoutSetterAlgorithm())
+    model.zero_grad(set_to_none=True)
+    model(batch(0, rank)[0]).pow(2).sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.multirank
+def test_gradients_registered_without_a_setter() -> None:
+    """Catches a gradient that can only move by a closure that the algorithm has not given."""
+    for gradients in run_processes(2, _without_setter, env={"BAGUA_DEFAULT_BUCKET_SIZE": "600"}):
+        torch.testing.assert_close(gradients, list(_expected(0)))
+
+
 # -- checkpointing ----------------------------------------------------------------------------------------------------
 
 

@@ -55,7 +55,7 @@ class BaguaTensorPy:
         """Gives the effective tensor ``values``, a piece of a flat tensor; a new gradient moves there."""
         proxy: Any = self._proxy
         if self.gradient_is_new and effective is proxy.grad and effective.is_contiguous():
-            proxy.bagua_setter_closure(_over(values, values.storage_offset(), effective.shape, effective.stride()))
+            proxy.bagua_set_storage(values.untyped_storage(), values.storage_offset())
         else:
             effective.detach().copy_(values.view(effective.shape))
 
@@ -199,7 +199,7 @@ class BaguaBucketPy:
         communicators = [c for c in (communicator_intranode, communicator_internode) if c is not None]
 
         def operation(events: Sequence[Any]) -> Tuple[CpuStreams, Any]:
-            # Divided before the sum, as torch's DDP does: half-precision gradients do not overflow.
+            # As an average in `reduce_over_all`, but in the pass that copies.
             divisor = math.prod(c.nranks() for c in communicators) if average else 1
             with communicators[0].streams.after(communicators[0].cuda_stream, events), self.flat(divisor) as whole:
                 for communicator in communicators:
@@ -427,11 +427,7 @@ def flat_view(tensors: Sequence[Tensor]) -> Optional[Tensor]:
         if not same or tensor.storage_offset() != offset or not tensor.is_contiguous() or tensor.dtype != first.dtype:
             return None
         offset += tensor.numel()
-    return _over(first, first.storage_offset(), (offset - first.storage_offset(),), (1,))
-
-
-def _over(tensor: Tensor, offset: Any, shape: Any, strides: Any) -> Tensor:
-    """Returns a tensor over the same memory that is no view, which would hold its base and could not be detached."""
+    # No view, which would hold its base: memory is free once nothing else lies in it.
+    whole = torch.empty(0, dtype=first.dtype, device=first.device)
     with torch.no_grad():
-        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return empty.set_(tensor.untyped_storage(), offset, shape, strides)
+        return whole.set_(first.untyped_storage(), first.storage_offset(), (offset - first.storage_offset(),), (1,))

@@ -139,7 +139,7 @@ class BaguaTensor:
 
 
 def _contiguous_strides(tensor: Tensor) -> Tuple[int, ...]:
-    return torch.empty(tensor.shape, device="meta").stride()
+    return tensor.stride() if tensor.is_contiguous() else torch.empty(tensor.shape, device="meta").stride()
 
 
 for _name, _method in list(vars(BaguaTensor).items()):
