@@ -88,6 +88,7 @@ def sync_batch_norm(
     def defer() -> Optional[Deferral]:
         if behind is None or not communicates:
             return None
+        yield_core()  # the statistics in flight need a moment of the core to go on, and this takes longer than that
         late = [tensors[0], None, None] if early else tensors
         return behind.defer(late, inputs[0].device, point.name)
 
@@ -174,7 +175,7 @@ class _LaunchingBatchNorm(Function):
         of_parameters, wait = _launch(ctx, grads, ctx.needs)
         if not finish.leave(wait):
             wait([False] * len(ctx.needs))  # a backward for the parameters alone: the round has to end all the same
-        yield_core()  # what comes now may be long, and the round in flight needs a moment of the core to go on
+        yield_core()  # as in forward: what comes now may be long
         needs = ctx.needs_input_grad[4:]
         early = of_parameters(0, needs) if needs and grads[0] is not None else [None] * len(needs)
         return (None, None, None, None, *early)

@@ -32,7 +32,7 @@ from bagua_syncbn_algo.coalesce import coalesce
 
 VARIANTS = ("coalesced", "hidden")
 KINDS = ("training", "alone")
-RECORDED = 5
+RECORDED = 7
 
 
 class Case(NamedTuple):
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 CASES = (Case(32, 64, (0, 1, 3), 24), Case(64, 64, (0, 1, 3), 24), Case(64, 128, (0, 1), 5))
 BATCH = 4
 # Processes are started anew: how threads and memory happen to lie in one of them matters.
-LAUNCHES = 2
+LAUNCHES = 3
 
 
 def run_rank(rank: int, cases: Tuple[Case, ...]) -> List[Dict[str, Any]]:

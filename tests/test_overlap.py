@@ -291,10 +291,11 @@ def test_a_round_in_flight_gets_the_core_before_what_hides_it(mocker: MockerFixt
 
 
 def test_forward_makes_its_nodes_while_the_statistics_travel(mocker: MockerFixture) -> None:
-    """Catches Python that runs after a wait, where it could run in it."""
+    """Catches Python that runs after a wait, where it could run in it, or before the message has had the core."""
     model, channel = alone(Net())
     total(model(torch.randn(2, 3, 6, 6))).backward()
     channel.events.clear()
+    mocker.patch.object(functional_module, "yield_core", lambda: channel.events.append("yield"))
 
     def made(*arguments: Any) -> Deferral:
         channel.events.append("node")
@@ -302,7 +303,7 @@ def test_forward_makes_its_nodes_while_the_statistics_travel(mocker: MockerFixtu
 
     mocker.patch.object(deferred_module, "Deferral", made)
     model(torch.randn(2, 3, 6, 6))
-    rounds = [[f"launch {name} forward", "node", "node", f"wait {name} forward"] for name in ("bn1", "bn2")]
+    rounds = [[f"launch {name} forward", "yield", "node", "node", f"wait {name} forward"] for name in ("bn1", "bn2")]
     assert channel.events == [*rounds[0], *rounds[1]]
 
 
