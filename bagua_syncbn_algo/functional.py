@@ -88,7 +88,8 @@ def sync_batch_norm(
     def defer() -> Optional[Deferral]:
         if behind is None or not communicates:
             return None
-        yield_core()  # the statistics in flight need a moment of the core to go on, and this takes longer than that
+        if not recomputed:
+            yield_core()  # the statistics in flight need a moment of the core to go on; this takes longer than that
         late = [tensors[0], None, None] if early else tensors
         return behind.defer(late, inputs[0].device, point.name)
 

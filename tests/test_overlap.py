@@ -307,6 +307,20 @@ def test_forward_makes_its_nodes_while_the_statistics_travel(mocker: MockerFixtu
     assert channel.events == [*rounds[0], *rounds[1]]
 
 
+def test_a_recomputed_forward_keeps_the_core(mocker: MockerFixture) -> None:
+    """Catches a core given away, in the middle of backward, for statistics that do not travel a second time."""
+    model, channel = alone(Net())
+    total(model(torch.randn(2, 3, 6, 6))).backward()
+    channel.events.clear()
+    mocker.patch.object(functional_module, "yield_core", lambda: channel.events.append("yield"))
+    output = checkpoint(model, torch.randn(2, 3, 6, 6, requires_grad=True), use_reentrant=False)
+    assert channel.events.count("yield") == 2
+    channel.events.clear()
+    total(output).backward()
+    launches = [event for event in channel.events if event.startswith("launch")]
+    assert (launches, channel.events.count("yield")) == (["launch bn2", "launch bn1"], 2)
+
+
 def test_plans_name_what_hides_a_round() -> None:
     """Catches a plan that does not say what was done."""
     plan = plan_of(convert_sync_batchnorm(Net()))
