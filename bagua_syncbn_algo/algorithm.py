@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .channel import SINGLE_PROCESS, Channel, Roster, sync_point
+from .channel import BACKWARD, FORWARD, SINGLE_PROCESS, Channel, Roster, sync_point
 from .coalesce import plan_of
 from .config import SyncBatchNormConfig, check_normalize_over
 from .convert import convert_sync_batchnorm, tag_sync_batchnorm, unconverted_layers
@@ -117,6 +117,8 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         self.channel: Optional[Channel] = None
         self.running: Optional[RunningPool] = None
         self._ranks_per_group = ranks_per_group
+        # The world's channel and that of this rank's group, each with its ranks; as many on every rank.
+        self._channels: List[Tuple[Channel, Sequence[int]]] = []
         self._bound: Dict[int, Any] = {}
         self._round: Optional[Round] = None
         self._ranks = list(process_group.ranks)
@@ -155,6 +157,8 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
             self._bound[id(bagua_ddp)] = bagua_ddp
             self._bind(bagua_ddp)
         tensors: List[Any] = self.inner.init_tensors(bagua_ddp)
+        if self.running is not None:
+            self.running.trains = bool(tensors)
         return tensors
 
     def tensors_to_buckets(self, tensors: List[List[Any]], do_flatten: bool) -> List[Any]:
@@ -200,6 +204,26 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
     def init_operations(self, bagua_ddp: Any, bucket: Any) -> None:
         self.inner.init_operations(bagua_ddp, bucket)
 
+    # -- after an exception in a step; the embedded host calls these ----------------------------------------------
+
+    @property
+    def step_failed(self) -> bool:
+        return any(channel.failed for channel, _ in self._channels)
+
+    def communication_counts(self) -> List[int]:
+        return [channel.frames for channel, _ in self._channels]
+
+    def leave_step(self, in_forward: bool) -> None:
+        phase, words = (FORWARD, "forward") if in_forward else (BACKWARD, "backward")
+        error = RuntimeError(f"an exception broke off its {words}")
+        for channel, _ in self._channels:
+            if (in_forward or channel.open_rounds > 0) and not channel.failed:
+                channel.fail(sync_point(words), phase, error, wait=False)
+
+    def recover(self, counts: List[Tuple[int, ...]]) -> None:
+        for index, (channel, ranks) in enumerate(self._channels):
+            channel.recover(max(sent[index] for rank, sent in zip(self._ranks, counts) if rank in ranks))
+
     # -- statistics -----------------------------------------------------------------------------------------------
 
     def _bind(self, bagua_ddp: Any) -> None:
@@ -218,6 +242,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         ordinal = world.join(roster, itemsize)
         _broadcast_buffers(layers, communicator)
         # A layer with a process group normalizes over ranks of its own choice: its channel is that group's.
+        self._channels = [(world, self._ranks)]
         layers = [layer for layer in layers if layer.process_group is None]
         if not layers or communicator.nranks() == 1:
             return
@@ -228,6 +253,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
             channel = BaguaChannel(self._group.get_global_communicator(), streams(), device, _default_store())
             channel.label = f"bagua_syncbn/{','.join(map(str, self._group.ranks))}"
             channel.join(roster, itemsize)
+            self._channels.append((channel, self._group.ranks))
         if self._running_group is not None:
             self._bind_running([layer for layer in layers if layer.running_mean is not None], world, bagua_ddp)
         for layer in layers:

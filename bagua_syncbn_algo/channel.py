@@ -47,6 +47,7 @@ _FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longe
 _FIRST_CAPACITY = 64  # bytes of the very first message, which agrees on the length of all others: header, 3 numbers
 _DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,018 float32 channels
 _LONGEST_CAPACITY = 65536  # bytes; statistics of very wide rounds travel in several messages
+_NOTICE_SECONDS = 10.0  # how long a failing rank waits for the others to receive its error
 _AUTOPSY_SECONDS = 3.0  # how long a failing rank waits for the others to publish where they are
 
 
@@ -110,11 +111,15 @@ class Channel:
     rank: int = 0
     world_size: int = 1
     local: bool = False  # nothing to exchange: layers use PyTorch's own kernels
+    trial: bool = False  # statistics are made up: nothing may be kept for a recomputation
     label: str = "bagua_syncbn"  # names the channel in the store; the same on all its ranks
 
     def __init__(self) -> None:
         self.rounds = 0  # all-gathers of statistics so far
+        self.frames = 0  # messages sent so far, of every kind: the same on all ranks that are in step
         self.capacity = 0  # bytes a message; fixed by `join`
+        self.open_rounds = 0  # forward rounds whose backward round has not been sent
+        self.failed = False  # whether the last exchange ended in an error
         self._anonymous = 0
         self._names: Dict[int, str] = {}
         self._rosters: Dict[Roster, int] = {}
@@ -150,6 +155,9 @@ class Channel:
         return torch.device("cpu")
 
     # -- public ---------------------------------------------------------------------------------------------------
+
+    def use_device(self, device: torch.device) -> None:
+        """Tells where the layers' statistics lie: small control messages of a CUDA communicator go there, too."""
 
     def join(self, roster: Roster, itemsize: int = 4) -> int:
         """Agrees with all ranks on the layers that use this channel, and on the message length.
@@ -258,23 +266,51 @@ class Channel:
 
         return result
 
-    def fail(self, point: SyncPoint, phase: int, error: BaseException) -> None:
+    def fail(self, point: SyncPoint, phase: int, error: BaseException, wait: bool = True) -> None:
         """Tells the other ranks, who wait at ``point``, that this rank cannot take part because of ``error``.
 
+        Args:
+            point: where this rank is.
+            phase: ``FORWARD`` or ``BACKWARD``.
+            error: what happened here.
+            wait: whether to give the other ranks a few seconds to receive it.
+
         Collectives:
-            One all-gather of ``capacity`` bytes a rank, in place of :meth:`exchange`.
+            One all-gather of ``capacity`` bytes a rank, in place of :meth:`exchange`. It need not have ended at return.
         """
+        self.failed = True
         text = f"{type(error).__name__}: {error}".encode()[: self.capacity - HEADER_BYTES]
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
         with contextlib.suppress(SyncBatchNormError):  # this rank's own error is the one to raise
-            self._send(point, phase, _FAULT, [payload])()
+            self._send(point, phase, _FAULT, [payload])
+            if wait and self._in_flight is not None:
+                self._in_flight.deliver(_NOTICE_SECONDS)
+
+    def recover(self, frames: int) -> None:
+        """Brings this rank back into step after an error: sends empty messages, until there are ``frames``.
+
+        Collectives:
+            One all-gather for each message that this rank has sent less than others.
+        """
+        point = sync_point("recovery")
+        nothing = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        while self.frames < frames:
+            self._send(point, _JOIN, _FAULT, [nothing])
+        with contextlib.suppress(SyncBatchNormError):
+            self.flush()
+        self._checks.clear()
+        self.open_rounds, self.failed = 0, False
 
     def flush(self) -> None:
         """Waits for what is in flight, and raises what header checks have found; on CUDA these lag a few rounds."""
         if self._in_flight is not None:
             self._in_flight.land()
-        while self._checks:
-            self._checks.popleft().finish(self)
+        try:
+            while self._checks:
+                self._checks.popleft().finish(self)
+        except SyncBatchNormError:
+            self.failed = True
+            raise
 
     # -- frames ---------------------------------------------------------------------------------------------------
 
@@ -298,6 +334,7 @@ class Channel:
         message = self._message(point, device)
         torch.cat([header.bytes, *parts], out=message[: HEADER_BYTES + size])
         self.rounds += phase != _JOIN
+        self.frames += 1
         record = None if phase == _JOIN else active()
         entry = None
         if record is not None:
@@ -369,7 +406,7 @@ class _SingleProcessChannel(Channel):
     def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
         return lambda: [part.unsqueeze(0) for part in parts]
 
-    def fail(self, point: SyncPoint, phase: int, error: BaseException) -> None:
+    def fail(self, point: SyncPoint, phase: int, error: BaseException, wait: bool = True) -> None:
         pass
 
 
@@ -377,6 +414,7 @@ class _RehearsalChannel(_SingleProcessChannel):
     """One rank that plays two: by the arithmetic of several, even where this rank's batch alone is too small for it."""
 
     local = False
+    trial = True
 
     def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
         # The other one has two elements more, with other moments; its gradient sums are the same.
@@ -430,15 +468,24 @@ class _Flight:
             try:
                 self._wait()
                 assert self._gathered is not None
-                channel._check(self._gathered, self._header, self._point, self._phase)
+                if not self._header.words[2] & _FAULT:  # a failing rank has an error of its own to raise
+                    channel._check(self._gathered, self._header, self._point, self._phase)
+                    channel.failed = False
             except SyncBatchNormError as error:
-                self._error = error
+                self._error, channel.failed = error, True
         if self._error is not None:
             raise self._error
         assert self._gathered is not None
         if keep:
             self._gathered = self._gathered.clone()
         return self._gathered[:, HEADER_BYTES:]
+
+    def deliver(self, seconds: float) -> None:
+        """Waits up to ``seconds`` until all ranks have this frame; raises nothing."""
+        is_completed = getattr(self._work, "is_completed", None)
+        deadline = time.monotonic() + seconds
+        while is_completed is not None and not is_completed() and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def _wait(self) -> None:
         start = time.perf_counter()
@@ -465,9 +512,12 @@ class _DeferredCheck:
     def __init__(self, gathered: Tensor, mine: List[int], point: SyncPoint, phase: int) -> None:
         self._mine, self._point, self._phase, self._event = mine, point, phase, None
         if gathered.is_cuda:
+            stream = torch.cuda.current_stream(
+                gathered.device
+            )  # of the layers' device, which may not be the current one
             gathered = gathered.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(stream)
         self._gathered = gathered
 
     def ready(self) -> bool:
@@ -478,7 +528,7 @@ class _DeferredCheck:
             self._event.synchronize()
         mine = self._mine
         rows: List[List[int]] = self._gathered[:, : 8 * _COMPARED].view(torch.int64).tolist()
-        if all(row == mine for row in rows) and not mine[2] & _FAULT:
+        if all(row == mine for row in rows):
             return
         name, phase = self._point.name, _PHASES[self._phase]
         for rank, (_, _, flags, length) in enumerate(rows):

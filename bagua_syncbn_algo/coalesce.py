@@ -22,7 +22,7 @@ from .channel import REHEARSAL
 from .layer import SyncBatchNorm, normalize_together, uncompiled
 from .overlap import Follower, Followers
 from .plan import PlannedRound, SyncPlan
-from .records import Records, inside_backward
+from .recompute import RecomputeCache, inside_backward
 from .schedule import Following, Level, followers_of, levels_of, regroup
 from .tracing import CallPattern, UntraceableError, has_own_forward, hooks_of, random_states_kept, trace, twin_of
 
@@ -210,11 +210,6 @@ class _Variant:
         """Returns what runs ``level``."""
         return self._calls[_key(level)]
 
-    def forget_records(self) -> None:
-        """Drops what a rehearsal has left."""
-        for call in self._calls.values():
-            call.records = Records()
-
 
 def _key(level: Level) -> Tuple[str, ...]:
     return (str(level.number), *(member.path for member in level.members))
@@ -224,7 +219,7 @@ class _Round:
     """Runs the layers of a level together. Generated code calls it."""
 
     def __init__(self, planned: PlannedRound, shared: Sequence[bool]) -> None:
-        self.records = Records()
+        self._cache = RecomputeCache()
         self._name = planned.name if len(planned.layers) > 1 else None  # a layer by itself has its own
         self._followers = [Follower(*each) for each in zip(planned.hidden_behind, shared)]
         self.__name__, self.__module__ = "normalize_together", __name__
@@ -233,8 +228,8 @@ class _Round:
         self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], modules: Sequence[nn.Module]
     ) -> Tuple[Any, ...]:
         behind = Followers(self._followers, modules)
-        records = None if self._name is None else self.records
-        outputs = normalize_together(layers, inputs, self._name, records, behind if modules else None)
+        cache = None if self._name is None else self._cache
+        outputs = normalize_together(layers, inputs, self._name, cache, behind if modules else None)
         if any(layer._forward_hooks for layer in layers):
             outputs = tuple(_hooked(*each) for each in zip(layers, inputs, outputs))
         return (*outputs, behind)
@@ -356,7 +351,6 @@ def rehearse(forward: CoalescedForward, variant: _Variant, tensors: Sequence[Ten
     except Exception as error:
         difference = f"it fails with {type(error).__name__}: {error}"
     finally:
-        variant.forget_records()
         if torch.is_autocast_enabled():
             torch.clear_autocast_cache()  # it holds the twins' weights
     return (_FAILED, difference) if difference else (_PASSED, "")
@@ -376,7 +370,7 @@ class _Performance:
         twin = twin_of(module)
         for layer in twin.modules():
             if isinstance(layer, SyncBatchNorm):
-                layer._bound_channel = lambda: REHEARSAL  # type: ignore[method-assign]
+                layer._bound_channel = lambda *unused: REHEARSAL  # type: ignore[method-assign]
         inputs = [
             value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
             for value in tensors

@@ -5,8 +5,9 @@ Several layers that do not depend on each other share one round: their statistic
 
 from __future__ import annotations
 
+import contextlib
 from functools import lru_cache
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, ContextManager, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .channel import BACKWARD, FORWARD, Channel, SyncPoint
-from .deferred import Behind, Compute, Deferral, refuse_second_derivative
+from .deferred import Behind, Deferral, refuse_second_derivative
 from .groups import yield_core
 from .moments import (
     GlobalMoments,
@@ -29,11 +30,9 @@ from .moments import (
     normalize,
     statistics_dtype,
 )
-from .records import Record, Records
+from .recompute import RecomputeCache, SavedStatistics, recomputation_owners
 
 __all__ = ["Member", "launch_moments", "sync_batch_norm"]
-
-_T = TypeVar("_T")
 
 
 class Member(NamedTuple):
@@ -50,22 +49,25 @@ def sync_batch_norm(
     members: Sequence[Member],
     channel: Channel,
     point: SyncPoint,
-    records: Optional[Records] = None,
+    cache: Optional[RecomputeCache] = None,
     behind: Optional[Behind] = None,
-) -> Tuple[Tuple[Tensor, ...], Optional[Record]]:
+    update: Optional[Callable[[List[LocalMoments], GlobalMoments], None]] = None,
+) -> Tuple[Tensor, ...]:
     """Normalizes the inputs of independent layers, each over the elements of all ranks of ``channel``.
 
     Args:
         members: the layers and their inputs; of the same channels on every rank, on one device.
         channel: the ranks to normalize over.
         point: names this round to the other ranks.
-        records: the round's records, through which a forward recomputed in backward reuses the statistics.
+        cache: the round's, through which a recomputed forward finds the statistics of the first one.
         behind: what the round of backward is to hide behind; is given its deferrals where there will be such a round.
+        update: takes this rank's moments and the merged ones, once they are known on every rank and before anything is
+            normalized: an error in normalization then leaves the same running statistics on all ranks. Not called for
+            a recomputation.
 
     Returns:
-        The outputs, each in its input's dtype and memory format, and the record of this forward, with the local and
-        the merged moments; ``None`` in place of the record where the forward was a recomputation. An output that no
-        rank uses gives no gradient to its layer.
+        The outputs, each in its input's dtype and memory format. An output that no rank uses gives no gradient to its
+        layer.
 
     Raises:
         ValueError: if the whole group holds at most one value per channel of a layer.
@@ -73,19 +75,17 @@ def sync_batch_norm(
 
     Collectives:
         Forward: one all-gather of ``8 + 2C·itemsize`` payload bytes for each member; none for a recomputation.
-        Backward: one all-gather of ``2C·itemsize`` bytes for each, and of one byte more where there are several, if
-        any input requires a gradient. Every rank must call.
+        Backward: one all-gather of ``1 + 2C·itemsize`` bytes for each, if any input requires a gradient. Every rank
+        must call.
     """
     inputs = [dense(member.input.detach()) for member in members]
     tensors = [tensor for member in members for tensor in (member.input, member.weight, member.bias)]
-    # The gradients of a layer's own parameters need no other rank, unless that is to say whether there are any.
+    # The gradients of a layer's own parameters need no other rank where this rank uses its output.
     early: List[Optional[Tensor]] = tensors[1:] if len(members) == 1 else []
     communicates = torch.is_grad_enabled() and any(member.input.requires_grad for member in members)
+    owners = [] if cache is None else recomputation_owners()
 
-    def moments() -> List[LocalMoments]:
-        return [_local(input) for input in inputs]
-
-    def defer() -> Optional[Deferral]:
+    def defer(recomputed: bool) -> Optional[Deferral]:
         if behind is None or not communicates:
             return None
         if not recomputed:
@@ -93,37 +93,48 @@ def sync_batch_norm(
         late = [tensors[0], None, None] if early else tensors
         return behind.defer(late, inputs[0].device, point.name)
 
-    with torch.no_grad():
-        record = None
-        if records is not None:
-            # A fault before the exchange must reach the ranks that already wait in it.
-            record = _or_fail(channel, point, FORWARD, lambda: records.match(moments))
-        recomputed = record is not None
-        arrived = None
-        if record is None:
-            local = _or_fail(channel, point, FORWARD, moments)
-            arrived = launch_moments(local, channel, point, [member.name for member in members])
-        finish = _or_fail(channel, point, FORWARD, defer)  # while the statistics travel: it needs none of them
-        if record is None:
-            assert arrived is not None
-            record = Record(local, arrived())
-            if records is not None:
-                records.open(record)
-        else:
-            local = record.local
-    call = _Call(local, record.merged, [member.eps for member in members], channel, point, records, record)
-
-    def apply() -> Tuple[Tensor, ...]:
+    with torch.no_grad(), _told(channel, point, FORWARD):
+        # An error before the exchange must reach the ranks that already wait in it.
+        local = [_local(input) for input in inputs]
+        saved = None if cache is None else cache.match(local)
+    if saved is None:
+        merged, finish = _exchange(local, members, channel, point, lambda: defer(False))
+        channel.open_rounds += communicates or (bool(owners) and not torch.is_grad_enabled())
+        if owners:
+            saved = SavedStatistics(local, merged)
+        if update is not None:
+            with _told(channel, point, FORWARD):  # with the caller's gradient mode, which decides about pooling
+                update(local, merged)
+        # An error from here on reaches the others in the next exchange that they come to.
+        told: ContextManager[None] = _told(channel, point, FORWARD)
+    else:
+        merged, finish = saved.merged, defer(True)
+        told = contextlib.nullcontext()  # checkpointing ends a recomputation early by an exception from inside
+    if cache is not None and saved is not None:
+        cache.save(saved, owners)
+    call = _Call(local, merged, [member.eps for member in members], channel, point, saved)
+    with told:
+        outputs: Tuple[Tensor, ...]
         if finish is None:
-            outputs: Tuple[Tensor, ...] = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
-            return outputs
-        outputs = _LaunchingBatchNorm.apply(call, finish, finish.token, tensors, *early)  # type: ignore[no-untyped-call]
+            outputs = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
+        else:
+            outputs = _LaunchingBatchNorm.apply(call, finish, finish.token, tensors, *early)  # type: ignore[no-untyped-call]
         return outputs
 
-    if recomputed:
-        return apply(), None  # checkpointing ends a recomputation early by an exception from inside: no fault
-    # A fault from here on reaches the others in the next exchange that they come to.
-    return _or_fail(channel, point, FORWARD, apply), record
+
+@torch.no_grad()
+def _exchange(
+    local: Sequence[LocalMoments],
+    members: Sequence[Member],
+    channel: Channel,
+    point: SyncPoint,
+    defer: Callable[[], Optional[Deferral]],
+) -> Tuple[GlobalMoments, Optional[Deferral]]:
+    """Merges the moments of all ranks; runs ``defer``, which needs none of them, while they travel."""
+    with _told(channel, point, FORWARD):
+        arrived = launch_moments(local, channel, point, [member.name for member in members])
+        finish = defer()
+    return arrived(), finish
 
 
 class _Call(NamedTuple):
@@ -132,8 +143,7 @@ class _Call(NamedTuple):
     eps: List[float]
     channel: Channel
     point: SyncPoint
-    records: Optional[Records]
-    record: Record
+    saved: Optional[SavedStatistics]  # held by the graph in which checkpointing may recompute this forward
 
 
 class _SyncBatchNorm(Function):
@@ -146,8 +156,8 @@ class _SyncBatchNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        _, wait = _launch(ctx, grads, ctx.needs_input_grad[1:])
-        return (None, *wait(ctx.needs_input_grad[1:]))
+        needs = ctx.needs_input_grad[1:]
+        return (None, *_BackwardRound(ctx, grads, needs).wait(needs))
 
 
 class _LaunchingBatchNorm(Function):
@@ -173,13 +183,17 @@ class _LaunchingBatchNorm(Function):
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         refuse_second_derivative(ctx.call.point.name)
         finish: Deferral = ctx.finish
-        of_parameters, wait = _launch(ctx, grads, ctx.needs)
-        if not finish.leave(wait):
-            wait([False] * len(ctx.needs))  # a backward for the parameters alone: the round has to end all the same
-        yield_core()  # as in forward: what comes now may be long
+        round_ = _BackwardRound(ctx, grads, ctx.needs)
         needs = ctx.needs_input_grad[4:]
-        early = of_parameters(0, needs) if needs and grads[0] is not None else [None] * len(needs)
-        return (None, None, None, None, *early)
+        if needs and grads[0] is None:
+            # Only the other ranks know whether this layer takes part: its parameters cannot have gradients early.
+            gradients = round_.wait(ctx.needs)
+            finish.leave(lambda _: [gradients[0], None, None])
+            return (None, None, None, None, *gradients[1:])
+        if not finish.leave(round_.wait):
+            round_.wait([False] * len(ctx.needs))  # a backward for the parameters alone: the round has to end
+        yield_core()  # as in forward: what comes now may be long
+        return (None, None, None, None, *(round_.parameter_gradients(0, needs) if needs else ()))
 
 
 def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> Tuple[Tensor, ...]:
@@ -192,6 +206,8 @@ def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs
     ctx.call = call._replace(local=[])  # their scratch tensors become the outputs
     ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
     ctx.set_materialize_grads(False)
+    if call.saved is not None:
+        call.saved.belongs_to(ctx)
     outputs = []
     for input, weight, bias, local, mean_, invstd_ in zip(
         inputs, weights, biases, call.local, _split(merged.mean, inputs), _split(invstd, inputs)
@@ -205,85 +221,85 @@ def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs
     return tuple(outputs)
 
 
-def _launch(
-    ctx: Any, grads: Sequence[Optional[Tensor]], needs: Sequence[bool]
-) -> Tuple[Callable[[int, Sequence[bool]], List[Optional[Tensor]]], Compute]:
-    """The first half of backward: local sums, and their message on its way.
+class _BackwardRound:
+    """The backward of one round: local sums and their all-gather, from the launch to the gradients.
 
-    Returns:
-        What gives the gradients of a layer's weight and bias, from its index and which of both are wanted; and the
-        second half of backward, which waits for the sums of all ranks, and gives all gradients.
+    Args:
+        ctx: of the forward.
+        grads: of the outputs; ``None`` for one that this rank does not use.
+        needs: for each input, weight and bias whether it requires a gradient.
     """
-    call: _Call = ctx.call
-    mean, invstd, elements, *rest = ctx.saved_tensors
-    bias_dtypes = ctx.bias_dtypes
-    count = len(rest) // 2
-    inputs, weights = rest[:count], rest[count:]
-    means, invstds = _split(mean, inputs), _split(invstd, inputs)
-    outputs = [
-        None if grad is None else grad.contiguous(memory_format=memory_format(input))
-        for grad, input in zip(grads, inputs)
-    ]
 
-    def local_sums() -> Tuple[List[Tensor], List[Tensor]]:
-        pairs = [
-            (torch.zeros_like(mean_), torch.zeros_like(mean_))
-            if output is None or input.numel() == 0
-            else gradient_sums(output, input, mean_, invstd_)
-            for output, input, mean_, invstd_ in zip(outputs, inputs, means, invstds)
+    def __init__(self, ctx: Any, grads: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> None:
+        self._call: _Call = ctx.call
+        mean, invstd, self._elements, *rest = ctx.saved_tensors
+        self._count = count = len(rest) // 2
+        self._inputs, self._weights, self._bias_dtypes = rest[:count], rest[count:], ctx.bias_dtypes
+        self._means, self._invstds = _split(mean, self._inputs), _split(invstd, self._inputs)
+        self._grads = [
+            None if grad is None else grad.contiguous(memory_format=memory_format(input))
+            for grad, input in zip(grads, self._inputs)
         ]
-        return [dy for dy, _ in pairs], [dy_xhat for _, dy_xhat in pairs]
+        channel, point = self._call.channel, self._call.point
+        with _told(channel, point, BACKWARD):
+            self._sums = [self._local_sums(i) for i in range(count)]
+        self._arrived: Optional[Callable[[], List[Tensor]]] = None
+        if any(needs[::3]):
+            sums = [cast(sum_, mean.dtype) for half in zip(*self._sums) for sum_ in half]
+            # Which outputs this rank uses: a rank that does not use one still has the others' part of its gradient.
+            used = _constant(tuple(grad is not None for grad in self._grads), torch.uint8, mean.device)
+            channel.open_rounds -= 1
+            self._arrived = channel.launch(point, BACKWARD, [torch.cat(sums), used])
 
-    local_dy, local_dy_xhat = _or_fail(call.channel, call.point, BACKWARD, local_sums)
-    arrived: Optional[Callable[[], List[Tensor]]] = None
-    if any(needs[::3]):
-        parts = [torch.cat([cast(part, mean.dtype) for part in (*local_dy, *local_dy_xhat)])]
-        if count > 1:
-            used = tuple(output is not None for output in outputs)
-            parts.append(_constant(used, torch.uint8, mean.device))
-        arrived = call.channel.launch(call.point, BACKWARD, parts)
+    def _local_sums(self, i: int) -> Tuple[Tensor, Tensor]:
+        grad, input, mean = self._grads[i], self._inputs[i], self._means[i]
+        if grad is None or input.numel() == 0:
+            return torch.zeros_like(mean), torch.zeros_like(mean)
+        return gradient_sums(grad, input, mean, self._invstds[i])
 
-    def of_parameters(i: int, needs: Sequence[bool]) -> List[Optional[Tensor]]:
-        weight = cast(local_dy_xhat[i], weights[i].dtype) if needs[0] else None
-        return [weight, cast(local_dy[i], bias_dtypes[i]) if needs[1] else None]
+    def parameter_gradients(self, i: int, needs: Sequence[bool]) -> List[Optional[Tensor]]:
+        """Returns the gradients of weight and bias of layer ``i``, whose output is used; needs no other rank."""
+        sum_dy, sum_dy_xhat = self._sums[i]
+        weight = cast(sum_dy_xhat, self._weights[i].dtype) if needs[0] else None
+        return [weight, cast(sum_dy, self._bias_dtypes[i]) if needs[1] else None]
 
-    def wait(needs: Sequence[bool]) -> List[Optional[Tensor]]:
-        used = [output is not None for output in outputs]
-        gradients: List[Optional[Tensor]] = [None] * (3 * count)
-        if arrived is not None:
-            gathered, *flags = arrived()
+    def wait(self, needs: Sequence[bool]) -> List[Optional[Tensor]]:
+        """Waits for the sums of all ranks; returns the gradients of each input, weight and bias.
+
+        Args:
+            needs: for each of them whether its gradient is wanted.
+        """
+        used = [grad is not None for grad in self._grads]
+        gradients: List[Optional[Tensor]] = [None] * (3 * self._count)
+        if self._arrived is not None:
+            gathered, flags = self._arrived()
             # In rank order and in float64, as in the forward: the same bits on every rank.
-            layer_of = call.merged.layer_of
-            means_of_all = (
-                gathered.double().sum(0).view(2, -1).div_(elements if layer_of is None else elements[layer_of])
-            )
-            dy, dy_xhat = (_split(half, inputs) for half in means_of_all.to(mean.dtype).unbind(0))
-            if flags and not all(used):  # only then does the host have to know
-                used = flags[0].any(0).tolist()
-            for i, input in enumerate(inputs):
-                if not (used[i] and needs[3 * i]):
-                    continue
-                if input.numel() == 0:
-                    gradients[3 * i] = torch.empty_like(input)
-                else:
-                    output = outputs[i]
-                    gradients[3 * i] = input_gradient(
-                        torch.zeros_like(input) if output is None else output,
-                        input,
-                        means[i],
-                        invstds[i],
-                        weights[i],
-                        dy[i],
-                        dy_xhat[i],
-                    )
-        for i in range(count):
+            layer_of = self._call.merged.layer_of
+            elements = self._elements if layer_of is None else self._elements[layer_of]
+            means_of_all = gathered.double().sum(0).view(2, -1).div_(elements).to(gathered.dtype)
+            mean_dy, mean_dy_xhat = (_split(half, self._inputs) for half in means_of_all.unbind(0))
+            if not all(used):  # only then does the host have to know
+                used = _used_by_any(flags)
+            for i in range(self._count):
+                if used[i] and needs[3 * i]:
+                    gradients[3 * i] = self._input_gradient(i, mean_dy[i], mean_dy_xhat[i])
+        for i in range(self._count):
             if used[i]:
-                gradients[3 * i + 1 : 3 * i + 3] = of_parameters(i, needs[3 * i + 1 : 3 * i + 3])
-        if call.records is not None:
-            call.records.close(call.record)
+                gradients[3 * i + 1 : 3 * i + 3] = self.parameter_gradients(i, needs[3 * i + 1 : 3 * i + 3])
         return gradients
 
-    return of_parameters, wait
+    def _input_gradient(self, i: int, mean_dy: Tensor, mean_dy_xhat: Tensor) -> Tensor:
+        input, grad = self._inputs[i], self._grads[i]
+        if input.numel() == 0:
+            return torch.empty_like(input)
+        grad = torch.zeros_like(input) if grad is None else grad
+        mean, invstd, weight = self._means[i], self._invstds[i], self._weights[i]
+        return input_gradient(grad, input, mean, invstd, weight, mean_dy, mean_dy_xhat)
+
+
+def _used_by_any(flags: Tensor) -> List[bool]:
+    """Returns for each layer whether any rank uses its output, from what all ranks sent, ``(W, L)``."""
+    return [bool(used) for used in flags.any(0).tolist()]
 
 
 def _local(input: Tensor) -> LocalMoments:
@@ -368,10 +384,11 @@ def _split(vector: Tensor, inputs: Sequence[Tensor]) -> List[Tensor]:
     return [cast(piece, statistics_dtype(input.dtype)) for piece, input in zip(pieces, inputs)]
 
 
-def _or_fail(channel: Channel, point: SyncPoint, phase: int, compute: Callable[[], _T]) -> _T:
-    """Runs ``compute``; on an error the other ranks are told before it is raised here."""
+@contextlib.contextmanager
+def _told(channel: Channel, point: SyncPoint, phase: int) -> Iterator[None]:
+    """Tells the other ranks of an error in the block before it is raised here."""
     try:
-        return compute()
+        yield
     except Exception as error:
         channel.fail(point, phase, error)
         raise

@@ -34,12 +34,13 @@ def default_group() -> Any:
     return dist.distributed_c10d._get_default_group()
 
 
-def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None) -> Any:
+def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_host: bool = False) -> Any:
     """Makes a communicator over ``ranks``, on NCCL where the world is on CUDA, else on gloo.
 
     Args:
         ranks: global ranks, this one among them.
         timeout: of its collectives; ``None`` for that of the world's group.
+        on_host: whether it carries CPU tensors in every case.
 
     Returns:
         A bare backend with the methods of a process group. Hold it weakly; it lives until the program ends or another
@@ -61,7 +62,7 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None) -> A
     limit = timeout_of(world) if timeout is None else timeout
     rank = members.index(dist.get_rank())
     group: Any
-    if is_nccl(world):
+    if is_nccl(world) and not on_host:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = limit
         group = dist.ProcessGroupNCCL(store, rank, len(members), options)

@@ -16,7 +16,7 @@ from .channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, sync_p
 from .deferred import Behind
 from .functional import Member, sync_batch_norm
 from .moments import GlobalMoments, LocalMoments, statistics_dtype
-from .records import Record, Records, inside_backward
+from .recompute import RecomputeCache, inside_backward
 from .running import RunningPool
 from .transport import channel_of, source_group
 
@@ -117,7 +117,7 @@ class SyncBatchNorm(_BatchNorm):
         self._channel: Optional[Channel] = None
         self._channel_source: Optional[weakref.ref[Any]] = None
         self._point: SyncPoint = sync_point("")
-        self._records = Records()
+        self._recompute_cache = RecomputeCache()
         self._running: Optional[RunningPool] = None
 
     # -- binding --------------------------------------------------------------------------------------------------
@@ -147,12 +147,20 @@ class SyncBatchNorm(_BatchNorm):
         self._channel_source = None if source is None else weakref.ref(source)
         channel.register(point)
 
-    def _bound_channel(self) -> Channel:
+    def _bound_channel(self, device: Optional[torch.device] = None) -> Channel:
+        """Returns the ranks to normalize over; binds the layer at its first use.
+
+        Args:
+            device: of the statistics; ``None`` for the parameters'.
+        """
         source = source_group(self.process_group)
         if source is None:
             return SINGLE_PROCESS
         if self._channel is None or self._channel_source is None or self._channel_source() is not source:
             channel = channel_of(self.process_group)
+            own = next((t for t in (self.weight, self.running_mean) if t is not None), None)
+            if device is not None or own is not None:
+                channel.use_device(device or own.device)  # type: ignore[union-attr]
             if self.tag is None:
                 channel.join(_NO_ROSTER)
                 point = sync_point(channel.anonymous_name(self.num_features))
@@ -193,7 +201,7 @@ class SyncBatchNorm(_BatchNorm):
     def _normalize_alone(self, input: Tensor) -> Tensor:
         """A training forward of this rank only."""
         # A forward inside a backward recomputes an earlier one, which has updated the statistics.
-        if self._running is not None:
+        if self._running is not None and self.track_running_stats:
             return self._pooling_batch_norm(input, self._running, update=not inside_backward())
         return self._local_batch_norm(input, True, update=not inside_backward())
 
@@ -225,7 +233,7 @@ class SyncBatchNorm(_BatchNorm):
         if count == 1:
             return self._local_batch_norm(input, True)  # raises
         dtype = statistics_dtype(input.dtype)
-        pooled = update and torch.is_grad_enabled()
+        pooled = update and running.collects
         if pooled:
             mean, variance = running.place(self, dtype)
         else:
@@ -238,7 +246,7 @@ class SyncBatchNorm(_BatchNorm):
             output = F.batch_norm(input, mean, variance, weight, bias, True, 1.0, self.eps)
         if pooled:
             running.add(self, count, mean, variance)
-        elif update:  # no backward can follow to carry them. (An empty shard has left zeros.)
+        elif update:  # an empty shard has left zeros
             local = LocalMoments(count, mean, variance * ((count - 1) / max(count, 1)))
             running.merge(self, self._point, local)
         return output
@@ -256,7 +264,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> Dict[str, Any]:
         state = self.__dict__.copy()
-        for live in ("_channel", "_channel_source", "_point", "_records", "_running"):
+        for live in ("_channel", "_channel_source", "_point", "_recompute_cache", "_running"):
             state.pop(live, None)
         if self.process_group is not None:
             state["process_group"] = _GroupReference(self.process_group, self.sync_name)
@@ -297,7 +305,7 @@ def normalize_together(
     layers: Sequence[SyncBatchNorm],
     inputs: Sequence[Tensor],
     name: Optional[str] = None,
-    records: Optional[Records] = None,
+    cache: Optional[RecomputeCache] = None,
     behind: Optional[Behind] = None,
 ) -> Tuple[Tensor, ...]:
     """Runs training forwards that do not depend on each other, in one round of statistics.
@@ -306,7 +314,7 @@ def normalize_together(
         layers: in program order; one may be there several times.
         inputs: one for each.
         name: of the round; ``None`` for a layer by itself.
-        records: the round's; ``None`` for the layer's own.
+        cache: the round's, for recomputed forwards; ``None`` for the layer's own.
         behind: what the round of backward is to hide behind, see :func:`~.functional.sync_batch_norm`.
 
     Returns:
@@ -320,7 +328,7 @@ def normalize_together(
         One all-gather forward, one in backward. Every rank must call.
     """
     first = layers[0]
-    channel = first._bound_channel()
+    channel = first._bound_channel(inputs[0].device)
     if len(layers) > 1 and not _can_share(layers, inputs, channel):
         # Not by calling them: hooks and what a subclass does beyond normalizing are the caller's.
         return tuple(SyncBatchNorm.forward(layer, input) for layer, input in zip(layers, inputs))
@@ -340,11 +348,12 @@ def normalize_together(
     members = [
         Member(input, layer.weight, layer.bias, layer.eps, layer.sync_name) for layer, input in zip(layers, inputs)
     ]
-    kept = first._records if records is None else records
-    outputs, record = sync_batch_norm(members, channel, point, kept, behind)
-    if record is not None:
-        _leave_running_statistics(layers, record)
-    return outputs
+
+    def update(local: List[LocalMoments], merged: GlobalMoments) -> None:
+        _leave_running_statistics(layers, local, merged)
+
+    own = first._recompute_cache if cache is None else cache
+    return sync_batch_norm(members, channel, point, None if channel.trial else own, behind, update)
 
 
 def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:
@@ -354,17 +363,20 @@ def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channe
     )
 
 
-def _leave_running_statistics(layers: Sequence[SyncBatchNorm], record: Record) -> None:
-    if layers[0]._running is None and len(set(map(id, layers))) == len(layers):
-        _update_running_statistics(layers, record.merged)
+def _leave_running_statistics(
+    layers: Sequence[SyncBatchNorm], local: Sequence[LocalMoments], merged: GlobalMoments
+) -> None:
+    pools = [layer._running if layer.track_running_stats else None for layer in layers]
+    if all(pool is None for pool in pools) and len(set(map(id, layers))) == len(layers):
+        _update_running_statistics(layers, merged)
         return
-    for layer, local, merged in zip(layers, record.local, record.merged.split([x.num_features for x in layers])):
-        if layer._running is None:
-            _update_running_statistics([layer], merged)
-        elif torch.is_grad_enabled():
-            layer._running.add(layer, local.elements, local.mean, local.unbiased_variance())
-        else:  # no backward can follow to carry them
-            layer._running.merge(layer, layer._point, local)
+    for layer, pool, own, world in zip(layers, pools, local, merged.split([x.num_features for x in layers])):
+        if pool is None:
+            _update_running_statistics([layer], world)
+        elif pool.collects:
+            pool.add(layer, own.elements, own.mean, own.unbiased_variance())
+        else:
+            pool.merge(layer, layer._point, own)
 
 
 @torch.no_grad()

@@ -318,10 +318,9 @@ class _CudaKernels:
 
     @staticmethod
     def local_moments(input: Tensor) -> LocalMoments:
-        count = input.numel() // input.shape[1]
-        # With eps = 0 a constant channel has invstd = inf, and inf⁻² is the variance 0 that it should be.
-        mean, invstd = torch.batch_norm_stats(input, 0.0)
-        return LocalMoments(count, mean, invstd.square().reciprocal())
+        # Not batch_norm_stats, whose invstd is 0, not infinite, where variance and eps are 0: a constant channel.
+        mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
+        return LocalMoments(input.numel() // input.shape[1], mean, variance)
 
     @staticmethod
     def normalize(

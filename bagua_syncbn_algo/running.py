@@ -58,8 +58,15 @@ class RunningPool:
         self._moments = moments.data
         self._places = list(zip(*(row.split(features) for row in moments)))
         self._views = list(zip(*(row.split(features) for row in self._moments)))
+        #: Whether a backward can follow a forward with gradients: whether any parameter is trained.
+        self.trains = True
         self._flight: Optional[_Flight] = None
         self._world: Optional[Tensor] = None
+
+    @property
+    def collects(self) -> bool:
+        """Whether moments of a forward wait for a backward, :meth:`add`; else :meth:`merge` takes them at once."""
+        return self.trains and torch.is_grad_enabled()
 
     def place(self, layer: Any, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
         """Returns where a kernel may leave the mean and variance of a forward that :meth:`add` is told of next."""

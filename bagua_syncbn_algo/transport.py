@@ -33,10 +33,18 @@ class TorchChannel(Channel):
         self._held, self._key_value_store = weakref.ref(group), store
         self._messages: Dict[torch.device, Tensor] = {}
         self._flat = is_nccl(group)
+        self._device: Optional[torch.device] = None
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if self._flat else torch.device("cpu")
+        if not self._flat:
+            return torch.device("cpu")
+        # NCCL ties a communicator to the device of its first message: a second one is a duplicate GPU.
+        return torch.device("cuda", torch.cuda.current_device()) if self._device is None else self._device
+
+    def use_device(self, device: torch.device) -> None:
+        if self._device is None and device.type == "cuda":
+            self._device = device
 
     def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
         message = self._messages.get(device)
@@ -132,6 +140,9 @@ class _Enqueued:
         if self._work is not None:
             self._work.wait()
         self._streams.wait(self._event)
+
+    def is_completed(self) -> bool:
+        return self._work is None or bool(self._work.is_completed())
 
     def get_future(self) -> Any:
         return self._work.get_future()

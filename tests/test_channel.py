@@ -13,7 +13,9 @@ import torch.distributed as dist
 from ranks import run_processes, run_threads
 from torch import Tensor
 
-from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, record_rounds
+from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, record_rounds, transport
+from bagua_syncbn_algo import channel as channel_module
+from bagua_syncbn_algo import layer as layer_module
 from bagua_syncbn_algo.channel import BACKWARD, FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, sync_point
 from bagua_syncbn_algo.transport import TorchChannel, channel_of
 
@@ -426,3 +428,85 @@ def _waits(rank: int) -> Any:
 def test_the_timeout_ends_a_wait_for_a_rank_that_lives() -> None:
     """Catches a timeout that is not passed on: only the other rank's death would end the wait."""
     assert "rank 1 never arrived" in run_processes(2, _waits)[0]
+
+
+# -- CUDA, by stand-ins ------------------------------------------------------------------------------------------------
+
+
+def test_control_messages_lie_where_the_layers_do(mocker: Any) -> None:
+    """Catches control tensors on the current device under a model on another one: NCCL calls that a duplicate GPU."""
+    mocker.patch.object(transport, "is_nccl", lambda group: True)
+    mocker.patch.object(torch.cuda, "current_device", lambda: 0)
+    group = mocker.Mock(**{"rank.return_value": 0, "size.return_value": 2})
+    channel = TorchChannel(group)
+    assert channel.device == torch.device("cuda", 0)
+    channel.use_device(torch.device("cpu"))
+    channel.use_device(torch.device("cuda", 1))
+    channel.use_device(torch.device("cuda", 2))  # a communicator has one device
+    assert channel.device == torch.device("cuda", 1)
+
+
+def test_the_layer_tells_its_device(mocker: Any) -> None:
+    """Catches a layer that binds to a channel without telling where its statistics lie."""
+    channel = mocker.Mock(spec=Channel, local=False)
+    channel.anonymous_name.return_value = "norm"
+    mocker.patch.object(layer_module, "channel_of", lambda group: channel)
+    mocker.patch.object(layer_module, "source_group", lambda group: channel)
+    SyncBatchNorm(3)._bound_channel(torch.device("cuda", 1))
+    channel.use_device.assert_called_once_with(torch.device("cuda", 1))
+    channel.reset_mock()
+    SyncBatchNorm(3, device="meta")._bound_channel()
+    channel.use_device.assert_called_once_with(torch.device("meta"))
+
+
+def test_header_checks_wait_for_the_device_of_the_statistics(mocker: Any) -> None:
+    """Catches an event on the current device's stream: the copy of another device's headers need not be done."""
+    stream, event = object(), mocker.Mock()
+    mocker.patch.object(torch.cuda, "current_stream", lambda device: {torch.device("cuda", 1): stream}[device])
+    mocker.patch.object(torch.cuda, "Event", lambda: event)
+    gathered = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), to=lambda *args, **kwargs: None)
+    channel_module._DeferredCheck(gathered, [], A, FORWARD)  # type: ignore[arg-type]
+    event.record.assert_called_once_with(stream)
+
+
+@pytest.mark.multirank
+def test_a_failing_rank_leaves_no_check_behind() -> None:
+    """Catches the check of a rank's own error message, which on CUDA would raise in a later round."""
+
+    class Deferring(TorchChannel):
+        """Checks headers later, as on CUDA."""
+
+        def _check(self, gathered: Tensor, header: Any, point: SyncPoint, phase: int) -> None:
+            self._checks.append(channel_module._DeferredCheck(gathered.clone(), header.words, point, phase))
+
+    def body(rank: int, group: Any) -> Any:
+        channel = Deferring(group)
+        channel.join(Roster(((A.name, 4),)))
+        channel.flush()
+        if rank == 1:
+            channel.fail(A, FORWARD, ValueError("made up"))
+        else:
+            channel.launch(A, FORWARD, [torch.zeros(4)])()
+            with pytest.raises(SyncBatchNormError, match="made up"):
+                channel.flush()
+        found = channel.exchange(B, FORWARD, [torch.full((4,), float(rank))])
+        channel.flush()
+        return found[0][:, 0].tolist()
+
+    assert run_threads(2, body) == [[0.0, 1.0]] * 2
+
+
+@pytest.mark.multirank
+def test_ranks_recover_from_messages_that_others_did_not_send() -> None:
+    """Catches a channel that stays a message behind after an error: its next statistics meet the wrong ones."""
+
+    def body(rank: int, group: Any) -> Any:
+        channel = channel_for(group)
+        if rank == 1:
+            channel.fail(A, FORWARD, ValueError("made up"), wait=False)
+            assert channel.failed
+        channel.recover(2)
+        assert (channel.frames, channel.open_rounds, channel.failed) == (2, 0, False)
+        return channel.exchange(B, FORWARD, [torch.full((4,), float(rank))])[0][:, 0].tolist()
+
+    assert run_threads(2, body) == [[0.0, 1.0]] * 2

@@ -593,6 +593,30 @@ def test_a_step_after_a_broken_backward() -> None:
         torch.testing.assert_close(gradient, reference[0].weight.grad)
 
 
+def test_a_worker_that_cannot_use_its_device_says_so(mocker: Any) -> None:
+    """Catches a communication thread that dies on an error before its first bucket: the step would hang.
+
+    The device is the tensors', which exists where a launcher shows each rank one GPU; the local rank may not.
+    """
+    from bagua_syncbn_algo.embedded.core import BaguaBucketPy, BaguaCommBackendPy
+
+    seen = []
+
+    def set_device(device: torch.device) -> None:
+        seen.append(device)
+        raise RuntimeError("invalid device ordinal")
+
+    mocker.patch.object(torch.cuda, "set_device", set_device)
+    mocker.patch.object(BaguaBucketPy, "device", torch.device("cuda", 3))
+    backend = BaguaCommBackendPy()
+    tensor: Any = torch.zeros(2).ensure_bagua_tensor("t", "m")  # type: ignore[attr-defined]
+    backend.register_ordered_buckets([BaguaBucketPy("b", [tensor.bagua_backend_tensor()])])
+    backend.mark_communication_ready(tensor.bagua_backend_tensor(), None)
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        backend.wait_pending_comm_ops()
+    assert seen == [torch.device("cuda", 3)]
+
+
 def _frozen_and_thawed(rank: int) -> Any:
     bagua.init_process_group()
     model, reference = net(), net()

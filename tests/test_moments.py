@@ -82,13 +82,21 @@ def test_statistics_dtypes() -> None:
     assert moments.statistics_dtype(torch.float64) == torch.float64
 
 
-# What CUDA's kernels compute, by their documentation and torch.nn.SyncBatchNorm's use of them. The kernels themselves
+# What CUDA's kernels compute, by their own source and torch.nn.SyncBatchNorm's use of them. The kernels themselves
 # cannot run here; what is checked is that they are called with the right arguments and that their results are
 # understood (sums against means, invstd against variance).
-def _stats(x: Tensor, eps: float) -> Tuple[Tensor, Tensor]:
+# Source: aten/src/ATen/native/cuda/Normalization.cu and Normalization.cuh of PyTorch 2.13.
+def _update_stats(x: Tensor, running_mean: Any, running_var: Any, momentum: float) -> Tuple[Tensor, Tensor]:
+    """``batch_norm_update_stats_cuda``: mean and biased variance (the functor ``Var``), running statistics optional."""
+    assert running_mean is None and running_var is None
     dims = [d for d in range(x.dim()) if d != 1]
-    variance = x.var(dims, unbiased=False)
-    return x.mean(dims), (variance + eps).rsqrt()
+    return x.mean(dims), x.var(dims, unbiased=False)
+
+
+def _stats(x: Tensor, eps: float) -> Tuple[Tensor, Tensor]:
+    """``batch_norm_stats_cuda``: the functor ``InvStd`` gives 0, not infinity, where variance and eps are 0."""
+    mean, variance = _update_stats(x, None, None, 0.0)
+    return mean, torch.where((variance == 0) & (eps == 0), torch.zeros_like(variance), (variance + eps).rsqrt())
 
 
 def _elemt(x: Tensor, weight: Any, bias: Any, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
@@ -116,25 +124,52 @@ def _backward_elemt(
     return (dy - (sum_dy / total).view(s) - centred * (invstd.square() * sum_dy_xmu / total).view(s)) * scale.view(s)
 
 
+@pytest.fixture
+def cuda_kernels(mocker: Any) -> Any:
+    """Returns what switches over to the stand-ins for CUDA's kernels."""
+    mocker.patch.object(torch, "batch_norm_stats", _stats)
+    mocker.patch.object(torch, "batch_norm_update_stats", _update_stats)
+    mocker.patch.object(torch, "batch_norm_elemt", _elemt)
+    mocker.patch.object(torch, "batch_norm_backward_reduce", _backward_reduce)
+    mocker.patch.object(torch, "batch_norm_backward_elemt", _backward_elemt)
+    return lambda: mocker.patch.object(moments, "_kernels", lambda input: moments._CudaKernels)
+
+
 @pytest.mark.parametrize("affine", [True, False])
-def test_cuda_kernels_are_called_as_they_want(mocker: Any, affine: bool) -> None:
-    """Catches sums taken for means, a variance for invstd, or a wrong argument order on CUDA."""
-    mocker.patch.object(torch, "batch_norm_stats", _stats, create=True)
-    mocker.patch.object(torch, "batch_norm_elemt", _elemt, create=True)
-    mocker.patch.object(torch, "batch_norm_backward_reduce", _backward_reduce, create=True)
-    mocker.patch.object(torch, "batch_norm_backward_elemt", _backward_elemt, create=True)
+@pytest.mark.parametrize("kind", ["random", "a constant channel", "one value a channel"])
+def test_cuda_kernels_are_called_as_they_want(cuda_kernels: Any, affine: bool, kind: str) -> None:
+    """Catches sums taken for means, a variance for invstd, or a wrong argument order on CUDA.
+
+    And an infinite variance of a channel that does not vary: of every dead ReLU, and of pooled features of one image.
+    """
     x = torch.randn(4, 3, 5, 2, dtype=torch.float64)
+    if kind == "a constant channel":
+        x[:, 1] = 0.75
+    elif kind == "one value a channel":
+        x = x[:1, :, :1, :1]
+        local = moments.local_moments(x.contiguous(memory_format=torch.channels_last))
+        cuda_kernels()
+        found = moments.local_moments(x)
+        assert torch.equal(found.mean, x.flatten()) and torch.equal(found.variance, torch.zeros(3).double())
+        assert torch.equal(local.variance, found.variance)
+        return
     dy = torch.randn_like(x)
     weight, bias = (torch.rand(3).double(), torch.rand(3).double()) if affine else (None, None)
 
     def run() -> Any:
         leaves = [t.clone().requires_grad_() if t is not None else None for t in (x, weight, bias)]
-        (y,), record = sync_batch_norm([Member(*leaves, 1e-5, "test")], SINGLE_PROCESS, sync_point("test"))
+        found = []
+        (y,) = sync_batch_norm(
+            [Member(*leaves, 1e-5, "test")],
+            SINGLE_PROCESS,
+            sync_point("test"),
+            update=lambda local, merged: found.append(merged.unbiased_variance()),
+        )
         y.backward(dy)
-        return y.detach(), record.merged.unbiased_variance(), [leaf.grad for leaf in leaves if leaf is not None]
+        return y.detach(), found, [leaf.grad for leaf in leaves if leaf is not None]
 
     expected = run()
-    mocker.patch.object(moments, "_kernels", lambda input: moments._CudaKernels)
+    cuda_kernels()
     torch.testing.assert_close(run(), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -147,7 +182,7 @@ def test_gradcheck(shape: Any, affine: bool) -> None:
 
     def f(x: Tensor, *affine: Tensor) -> Tensor:
         weight, bias = affine or (None, None)
-        return sync_batch_norm([Member(x, weight, bias, 1e-3, "test")], SINGLE_PROCESS, sync_point("test"))[0][0]
+        return sync_batch_norm([Member(x, weight, bias, 1e-3, "test")], SINGLE_PROCESS, sync_point("test"))[0]
 
     assert torch.autograd.gradcheck(f, (x, *affines))
 
@@ -155,7 +190,7 @@ def test_gradcheck(shape: Any, affine: bool) -> None:
 def test_second_derivatives_are_refused() -> None:
     """Catches a gradient penalty that would silently miss the terms through the statistics."""
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    (y,), _ = sync_batch_norm([Member(x, None, None, 1e-3, "test")], SINGLE_PROCESS, sync_point("test"))
+    (y,) = sync_batch_norm([Member(x, None, None, 1e-3, "test")], SINGLE_PROCESS, sync_point("test"))
     (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()

@@ -65,7 +65,7 @@ def alone(model: nn.Module, **options: Any) -> Tuple[Any, Alone]:
     """Converts a model and lets its layers use a channel of one rank."""
     model, channel = convert_sync_batchnorm(model, **options), Alone()
     for layer in sync_batchnorm_layers(model):
-        layer._bound_channel = lambda: channel  # type: ignore[method-assign]
+        layer._bound_channel = lambda *unused: channel  # type: ignore[method-assign]
         layer._point = sync_point(layer.sync_name)
     return model, channel
 

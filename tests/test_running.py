@@ -216,6 +216,70 @@ def test_an_empty_shard_contributes_nothing() -> None:
     run_processes(2, _empty_shard)
 
 
+class Untracked(nn.Module):
+    """Three layers of one round, the first of which keeps no running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm1d(3, track_running_stats=False)
+        self.norm, self.stopped = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.first(x) + self.norm(x) + self.stopped(x))
+        return y
+
+
+def _untracked(rank: int, mode: Any, coalesce: bool) -> None:
+    bagua.init_process_group()
+    expected, model = Expected(4), convert_sync_batchnorm(Untracked(), coalesce=coalesce)
+    model.with_bagua([], SyncBatchNormAlgorithm(normalize_over=mode))
+    model.stopped.track_running_stats = False
+    for step in range(2):
+        (model(shard(step, rank)).sum() + model(shard(step + 5, rank)).sum()).backward()
+        for steps in [(step, step + 5)] if mode != "world" else [(step,), (step + 5,)]:
+            expected.step(*steps)
+        expected.check(model.norm)
+    assert model.first.running_mean is None
+    assert torch.equal(model.stopped.running_var, torch.ones(3)) and model.stopped.num_batches_tracked == 0
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("coalesce", [True, False])
+def test_a_round_whose_first_layer_is_untracked(mode: Any, coalesce: bool) -> None:
+    """Catches statistics of the group, kept in place of the world's because the first layer of the round keeps none."""
+    run_processes(4, _untracked, mode, coalesce, env={"LOCAL_WORLD_SIZE": "2"})
+
+
+def _frozen_model(rank: int, mode: Any, input_gradient: bool) -> None:
+    bagua.init_process_group()
+    model, expected = wrapped(mode), Expected(4)
+    model(shard(0, rank)).sum().backward()
+    expected.step(0)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for step in range(1, 4):
+        y = model(shard(step, rank).requires_grad_(input_gradient))
+        if input_gradient:
+            y.sum().backward()
+        expected.step(step)
+        expected.check(model.norm)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model(shard(4, rank)).sum().backward()
+    expected.step(4)
+    expected.check(model.norm)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("input_gradient", [False, True])
+def test_a_frozen_model_keeps_its_running_statistics_up_to_date(mode: Any, input_gradient: bool) -> None:
+    """Catches moments that wait for a backward through parameters, where no parameter is trained."""
+    run_processes(4, _frozen_model, mode, input_gradient, env={"LOCAL_WORLD_SIZE": "2"})
+
+
 # -- normalization ----------------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,7 @@ class _Scheme(Channel):
         if self.delay:  # from this rank's sending, not the last one's: in doubt in favour of the scheme
             time.sleep(max(0.0, start + self.delay - time.perf_counter()))
 
-    def fail(self, point: SyncPoint, phase: int, error: BaseException) -> None:
+    def fail(self, point: SyncPoint, phase: int, error: BaseException, wait: bool = True) -> None:
         raise error
 
 
@@ -83,7 +83,7 @@ class OriginalScheme(_Scheme):
         if phase == FORWARD:
             count, moments = parts
             return [self.gather(count), torch.cat([self.gather(part) for part in moments.chunk(2)], 1)]
-        return [torch.cat([self.reduce(part) for part in parts[0].chunk(2)], 1)]
+        return [torch.cat([self.reduce(part) for part in parts[0].chunk(2)], 1), parts[1].unsqueeze(0)]
 
 
 class TorchScheme(_Scheme):
@@ -94,7 +94,7 @@ class TorchScheme(_Scheme):
             count, moments = parts
             gathered = self.gather(torch.cat([count.to(moments.dtype), moments]))
             return [gathered[:, :1].to(count.dtype), gathered[:, 1:]]
-        return [self.reduce(parts[0])]
+        return [self.reduce(parts[0]), parts[1].unsqueeze(0)]  # which outputs are used: here, on all ranks
 
 
 def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = None) -> Any:

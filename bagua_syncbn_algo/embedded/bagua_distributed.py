@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import itertools
 import weakref
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from .agreement import Agreement, Report
 from .bucket import BaguaBucket
 from .communication import BaguaProcessGroup, allgather, broadcast, broadcast_object, get_backend, streams
 from .env import get_default_bucket_size
@@ -20,6 +21,9 @@ __all__ = ["BaguaDistributedDataParallel"]
 
 class BaguaDistributedDataParallel:
     """Trains ``module`` with ``algorithm``; made by ``with_bagua``.
+
+    An exception in one rank's step, caught or not, costs that step on every rank, and no more: the other ranks raise an
+    error that names the rank, all ranks drop the gradients of the step, and the next one is in step again.
 
     Attributes:
         module: the user's module.
@@ -55,12 +59,19 @@ class BaguaDistributedDataParallel:
         self._bagua_backend = get_backend(bagua_module_name)
         self._backward: Optional[int] = None  # the autograd graph task whose gradients are being gathered
         self._outstanding: Dict[str, Any] = {}  # parameters whose gradient this backward has not given yet
+        self._in_forward = False  # whether a training forward has begun and not ended
         self._took_part = False  # whether this backward has given any gradient
+        self._takes_part = False  # whether it has or will
         self._parameter_hooks: List[Any] = []
         self._optimizer_hooks: List[Any] = []
         previous = module.__dict__.get("bagua_ddp")
         if isinstance(previous, BaguaDistributedDataParallel) and previous.module is module:
+            previous._recover_if_broken_off()
             previous._remove_hooks()
+        communicator = process_group.get_global_communicator()
+        self._agreement = (
+            Agreement(process_group.host_group(), bagua_module_name) if communicator.nranks() > 1 else None
+        )
         self._module_hooks = [
             module.register_forward_pre_hook(self._before_forward),
             module.register_forward_hook(self._after_forward),
@@ -168,6 +179,7 @@ class BaguaDistributedDataParallel:
                 self.bagua_algorithm.init_post_optimizer_step_hook(self)(optimizer)
 
             self._optimizer_hooks.append(optimizer.register_step_post_hook(hook))
+            self._optimizer_hooks.append(optimizer.register_step_pre_hook(self._before_optimizer_step))
 
     def _remove_hooks(self) -> None:
         _remove_all(self._module_hooks)
@@ -179,10 +191,11 @@ class BaguaDistributedDataParallel:
     def _before_forward(self, module: nn.Module, input: Any) -> None:
         if module is not self.module:
             return
+        if _graph_task() == -1:
+            self._recover_if_broken_off()
+            self._in_forward = module.training
         if module.training:
             self.bagua_train_step_counter += 1
-            if self._backward is not None and _graph_task() == -1:
-                self._abandon_backward()
         reset = self.bagua_algorithm.need_reset()
         # A parameter that was frozen or thawed since belongs to other buckets than before.
         if module.training and (reset or any(p.requires_grad != before for p, before in self._watched)):
@@ -191,7 +204,10 @@ class BaguaDistributedDataParallel:
             self.bagua_algorithm.init_forward_pre_hook(self)(input)
 
     def _after_forward(self, module: nn.Module, input: Any, output: Any) -> None:
-        if module is self.module and torch.is_grad_enabled():
+        if module is not self.module:
+            return
+        self._in_forward = False
+        if torch.is_grad_enabled():
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(self._on_output_gradient)
@@ -209,10 +225,13 @@ class BaguaDistributedDataParallel:
         if not self.require_backward_grad_sync or self._backward == task:
             return
         if self._backward is not None:
-            self._abandon_backward()
+            self._recover()
         self._backward = task
+        _begun.append(self)
         self._outstanding = dict(self._registered)
         self._took_part = False
+        # Not where it is `torch.autograd.grad` for something else: other ranks hear nothing of that.
+        self._takes_part = any(torch._C._will_engine_execute_node(kept.node) for kept in self._parameter_hooks)
         self._note_new_gradients(self.gradient_as_bucket_view and not streams().is_asynchronous)
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
@@ -236,30 +255,123 @@ class BaguaDistributedDataParallel:
         self._outstanding.pop(name)
         self.bagua_algorithm.init_backward_hook(self)(name, parameter)
 
-    def _abandon_backward(self) -> None:
-        """Leaves a backward that an exception broke off: waits for what was sent, forgets the rest."""
-        self._backward, self._outstanding = None, {}
-        self._bagua_backend.wait_pending_comm_ops()
-        self._bagua_backend.reset()
-
     def _end_backward(self) -> None:
         try:
             if not self._took_part:
                 return  # `torch.autograd.grad` for something else: it must leave the parameters' gradients alone
-            # A parameter that took no part on this rank may have on another, and its bucket waits for it.
-            for name, parameter in self._outstanding.items():
-                self.bagua_algorithm.init_backward_hook(self)(name, parameter.bagua_ensure_grad())
+            self._mark_outstanding()
+            reports = self._report(True, False)  # travels beside the last buckets
             self.bagua_algorithm.init_post_backward_hook(self)()
+            self._conclude(self._same_model(reports()))
         finally:
-            self._backward, self._outstanding = None, {}
+            self._leave_backward()
             self._note_new_gradients(False)
+
+    def _leave_backward(self) -> None:
+        self._backward, self._outstanding = None, {}
+        if self in _begun:
+            _begun.remove(self)
+
+    def _mark_outstanding(self) -> None:
+        """Marks what has no gradient: it may have one on another rank, whose bucket waits for this one."""
+        for name, parameter in self._outstanding.items():
+            self.bagua_algorithm.init_backward_hook(self)(name, parameter.bagua_ensure_grad())
+
+    # -- a step that an exception broke off -----------------------------------------------------------------------
+
+    def _recover_if_broken_off(self) -> None:
+        """Outside of a backward pass: ends every one that has begun, and a forward that did not end or failed."""
+        for ddp in list(_begun):
+            if ddp.process_group is self.process_group:  # other models' buckets travel on the same communicator
+                ddp._recover()
+        if self._in_forward or self.bagua_algorithm.step_failed:
+            self._recover()
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._backward is not None and self._took_part and _graph_task() == -1:
+            raise RuntimeError(
+                "expected the backward pass before optimizer.step to have ended (got one that an exception broke off, "
+                "whose gradients are incomplete); skip the optimizer's step where backward raises"
+            )
+
+    def _report(self, took_part: bool, broken_off: bool) -> Callable[[], List[Report]]:
+        if self._agreement is None:
+            return list
+        return self._agreement.report(took_part, broken_off, self.bagua_algorithm.communication_counts())
+
+    def _same_model(self, reports: List[Report]) -> List[Report]:
+        """Returns ``reports``, which must be of this model's step on every rank."""
+        if len({report.model for report in reports}) > 1:
+            raise RuntimeError(
+                f"expected every rank to report a step of {self.bagua_module_name} (got one of another model); after "
+                "an exception, go on with the same model on every rank"
+            )
+        return reports
+
+    def _conclude(self, reports: List[Report]) -> None:
+        """Ends a backward that was well on this rank.
+
+        Raises:
+            RuntimeError: if it was not on another one, on all ranks that have not raised an error yet.
+        """
+        ranks = self.process_group.ranks
+        broken = [str(rank) for rank, report in zip(ranks, reports) if report.broken_off]
+        if broken:
+            self.bagua_algorithm.recover([report.counts for report in reports])
+            self._drop_gradients()
+            raise RuntimeError(
+                f"expected backward to end on every rank (got an exception in the step of rank {', '.join(broken)}); "
+                "look at that rank's own error first. The gradients of this step are dropped on every rank, and the "
+                "next step is in step again"
+            )
+        if len({(report.steps, report.ended) for report in reports}) > 1:
+            steps = ", ".join(f"{report.ended} on rank {rank}" for rank, report in zip(ranks, reports))
+            raise RuntimeError(
+                f"expected every rank to have ended as many steps without an error (got {steps}), so that their "
+                "parameters are the same; call with_bagua again on every rank, which gives all of them rank 0's"
+            )
+        if self._agreement is not None:
+            self._agreement.end_well()
+
+    def _recover(self) -> None:
+        """Ends a step that an exception broke off on this rank: sends what other ranks wait for, drops the gradients.
+
+        Collectives:
+            One all-gather, and the buckets that other ranks have sent. They take part at the end of their backward, or
+            here as well.
+        """
+        begun, took_part = self._backward is not None, self._takes_part and self._backward is not None
+        try:
+            if begun and not took_part and not self.bagua_algorithm.step_failed:
+                return
+            self.bagua_algorithm.leave_step(self._in_forward)
+            reports = self._same_model(self._report(took_part, True)())
+            self._note_new_gradients(False)
+            if any(report.took_part for report in reports):
+                self._outstanding = self._outstanding if begun else dict(self._registered)
+                self._mark_outstanding()
+                self.bagua_algorithm.init_post_backward_hook(self)()
+                self._drop_gradients()
+            self.bagua_algorithm.recover([report.counts for report in reports])
+        finally:
+            self._in_forward = False
+            self._leave_backward()
+            self._bagua_backend.reset()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._registered.values():
+            parameter.grad = None
+
+
+# Those whose backward has begun and not ended. Held, so that every rank still knows of a model that it has given up.
+_begun: List[BaguaDistributedDataParallel] = []
 
 
 class _Kept:
     """A hook's handle, with the autograd node that would otherwise be collected."""
 
     def __init__(self, handle: Any, node: Any) -> None:
-        self._handle, self._node = handle, node
+        self._handle, self.node = handle, node
 
     def remove(self) -> None:
         self._handle.remove()

@@ -84,6 +84,7 @@ class BaguaProcessGroup:
     def __init__(self, ranks: Sequence[int], stream: Any, group_name: str, torch_group: Any) -> None:
         self.ranks, self.stream, self.group_name = list(ranks), stream, group_name
         self._communicator: Any = NON_COMM_MEMBER
+        self._host_group: Optional[weakref.ref[Any]] = None
         if torch_group is not None:
             self._communicator = BaguaSingleCommunicatorPy(torch_group, stream, streams())
 
@@ -91,6 +92,18 @@ class BaguaProcessGroup:
         """Returns the communicator over all ranks of the group."""
         communicator: BaguaSingleCommunicatorPy = self._communicator
         return communicator
+
+    def host_group(self) -> Any:
+        """Returns a communicator of the same ranks for small CPU tensors; not in upstream.
+
+        Collectives:
+            The first call creates it. Every rank of the group must call.
+        """
+        group = None if self._host_group is None else self._host_group()
+        if group is None:
+            group = member_group(self.ranks, on_host=True)
+            self._host_group = weakref.ref(group)
+        return group
 
 
 _default_group: Optional[BaguaProcessGroup] = None

@@ -177,6 +177,11 @@ class BaguaBucketPy:
         self.memory: Optional[Tensor] = None
         self._operations: List[Callable[[Sequence[Any]], Tuple[CpuStreams, Any]]] = []
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        return self.tensors[0].effective().device
+
     def clear_ops(self) -> None:
         """Removes all operations."""
         self._operations.clear()
@@ -327,7 +332,6 @@ class BaguaCommBackendPy:
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._worker: Optional[threading.Thread] = None
         self._pending: List[Future[Any]] = []
-        self._device_id = device_id
         self.reset()
 
     def reset(self) -> None:
@@ -382,8 +386,9 @@ class BaguaCommBackendPy:
         if self._worker is None:
             # A daemon: a rank that ends on an error must not wait here for ranks that will never come. But an idle one
             # is ended in good order: the interpreter must not go down around a thread that holds native state.
-            arguments = (self._jobs, self._device_id)
-            self._worker = threading.Thread(target=_work, args=arguments, name=f"bagua {self.model_name}", daemon=True)
+            self._worker = threading.Thread(
+                target=_work, args=(self._jobs,), name=f"bagua {self.model_name}", daemon=True
+            )
             self._worker.start()
             weakref.finalize(self, _stop, self._jobs, self._worker)  # when the model is gone, or at exit
         future: Future[Any] = Future()
@@ -391,12 +396,13 @@ class BaguaCommBackendPy:
         self._jobs.put((bucket, list(events), future))
 
 
-def _work(jobs: queue.SimpleQueue[Any], device_id: int) -> None:
+def _work(jobs: queue.SimpleQueue[Any]) -> None:
     # Not a method: a thread that held its backend would keep the model alive.
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device_id)
     for bucket, events, future in iter(jobs.get, None):
         try:
+            # A thread starts on device 0. The tensors', not the local rank's: a launcher may show each rank one GPU.
+            if bucket.device.type == "cuda":
+                torch.cuda.set_device(bucket.device)
             future.set_result(bucket.run(events))
         except BaseException as error:
             future.set_exception(error)

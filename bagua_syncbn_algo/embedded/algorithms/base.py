@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Set
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import torch
 
@@ -95,6 +95,31 @@ class AlgorithmImpl:
 
     def init_operations(self, bagua_ddp: Any, bucket: BaguaBucket) -> None:
         """Appends to ``bucket`` the operations to run once its tensors are ready."""
+
+    # For an algorithm that communicates outside of its buckets. Not in upstream, which never calls them.
+
+    @property
+    def step_failed(self) -> bool:
+        """Whether communication outside of the buckets failed on this rank since the last :meth:`recover`."""
+        return False
+
+    def communication_counts(self) -> List[int]:
+        """Returns how many messages this rank has sent on each communicator of its own; as many on every rank."""
+        return []
+
+    def leave_step(self, in_forward: bool) -> None:
+        """Tells the ranks that wait for this one, outside of the buckets, that an exception broke off its step.
+
+        Args:
+            in_forward: whether it was in the forward, not in the backward.
+        """
+
+    def recover(self, counts: List[Tuple[int, ...]]) -> None:
+        """Brings the communicators of its own back into step.
+
+        Args:
+            counts: the :meth:`communication_counts` of all ranks.
+        """
 
 
 def _get_grad(parameter: Any) -> Any:

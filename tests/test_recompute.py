@@ -1,0 +1,255 @@
+"""Activation checkpointing: a recomputed forward reuses the statistics of its own first forward, and of no other."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any, Callable, List, Tuple
+
+import pytest
+import torch
+from ranks import run_threads
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from bagua_syncbn_algo import SyncBatchNorm, convert_sync_batchnorm, sync_batchnorm_layers
+
+pytestmark = [
+    pytest.mark.multirank,
+    pytest.mark.skipif(not hasattr(torch._C, "_current_graph_task_id"), reason="torch 2.0 is the first to tell"),
+]
+
+VARIANTS = [True, False]
+
+
+def maybe_checkpoint(norm: nn.Module, run: Callable[[Tensor], Any], x: Tensor, reentrant: bool) -> Any:
+    """Checkpoints, but in the reference, where nn.BatchNorm would move its running statistics twice."""
+    return checkpoint(run, x, use_reentrant=reentrant) if isinstance(norm, SyncBatchNorm) else run(x)
+
+
+class Block(nn.Module):
+    """What is checkpointed: a layer applied once, twice, in nested checkpoints, in branches, or without a gradient."""
+
+    def __init__(self, kind: str = "once", reentrant: bool = False) -> None:
+        super().__init__()
+        self.kind, self.reentrant = kind, reentrant
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.norm, self.other = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def _inner(self, h: Tensor) -> Tensor:
+        y: Tensor = self.second(self.norm(h).tanh())
+        return y
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.first(x)
+        if self.kind == "twice":  # to values that may be equal on one rank
+            return self.norm(h).tanh() + 2 * self.norm(self.first(x.flip(1).flip(1)) + 0.0).sin()
+        if self.kind == "nested":
+            h = maybe_checkpoint(self.norm, self._inner, h, self.reentrant)
+            return self.norm(self.other(h).sin())
+        if self.kind == "branches":  # neither layer is computed from the other
+            return self.norm(h).tanh(), self.other(self.second(h)).sin()
+        if self.kind == "data":  # a layer whose own output needs no gradient
+            return self.first(x) * self.other(x.detach().repeat(1, 2)[:, :4]).tanh()
+        return self._inner(h)
+
+
+def loss_of(output: Any) -> Tensor:
+    parts = [output] if isinstance(output, Tensor) else list(output)
+    return torch.stack([(part.pow(3) + part).sum() for part in parts]).sum()
+
+
+def batches(count: int, repeats: bool) -> List[List[Tensor]]:
+    """Returns by rank the batches of all forwards; if ``repeats``, rank 0 has the same one every time."""
+    generator = torch.Generator().manual_seed(count)
+    shards = [[torch.randn(3 + r, 3, generator=generator).double() * (1 + i) for i in range(count)] for r in range(2)]
+    if repeats:
+        shards[0] = [shards[0][0]] * count
+    return shards
+
+
+def train(
+    model: nn.Module, xs: List[Tensor], run: Callable[[nn.Module, Tensor], Any], order: str
+) -> Tuple[List[Any], ...]:
+    """Runs all forwards, then the backward of all losses; returns gradients of the inputs, of the weights, buffers."""
+    leaves = [x.clone().requires_grad_() for x in xs]
+    losses = [loss_of(run(model, leaf)) for leaf in leaves]
+    if order == "sum":
+        torch.stack(losses).sum().backward()
+    else:
+        for loss in losses if order == "forward" else losses[::-1]:
+            loss.backward()
+    del losses
+    return [x.grad for x in leaves], [p.grad for p in model.parameters()], list(model.state_dict().values())
+
+
+def reference(model: nn.Module, shards: List[List[Tensor]]) -> Tuple[List[Any], ...]:
+    """The same in one process, on the batches of both ranks together, without a checkpoint."""
+    whole = [torch.cat(pair) for pair in zip(*shards)]
+    return train(copy.deepcopy(model), whole, lambda model, x: model(x), "sum")
+
+
+def compare(found: List[Any], expected: Tuple[List[Any], ...]) -> None:
+    """Compares both ranks with one process, in float64: 1e-9 is far above rounding and far below any wrong term."""
+    for index, gradient in enumerate(expected[0]):
+        ours = torch.cat([inputs[index] for inputs, _, _ in found])
+        torch.testing.assert_close(ours, gradient, rtol=1e-9, atol=1e-9)
+    for index, gradient in enumerate(expected[1]):
+        parts = [parameters[index] for _, parameters, _ in found if parameters[index] is not None]
+        assert bool(parts) == (gradient is not None)
+        if parts:
+            torch.testing.assert_close(sum(parts), gradient, rtol=1e-9, atol=1e-9)
+    for _, _, state in found:
+        for ours, theirs in zip(state, expected[2]):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def check(model: nn.Module, shards: List[List[Tensor]], run: Any, order: str = "sum", coalesce: bool = False) -> None:
+    model = model.double()
+
+    def body(rank: int, group: Any) -> Any:
+        mine = convert_sync_batchnorm(copy.deepcopy(model), group, coalesce=coalesce)
+        channel = sync_batchnorm_layers(mine)[0]._bound_channel()
+        before = channel.rounds
+        found = train(mine, shards[rank], run, order)
+        gc.collect()
+        assert not any(len(layer._recompute_cache) for layer in sync_batchnorm_layers(mine))
+        return channel.rounds - before, found
+
+    results = run_threads(2, body)
+    compare([found for _, found in results], reference(model, shards))
+    assert results[0][0] == results[1][0]
+
+
+@pytest.mark.parametrize("reentrant", VARIANTS)
+@pytest.mark.parametrize("count", [1, 8, 9, 16, 64])
+@pytest.mark.parametrize("repeats", [False, True])
+def test_many_forwards_before_backward(count: int, reentrant: bool, repeats: bool) -> None:
+    """Catches a limit on forwards that wait for their backward, and a batch that repeats on one rank only."""
+    check(Block(), batches(count, repeats), lambda model, x: checkpoint(model, x, use_reentrant=reentrant))
+
+
+@pytest.mark.parametrize("reentrant", VARIANTS)
+@pytest.mark.parametrize("kind", ["once", "twice", "nested", "branches", "data"])
+@pytest.mark.parametrize("order", ["sum", "forward", "reverse"])
+@pytest.mark.parametrize("repeats", [False, True])
+def test_kinds_of_regions_and_orders_of_backwards(kind: str, reentrant: bool, order: str, repeats: bool) -> None:
+    """Catches statistics of another forward, where only the autograd graph tells which one is recomputed."""
+    check(
+        Block(kind, reentrant),
+        batches(3, repeats),
+        lambda model, x: checkpoint(model, x, use_reentrant=reentrant),
+        order,
+    )
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("determinism", ["default", "none"])
+def test_options_of_checkpointing(early_stop: bool, determinism: str) -> None:
+    """Catches a recomputation that saves other tensors than the first forward, or that is not ended early."""
+
+    def run(model: nn.Module, x: Tensor) -> Any:
+        return checkpoint(model, x, use_reentrant=False, determinism_check=determinism)
+
+    with set_checkpoint_early_stop(early_stop):
+        check(Block(), batches(4, True), run)
+
+
+@pytest.mark.parametrize("reentrant", VARIANTS)
+def test_coalesced_rounds(reentrant: bool) -> None:
+    """Catches rounds of several layers that find statistics of another forward, or of the check of the first batch."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Block("branches")
+
+        def forward(self, x: Tensor) -> Any:
+            return maybe_checkpoint(self.inner.norm, self.inner, x, reentrant)
+
+    for repeats in (False, True):
+        check(Outer(), batches(5, repeats), lambda model, x: model(x), coalesce=True)
+
+
+@pytest.mark.parametrize("reentrant", VARIANTS)
+@pytest.mark.parametrize("same_on_rank_0", [False, True])
+def test_new_data_inside_a_backward_is_an_ordinary_forward(reentrant: bool, same_on_rank_0: bool) -> None:
+    """Catches a forward on new data, run by a hook of backward, that gets the statistics of an old one.
+
+    Where one rank's new data equal its old ones, the ranks are out of step: an error names the layer.
+    """
+    old, new = batches(2, False)[0][0], batches(3, False)[0][1]
+
+    def body(rank: int, group: Any) -> Any:
+        norm = SyncBatchNorm(3, process_group=group).double()
+        leaf = (old + rank).requires_grad_()
+        found = []
+
+        def hook(gradient: Tensor) -> None:
+            data = leaf.detach().clone() if same_on_rank_0 and rank == 0 else new * (1 + rank)
+            found.append(norm(data))
+
+        y = checkpoint(lambda x: norm(x).sin(), leaf, use_reentrant=reentrant)
+        y.register_hook(hook)
+        y.sum().backward()
+        assert norm.num_batches_tracked is not None
+        return found[0].detach(), norm.num_batches_tracked.item()
+
+    if same_on_rank_0:
+        errors = run_threads(2, body, errors=True, timeout=5)
+        assert all("expected every rank to be at the same layer" in str(error) for error in errors)
+        return
+    (first, batches_0), (second, batches_1) = run_threads(2, body)
+    whole = torch.cat([new, new * 2])
+    expected = nn.functional.batch_norm(whole, None, None, training=True)
+    torch.testing.assert_close(torch.cat([first, second]), expected)
+    assert batches_0 == batches_1 == 2
+
+
+@pytest.mark.parametrize("reentrant", VARIANTS)
+def test_a_second_backward_of_a_checkpointed_graph(reentrant: bool) -> None:
+    """Catches statistics that are forgotten at the first of two backwards: the second would exchange moments again."""
+    x = torch.randn(2, 5, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        norm = SyncBatchNorm(3, process_group=group)
+        leaf = x[rank].clone().requires_grad_()
+        loss = checkpoint(lambda h: norm(h).tanh(), leaf, use_reentrant=reentrant).pow(3).sum()
+        loss.backward(retain_graph=True)
+        once = leaf.grad.clone()
+        loss.backward()
+        assert norm.num_batches_tracked is not None
+        return norm._bound_channel().rounds, norm.num_batches_tracked.item(), once, leaf.grad
+
+    for count, updates, once, twice in run_threads(2, body):
+        assert (count, updates) == (3, 1)
+        torch.testing.assert_close(twice, 2 * once)
+
+
+def test_nothing_is_kept_for_ordinary_forwards() -> None:
+    """Catches memory held for forwards that nobody can recompute, with or without a backward."""
+    x = torch.randn(2, 5, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        norm = SyncBatchNorm(3, process_group=group)
+        outputs = [norm(x[rank].clone().requires_grad_()) for _ in range(3)]
+        with torch.no_grad():
+            outputs += [norm(x[rank]) for _ in range(3)]
+        return len(norm._recompute_cache)
+
+    assert run_threads(2, body) == [0, 0]
+
+
+@pytest.mark.parametrize("reentrant", VARIANTS)
+def test_what_is_kept_goes_with_the_graph(reentrant: bool) -> None:
+    """Catches statistics that outlive a checkpointed forward whose backward never comes."""
+    x = torch.randn(2, 5, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        norm = SyncBatchNorm(3, process_group=group)
+        y = checkpoint(lambda h: norm(h).tanh(), x[rank].clone().requires_grad_(), use_reentrant=reentrant)
+        held = len(norm._recompute_cache)
+        del y
+        return held, len(norm._recompute_cache)
+
+    assert run_threads(2, body) == [(1, 0), (1, 0)]
