@@ -258,7 +258,8 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
             self._bind_running([layer for layer in layers if layer.running_mean is not None], world, bagua_ddp)
         for layer in layers:
             point = sync_point(layer.sync_name, ordinal)
-            layer.bind(channel, point, self.running if layer.running_mean is not None else None)
+            running = self.running if layer.running_mean is not None else None
+            layer.bind(channel, point, running, empty_shards=channel.local)
         if isinstance(channel, BaguaChannel):
             self.channel = channel
             own = {layer.sync_name: layer for layer in layers}

@@ -170,7 +170,8 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
             original = layer.__dict__.get("_converted_from", BatchNormNd)
             reverted = original.__new__(original)
             reverted.__dict__.update(layer.__dict__)
-            live = ["_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_converted_from", "tag"]
+            live = ["_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards"]
+            live += ["_converted_from", "tag"]
             for attribute in live if issubclass(original, nn.SyncBatchNorm) else [*live, "process_group"]:
                 reverted.__dict__.pop(attribute, None)
             replacements[id(layer)] = reverted

@@ -119,6 +119,7 @@ class SyncBatchNorm(_BatchNorm):
         self._point: SyncPoint = sync_point("")
         self._recompute_cache = RecomputeCache()
         self._running: Optional[RunningPool] = None
+        self._empty_shards = False
 
     # -- binding --------------------------------------------------------------------------------------------------
 
@@ -133,15 +134,22 @@ class SyncBatchNorm(_BatchNorm):
         doubles = any(t is not None and t.dtype == torch.float64 for t in (self.weight, self.running_mean))
         return 8 if doubles else 4
 
-    def bind(self, channel: Channel, point: SyncPoint, running: Optional[RunningPool] = None) -> None:
+    def bind(
+        self,
+        channel: Channel,
+        point: SyncPoint,
+        running: Optional[RunningPool] = None,
+        empty_shards: bool = False,
+    ) -> None:
         """Makes this layer exchange its statistics at ``point`` of ``channel``; the algorithm calls it.
 
         Args:
             channel: the ranks to normalize over.
             point: this layer.
             running: takes its moments for the running statistics, if ``channel`` is less than the world.
+            empty_shards: whether this rank may have no samples although it normalizes alone: other ranks have some.
         """
-        self._running = running
+        self._running, self._empty_shards = running, empty_shards
         source = source_group(self.process_group)
         self._channel, self._point = channel, point
         self._channel_source = None if source is None else weakref.ref(source)
@@ -203,6 +211,8 @@ class SyncBatchNorm(_BatchNorm):
         # A forward inside a backward recomputes an earlier one, which has updated the statistics.
         if self._running is not None and self.track_running_stats:
             return self._pooling_batch_norm(input, self._running, update=not inside_backward())
+        if self._empty_shards and input.numel() == 0:
+            return input.clone()
         return self._local_batch_norm(input, True, update=not inside_backward())
 
     def _local_batch_norm(self, input: Tensor, batch_statistics: bool, update: bool = False) -> Tensor:
@@ -264,7 +274,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> Dict[str, Any]:
         state = self.__dict__.copy()
-        for live in ("_channel", "_channel_source", "_point", "_recompute_cache", "_running"):
+        for live in ("_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards"):
             state.pop(live, None)
         if self.process_group is not None:
             state["process_group"] = _GroupReference(self.process_group, self.sync_name)

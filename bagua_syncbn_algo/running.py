@@ -94,7 +94,7 @@ class RunningPool:
         own_mean, own_variance = self._views[index]
         if earlier:
             counts = torch.tensor([[earlier], [elements]], device=self._device)
-            biased = torch.stack([own_variance, variance.to(self._dtype)]) * ((counts - 1) / counts)
+            biased = torch.stack([own_variance, variance.to(self._dtype)]) * (1 - 1 / counts.to(self._dtype))
             merged = merge_moments(counts, torch.stack([own_mean, mean.to(self._dtype)]), biased)
             mean, variance = merged.mean, merged.unbiased_variance()
         own_mean.copy_(mean)
@@ -143,13 +143,18 @@ class RunningPool:
         self._flight = self._world = None
         # All layers at once: twenty small operations for each would cost more than the statistics' communication.
         ran = counts > 0
+        # What nobody ran stays untouched: evaluation saves the buffers for its backward. On CUDA the host does not know.
+        chosen = [True] * layers if counts.is_cuda else ran.tolist()
+        if not any(chosen):
+            return
         # Past Module.__getattr__, which costs more than some of the operations below.
         tracked = [layer._buffers["num_batches_tracked"] for layer in self.layers]
-        torch._foreach_add_(tracked, list(ran.to(tracked[0].dtype).unbind(0)))
+        torch._foreach_add_(_those(tracked, chosen), _those(ran.to(tracked[0].dtype).unbind(0), chosen))
         momenta = [-1.0 if layer.momentum is None else layer.momentum for layer in self.layers]
         weights = torch.tensor(momenta, dtype=self._dtype).to(self._device)
         if min(momenta) < 0:  # the cumulative average
-            weights = torch.where(weights < 0, torch.stack(tracked).clamp(min=1).reciprocal().to(self._dtype), weights)
+            cumulative = torch.stack(tracked).clamp(min=1).to(self._dtype).reciprocal()
+            weights = torch.where(weights < 0, cumulative, weights)
         # Where nobody ran the layer all of these are zeros, and so is the weight.
         per_layer = torch.stack([weights * ran, (counts - 1).clamp(min=1)])
         weights_of, divisors = per_layer[:, self._layer_of]
@@ -158,8 +163,9 @@ class RunningPool:
         moved = torch.cat([buffer.to(self._dtype) for buffer in buffers])
         moved.lerp_(values, weights_of.repeat(2))
         # A half-precision buffer is rounded once.
+        buffers = _those(buffers, chosen * 2)
         torch._foreach_zero_(buffers)
-        torch._foreach_add_(buffers, list(moved.split(self._features * 2)))
+        torch._foreach_add_(buffers, _those(moved.split(self._features * 2), chosen * 2))
 
     @property
     def in_flight(self) -> bool:
@@ -170,3 +176,7 @@ class RunningPool:
     def names(self) -> List[str]:
         """The layers' names."""
         return [layer.sync_name for layer in self.layers]
+
+
+def _those(values: Sequence[Tensor], chosen: Sequence[bool]) -> List[Tensor]:
+    return [value for value, is_chosen in zip(values, chosen) if is_chosen]
