@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench conformance contract clean
+.PHONY: demo test fuzz lint bench conformance contract clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.made:
@@ -28,6 +28,13 @@ demo: $(VENV)/.demo ## local, synchronized and single-process training on real d
 
 test: $(VENV)/.test ## all tests
 	$(BIN)/python -m pytest
+
+# SEED repeats a case: make fuzz CASES=1 SEED=123
+CASES ?= 2000
+SEED ?= 0
+
+fuzz: $(VENV)/.test ## random models and training loops against one process; 15 minutes at most
+	$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
 
 lint: $(VENV)/.test ## formatting, lint rules, types
 	$(BIN)/ruff format --check .

@@ -143,7 +143,7 @@ class RunningPool:
         self._flight = self._world = None
         # All layers at once: twenty small operations for each would cost more than the statistics' communication.
         ran = counts > 0
-        # What nobody ran stays untouched: evaluation saves the buffers for its backward. On CUDA the host does not know.
+        # What nobody ran stays untouched: evaluation saves its buffers for backward. On CUDA the host does not know.
         chosen = [True] * layers if counts.is_cuda else ran.tolist()
         if not any(chosen):
             return

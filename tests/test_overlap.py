@@ -40,6 +40,8 @@ def _split_all(monkeypatch: pytest.MonkeyPatch) -> None:
 class Alone(type(REHEARSAL)):  # type: ignore[misc]
     """A channel of one rank that plays two, and notes what happens."""
 
+    trial = False
+
     def __init__(self) -> None:
         super().__init__()
         self.events: List[str] = []
