@@ -418,7 +418,7 @@ class _RehearsalChannel(_SingleProcessChannel):
 
     def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
         # The other one has two elements more, with other moments; its gradient sums are the same.
-        others = {torch.int64: 2, torch.uint8: 0}
+        others = {torch.int64: 2}
         both = [torch.stack([part, part + (others.get(part.dtype, 1) if phase == FORWARD else 0)]) for part in parts]
         return lambda: both
 

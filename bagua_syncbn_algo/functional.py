@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import lru_cache
-from typing import Any, Callable, ContextManager, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def sync_batch_norm(
 
     Collectives:
         Forward: one all-gather of ``8 + 2C·itemsize`` payload bytes for each member; none for a recomputation.
-        Backward: one all-gather of ``1 + 2C·itemsize`` bytes for each, if any input requires a gradient. Every rank
+        Backward: one all-gather of ``(1 + 2C)·itemsize`` bytes for each, if any input requires a gradient. Every rank
         must call.
     """
     inputs = [dense(member.input.detach()) for member in members]
@@ -93,7 +93,8 @@ def sync_batch_norm(
         late = [tensors[0], None, None] if early else tensors
         return behind.defer(late, inputs[0].device, point.name)
 
-    with torch.no_grad(), _told(channel, point, FORWARD):
+    # None of these tensors requires a gradient: the inputs are detached.
+    with _told(channel, point, FORWARD):
         # An error before the exchange must reach the ranks that already wait in it.
         local = [_local(input) for input in inputs]
         saved = None if cache is None else cache.match(local)
@@ -122,7 +123,6 @@ def sync_batch_norm(
         return outputs
 
 
-@torch.no_grad()
 def _exchange(
     local: Sequence[LocalMoments],
     members: Sequence[Member],
@@ -245,11 +245,11 @@ class _BackwardRound:
             self._sums = [self._local_sums(i) for i in range(count)]
         self._arrived: Optional[Callable[[], List[Tensor]]] = None
         if any(needs[::3]):
-            sums = [cast(sum_, mean.dtype) for half in zip(*self._sums) for sum_ in half]
+            parts = [cast(sum_, mean.dtype) for half in zip(*self._sums) for sum_ in half]
             # Which outputs this rank uses: a rank that does not use one still has the others' part of its gradient.
-            used = _constant(tuple(grad is not None for grad in self._grads), torch.uint8, mean.device)
+            parts.append(_constant(tuple(grad is not None for grad in self._grads), mean.dtype, mean.device))
             channel.open_rounds -= 1
-            self._arrived = channel.launch(point, BACKWARD, [torch.cat(sums), used])
+            self._arrived = channel.launch(point, BACKWARD, [torch.cat(parts)])
 
     def _local_sums(self, i: int) -> Tuple[Tensor, Tensor]:
         grad, input, mean = self._grads[i], self._inputs[i], self._means[i]
@@ -272,14 +272,15 @@ class _BackwardRound:
         used = [grad is not None for grad in self._grads]
         gradients: List[Optional[Tensor]] = [None] * (3 * self._count)
         if self._arrived is not None:
-            gathered, flags = self._arrived()
+            (gathered,) = self._arrived()
             # In rank order and in float64, as in the forward: the same bits on every rank.
             layer_of = self._call.merged.layer_of
             elements = self._elements if layer_of is None else self._elements[layer_of]
-            means_of_all = gathered.double().sum(0).view(2, -1).div_(elements).to(gathered.dtype)
+            total = gathered.double().sum(0)
+            means_of_all = total[: -self._count].view(2, -1).div_(elements).to(gathered.dtype)
             mean_dy, mean_dy_xhat = (_split(half, self._inputs) for half in means_of_all.unbind(0))
             if not all(used):  # only then does the host have to know
-                used = _used_by_any(flags)
+                used = _used_by_any(total[-self._count :])
             for i in range(self._count):
                 if used[i] and needs[3 * i]:
                     gradients[3 * i] = self._input_gradient(i, mean_dy[i], mean_dy_xhat[i])
@@ -297,9 +298,9 @@ class _BackwardRound:
         return input_gradient(grad, input, mean, invstd, weight, mean_dy, mean_dy_xhat)
 
 
-def _used_by_any(flags: Tensor) -> List[bool]:
-    """Returns for each layer whether any rank uses its output, from what all ranks sent, ``(W, L)``."""
-    return [bool(used) for used in flags.any(0).tolist()]
+def _used_by_any(ranks: Tensor) -> List[bool]:
+    """Returns for each layer whether any rank uses its output, from the number of ranks that do, shape ``(L,)``."""
+    return [count > 0 for count in ranks.tolist()]
 
 
 def _local(input: Tensor) -> LocalMoments:
@@ -384,11 +385,17 @@ def _split(vector: Tensor, inputs: Sequence[Tensor]) -> List[Tensor]:
     return [cast(piece, statistics_dtype(input.dtype)) for piece, input in zip(pieces, inputs)]
 
 
-@contextlib.contextmanager
-def _told(channel: Channel, point: SyncPoint, phase: int) -> Iterator[None]:
+class _told:  # noqa: N801  # a context manager; contextlib's costs a microsecond, four times a layer
     """Tells the other ranks of an error in the block before it is raised here."""
-    try:
-        yield
-    except Exception as error:
-        channel.fail(point, phase, error)
-        raise
+
+    __slots__ = ("_channel", "_phase", "_point")
+
+    def __init__(self, channel: Channel, point: SyncPoint, phase: int) -> None:
+        self._channel, self._point, self._phase = channel, point, phase
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
+        if isinstance(error, Exception):
+            self._channel.fail(self._point, self._phase, error)

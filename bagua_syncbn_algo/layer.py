@@ -86,8 +86,8 @@ class SyncBatchNorm(_BatchNorm):
 
     Collectives:
         In training, one all-gather in forward (``8 + 2C·itemsize`` payload bytes a rank; itemsize 4, for float64 input
-        8) and one in backward (``2C·itemsize``). The first training forward also creates the statistics group. Every
-        rank of the group must call.
+        8) and one in backward (``(1 + 2C)·itemsize``). The first training forward also creates the statistics group.
+        Every rank of the group must call.
     """
 
     process_group: Optional[Any]

@@ -555,7 +555,7 @@ def _mutate_used() -> None:
     from bagua_syncbn_algo import functional
 
     right = functional._used_by_any
-    functional._used_by_any = lambda flags: [False] if flags.shape[1] == 1 else right(flags)
+    functional._used_by_any = lambda ranks: [False] if ranks.numel() == 1 else right(ranks)
 
 
 def _mutate_saved() -> None:

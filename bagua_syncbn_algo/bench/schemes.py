@@ -83,7 +83,8 @@ class OriginalScheme(_Scheme):
         if phase == FORWARD:
             count, moments = parts
             return [self.gather(count), torch.cat([self.gather(part) for part in moments.chunk(2)], 1)]
-        return [torch.cat([self.reduce(part) for part in parts[0].chunk(2)], 1), parts[1].unsqueeze(0)]
+        sums, used = parts[0][:-1], parts[0][-1:]
+        return [torch.cat([*(self.reduce(part) for part in sums.chunk(2)), used.unsqueeze(0)], 1)]
 
 
 class TorchScheme(_Scheme):
@@ -94,7 +95,7 @@ class TorchScheme(_Scheme):
             count, moments = parts
             gathered = self.gather(torch.cat([count.to(moments.dtype), moments]))
             return [gathered[:, :1].to(count.dtype), gathered[:, 1:]]
-        return [self.reduce(parts[0]), parts[1].unsqueeze(0)]  # which outputs are used: here, on all ranks
+        return [self.reduce(parts[0])]
 
 
 def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = None) -> Any:
