@@ -79,7 +79,8 @@ CONTRACT ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bagua_syncbn_algo/contract
 PYTHON39 ?= $(shell for p in python3.9 $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.9.*/bin/python; do \
     "$$p" -c "import sys; sys.exit(sys.version_info[:2] != (3, 9))" 2>/dev/null && echo "$$p" && break; done)
 # What of the unit tests can run there: one rank, no embedded host.
-CONTRACT_TESTS = $(addprefix tests/test_,channel.py config.py convert.py gradients.py host.py layer.py moments.py parity.py)
+CONTRACT_TESTS = $(addprefix tests/test_,config.py convert.py host.py layer.py) tests/comm/test_channel.py \
+    $(addprefix tests/ops/test_,gradients.py moments.py parity.py)
 
 $(CONTRACT)/.made:
 	$(PYTHON39) -m venv --clear $(CONTRACT)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, List
 
-from .channel import SyncBatchNormError
-from .coalesce import plan_of
+from .comm.channel import SyncBatchNormError
+from .comm.recorder import Round, Rounds, record_rounds
 from .config import SyncBatchNormConfig
 from .convert import (
     BatchNormNd,
@@ -18,9 +18,9 @@ from .convert import (
     tag_sync_batchnorm,
     tag_table,
 )
+from .graph.coalesce import plan_of
+from .graph.plan import PlannedRound, Prediction, SyncPlan
 from .layer import SyncBatchNorm, SyncTag
-from .plan import PlannedRound, Prediction, SyncPlan
-from .rounds import Round, Rounds, record_rounds
 
 if TYPE_CHECKING:
     from .algorithm import SyncBatchNormAlgorithm, SyncBatchNormAlgorithmImpl, enable_sync_batchnorm

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
 from .bench.factory import build
-from .coalesce import coalesce
 from .convert import convert_sync_batchnorm
-from .plan import SyncPlan
+from .graph.coalesce import coalesce
+from .graph.plan import SyncPlan
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:

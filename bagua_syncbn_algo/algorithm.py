@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .channel import BACKWARD, FORWARD, SINGLE_PROCESS, Channel, Roster, sync_point
-from .coalesce import plan_of
+from .comm.channel import BACKWARD, FORWARD, SINGLE_PROCESS, Channel, Roster, sync_point
+from .comm.recorder import Round, active
+from .comm.transport import BaguaChannel
 from .config import SyncBatchNormConfig, check_normalize_over
 from .convert import convert_sync_batchnorm, tag_sync_batchnorm, unconverted_layers
+from .graph.coalesce import plan_of
 from .host import bagua, statistics_group, streams
 from .layer import SyncBatchNorm
-from .rounds import Round, active
-from .running import RunningPool
-from .transport import BaguaChannel
+from .ops.running_stats import RunningPool
 
 __all__ = ["SyncBatchNormAlgorithm", "SyncBatchNormAlgorithmImpl", "enable_sync_batchnorm"]
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from .channel import Roster
-from .coalesce import coalesce as coalesce_rounds
-from .coalesce import plan_of, uncoalesce
+from .comm.channel import Roster
 from .config import SyncBatchNormConfig
+from .graph.coalesce import coalesce as coalesce_rounds
+from .graph.coalesce import plan_of, uncoalesce
 from .layer import SyncBatchNorm, SyncTag
 
 __all__ = [

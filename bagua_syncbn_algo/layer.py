@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, sync_point
-from .deferred import Behind
-from .functional import Member, sync_batch_norm
-from .moments import GlobalMoments, LocalMoments, statistics_dtype
-from .recompute import RecomputeCache, inside_backward
-from .running import RunningPool
-from .transport import channel_of, source_group
+from .comm.channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, sync_point
+from .comm.transport import channel_of, source_group
+from .ops.deferred import Behind
+from .ops.functional import Member, sync_batch_norm
+from .ops.moments import GlobalMoments, LocalMoments, statistics_dtype
+from .ops.recompute import RecomputeCache, inside_backward
+from .ops.running_stats import RunningPool
 
 __all__ = ["SyncBatchNorm", "SyncTag", "normalize_together", "uncompiled"]
 

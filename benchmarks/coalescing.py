@@ -22,7 +22,7 @@ from bagua_syncbn_algo import bagua, plan_of, record_rounds
 from bagua_syncbn_algo.bench.measure import RANKS, interleave, run_ranks, write
 from bagua_syncbn_algo.bench.schemes import build_variant, channel_of_model
 from bagua_syncbn_algo.bench.steps import bars_of, overhead_of
-from bagua_syncbn_algo.groups import member_group
+from bagua_syncbn_algo.comm.groups import member_group
 
 VARIANTS = ("local", "original", "torch", "per layer", "coalesced", "hidden")
 RECORDED = 3

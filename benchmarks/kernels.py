@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bagua_syncbn_algo import moments
 from bagua_syncbn_algo.bench.measure import interleave, write
-from bagua_syncbn_algo.channel import SINGLE_PROCESS, sync_point
-from bagua_syncbn_algo.functional import Member, sync_batch_norm
+from bagua_syncbn_algo.comm.channel import SINGLE_PROCESS, sync_point
+from bagua_syncbn_algo.ops import moments
+from bagua_syncbn_algo.ops.functional import Member, sync_batch_norm
 
 # Shape, memory format, and the ratio that the kernels must not exceed.
 SIZES = [

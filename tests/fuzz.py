@@ -544,7 +544,7 @@ def _train_step(case: Case, model: Any, index: int, rank: int, values: Found) ->
 
 def _mutate_dx() -> None:
     """Scales the input gradient by 1 + 1e-6."""
-    from bagua_syncbn_algo import functional
+    from bagua_syncbn_algo.ops import functional
 
     right = functional.input_gradient
     functional.input_gradient = lambda *arguments: right(*arguments) * (1 + 1e-6)  # type: ignore[assignment]
@@ -552,7 +552,7 @@ def _mutate_dx() -> None:
 
 def _mutate_used() -> None:
     """Ignores, for a lone layer, that another rank uses the output."""
-    from bagua_syncbn_algo import functional
+    from bagua_syncbn_algo.ops import functional
 
     right = functional._used_by_any
     functional._used_by_any = lambda ranks: [False] if ranks.numel() == 1 else right(ranks)
@@ -560,7 +560,7 @@ def _mutate_used() -> None:
 
 def _mutate_saved() -> None:
     """Drops the oldest of several saved statistics."""
-    from bagua_syncbn_algo.recompute import RecomputeCache
+    from bagua_syncbn_algo.ops.recompute import RecomputeCache
 
     right = RecomputeCache.save
 
@@ -585,7 +585,8 @@ def _worker(rank: int, world: int, port: int, mutation: Optional[str], tasks: An
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    from bagua_syncbn_algo import bagua, channel
+    from bagua_syncbn_algo import bagua
+    from bagua_syncbn_algo.comm import channel
 
     channel._NOTICE_SECONDS = 0.3  # type: ignore[attr-defined]
     bagua.init_process_group()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, convert_sync_batchnorm
-from bagua_syncbn_algo.channel import Channel
+from bagua_syncbn_algo.comm.channel import Channel
 
 
 def rounds(layer: SyncBatchNorm) -> int:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..coalesce import plan_of
+from ..comm.recorder import Rounds, record_rounds
+from ..graph.coalesce import plan_of
 from ..host import bagua
-from ..rounds import Rounds, record_rounds
 from .factory import build
 from .measure import RANKS, interleave, run_ranks
 from .schemes import COLORS, VARIANTS, add_latency, build_variant, channel_of_model

@@ -10,8 +10,8 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import torch
 import torch.distributed as dist
 
+from ..comm.recorder import record_rounds
 from ..host import bagua
-from ..rounds import record_rounds
 from .factory import build
 from .measure import run_ranks
 from .schemes import add_latency, build_variant, channel_of_model

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..groups import is_nccl, member_group
+from ..comm.groups import is_nccl, member_group
 from .core import BaguaCommBackendPy, BaguaSingleCommunicatorPy
 from .env import get_local_rank, get_rank, get_world_size
 from .streams import CpuStreams, CudaStreams

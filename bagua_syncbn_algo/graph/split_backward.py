@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .deferred import Behind, Deferral, refuse_second_derivative
-from .moments import cast
+from ..ops.deferred import Behind, Deferral, refuse_second_derivative
+from ..ops.moments import cast
 from .tracing import has_own_forward, hooks_of
 
 __all__ = ["Follower", "Followers", "apply_split", "is_weighted", "why_whole"]

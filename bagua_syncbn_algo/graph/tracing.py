@@ -25,7 +25,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .layer import SyncBatchNorm
+from ..layer import SyncBatchNorm
 
 __all__ = [
     "IN_PLACE_OPERATORS",

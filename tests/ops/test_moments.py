@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bagua_syncbn_algo import moments
-from bagua_syncbn_algo.channel import SINGLE_PROCESS, sync_point
-from bagua_syncbn_algo.functional import Member, sync_batch_norm
+from bagua_syncbn_algo.comm.channel import SINGLE_PROCESS, sync_point
+from bagua_syncbn_algo.ops import moments
+from bagua_syncbn_algo.ops.functional import Member, sync_batch_norm
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

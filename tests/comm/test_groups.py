@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from ranks import run_processes
 
-from bagua_syncbn_algo import groups
+from bagua_syncbn_algo.comm import groups
 
 linux = pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="there are no scheduling policies here")
 

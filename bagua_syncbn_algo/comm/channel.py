@@ -19,7 +19,7 @@ from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Seque
 import torch
 from torch import Tensor
 
-from .rounds import Round, active
+from .recorder import Round, active
 
 __all__ = [
     "BACKWARD",

@@ -25,7 +25,7 @@ from bagua_syncbn_algo import (
     revert_sync_batchnorm,
     sync_batchnorm_layers,
 )
-from bagua_syncbn_algo import coalesce as coalesce_module
+from bagua_syncbn_algo.graph import coalesce as coalesce_module
 
 # Built here: ranks are threads, and one that draws random numbers while another traces would be taken for the model.
 ONE_BLOCK, TWO_BLOCKS = models.Inception(4, blocks=1), models.Inception(4, blocks=2)

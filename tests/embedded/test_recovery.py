@@ -59,7 +59,8 @@ def shard(step: int, rank: int) -> Tensor:
 
 def _train(rank: int, place: str, mode: Any, coalesce: bool) -> Any:
     bagua.init_process_group()
-    from bagua_syncbn_algo import channel, functional
+    from bagua_syncbn_algo.comm import channel
+    from bagua_syncbn_algo.ops import functional
 
     channel._NOTICE_SECONDS = 0.3  # type: ignore[attr-defined]
     torch.manual_seed(0)

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .channel import BACKWARD, FORWARD, Channel, SyncPoint
+from ..comm.channel import BACKWARD, FORWARD, Channel, SyncPoint
+from ..comm.groups import yield_core
 from .deferred import Behind, Deferral, refuse_second_derivative
-from .groups import yield_core
 from .moments import (
     GlobalMoments,
     LocalMoments,

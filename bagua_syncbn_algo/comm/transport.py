@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..config import SyncBatchNormConfig
 from .channel import SINGLE_PROCESS, Channel, SyncPoint
-from .config import SyncBatchNormConfig
 from .groups import default_group, is_nccl, member_group, timeout_of
 
 __all__ = ["BaguaChannel", "TorchChannel", "channel_of", "source_group"]

@@ -8,8 +8,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .layer import SyncBatchNorm
-from .overlap import apply_split, is_weighted, why_whole
+from ..layer import SyncBatchNorm
+from .split_backward import apply_split, is_weighted, why_whole
 from .tracing import IN_PLACE_OPERATORS, normalize_alone
 
 __all__ = ["Application", "Following", "Level", "followers_of", "levels_of", "regroup"]

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .channel import REHEARSAL
-from .layer import SyncBatchNorm, normalize_together, uncompiled
-from .overlap import Follower, Followers
+from ..comm.channel import REHEARSAL
+from ..layer import SyncBatchNorm, normalize_together, uncompiled
+from ..ops.recompute import RecomputeCache, inside_backward
+from .levels import Following, Level, followers_of, levels_of, regroup
 from .plan import PlannedRound, SyncPlan
-from .recompute import RecomputeCache, inside_backward
-from .schedule import Following, Level, followers_of, levels_of, regroup
+from .split_backward import Follower, Followers
 from .tracing import CallPattern, UntraceableError, has_own_forward, hooks_of, random_states_kept, trace, twin_of
 
 __all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]

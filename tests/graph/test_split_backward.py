@@ -23,12 +23,12 @@ from bagua_syncbn_algo import (
     record_rounds,
     sync_batchnorm_layers,
 )
-from bagua_syncbn_algo import deferred as deferred_module
-from bagua_syncbn_algo import functional as functional_module
-from bagua_syncbn_algo import overlap as overlap_module
-from bagua_syncbn_algo.channel import BACKWARD, REHEARSAL, sync_point
-from bagua_syncbn_algo.deferred import Deferral
-from bagua_syncbn_algo.overlap import Follower, Followers, apply_split, why_whole
+from bagua_syncbn_algo.comm.channel import BACKWARD, REHEARSAL, sync_point
+from bagua_syncbn_algo.graph import split_backward as overlap_module
+from bagua_syncbn_algo.graph.split_backward import Follower, Followers, apply_split, why_whole
+from bagua_syncbn_algo.ops import deferred as deferred_module
+from bagua_syncbn_algo.ops import functional as functional_module
+from bagua_syncbn_algo.ops.deferred import Deferral
 
 
 @pytest.fixture(autouse=True)

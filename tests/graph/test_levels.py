@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bagua_syncbn_algo import convert_sync_batchnorm, plan_of
-from bagua_syncbn_algo import schedule as schedule_module
+from bagua_syncbn_algo.graph import levels as schedule_module
 
 
 class Dropping(nn.Module):

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from ranks import run_processes, run_threads
 from torch import Tensor
 
-from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, record_rounds, transport
-from bagua_syncbn_algo import channel as channel_module
+from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, record_rounds
 from bagua_syncbn_algo import layer as layer_module
-from bagua_syncbn_algo.channel import BACKWARD, FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, sync_point
-from bagua_syncbn_algo.transport import TorchChannel, channel_of
+from bagua_syncbn_algo.comm import channel as channel_module
+from bagua_syncbn_algo.comm import transport
+from bagua_syncbn_algo.comm.channel import BACKWARD, FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, sync_point
+from bagua_syncbn_algo.comm.transport import TorchChannel, channel_of
 
 A, B = sync_point("model.layer2.0.bn1"), sync_point("model.layer2.0.bn2")
 
@@ -131,7 +132,7 @@ def test_an_added_latency_is_a_wires(later: int, monkeypatch: pytest.MonkeyPatch
     wait = channel.launch(A, BACKWARD, [torch.ones(4)])
     time.sleep(2e-3)
     clock = SimpleNamespace(perf_counter=time.perf_counter, sleep=slept.append)  # of this module only
-    monkeypatch.setattr("bagua_syncbn_algo.channel.time", clock)
+    monkeypatch.setattr("bagua_syncbn_algo.comm.channel.time", clock)
     assert wait()[0].tolist() == [[1.0] * 4] * 2
     assert len(slept) == 1 and (slept[0] > 1 if later else slept[0] == 0)
 
@@ -233,7 +234,7 @@ def test_a_fault_on_one_rank_reaches_all() -> None:
 @pytest.mark.multirank
 def test_a_fault_in_backward_reaches_all(mocker: Any) -> None:
     """Catches a backward that fails on one rank and leaves the others waiting."""
-    import bagua_syncbn_algo.functional as functional
+    import bagua_syncbn_algo.ops.functional as functional
 
     x = torch.randn(2, 2, 3, 4, 4)
     original = functional.gradient_sums
@@ -259,7 +260,7 @@ def test_a_fault_in_backward_reaches_all(mocker: Any) -> None:
 @pytest.mark.multirank
 def test_a_fault_after_the_exchange_reaches_all(mocker: Any) -> None:
     """Catches a rank that runs out of memory while it normalizes, and others that wait for it at the next layer."""
-    import bagua_syncbn_algo.functional as functional
+    import bagua_syncbn_algo.ops.functional as functional
 
     x = torch.randn(2, 2, 3, 4, 4)
     original = functional.normalize

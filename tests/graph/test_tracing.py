@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bagua_syncbn_algo import convert_sync_batchnorm, sync_batchnorm_layers
-from bagua_syncbn_algo.coalesce import coalesce
-from bagua_syncbn_algo.tracing import CallPattern, UntraceableError, trace
+from bagua_syncbn_algo.graph.coalesce import coalesce
+from bagua_syncbn_algo.graph.tracing import CallPattern, UntraceableError, trace
 
 
 class Pair(nn.Module):

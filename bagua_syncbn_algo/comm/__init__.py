@@ -1,0 +1,1 @@
+"""Bytes between ranks: groups, messages, channels, the record of rounds."""

@@ -1,0 +1,1 @@
+"""Which layers share a round: tracing, levels, the regrouped forward, the plan."""

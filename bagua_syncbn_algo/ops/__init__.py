@@ -1,0 +1,1 @@
+"""What one round computes: moments, autograd Functions, running statistics."""
