@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, List
 
-from .comm.channel import SyncBatchNormError
 from .comm.recorder import Round, Rounds, record_rounds
+from .comm.wire import SyncBatchNormError
 from .config import SyncBatchNormConfig
 from .convert import (
     BatchNormNd,

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .comm.channel import BACKWARD, FORWARD, SINGLE_PROCESS, Channel, Roster, sync_point
+from .comm.channel import SINGLE_PROCESS, Channel
 from .comm.recorder import Round, active
 from .comm.transport import BaguaChannel
+from .comm.wire import BACKWARD, FORWARD, Roster, sync_point
 from .config import SyncBatchNormConfig, check_normalize_over
 from .convert import convert_sync_batchnorm, tag_sync_batchnorm, unconverted_layers
 from .graph.coalesce import plan_of

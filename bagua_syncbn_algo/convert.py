@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from .comm.channel import Roster
+from .comm.wire import Roster
 from .config import SyncBatchNormConfig
 from .graph.coalesce import coalesce as coalesce_rounds
 from .graph.coalesce import plan_of, uncoalesce

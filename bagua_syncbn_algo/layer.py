@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .comm.channel import FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, sync_point
+from .comm.channel import SINGLE_PROCESS, Channel
 from .comm.transport import channel_of, source_group
+from .comm.wire import FORWARD, Roster, SyncPoint, sync_point
 from .ops.deferred import Behind
 from .ops.functional import Member, sync_batch_norm
 from .ops.moments import GlobalMoments, LocalMoments, statistics_dtype

@@ -21,8 +21,9 @@ from rich.table import Table
 from bagua_syncbn_algo import SyncPlan, convert_sync_batchnorm, plan_of
 from bagua_syncbn_algo.bench.measure import RANKS, interleave, run_ranks, write
 from bagua_syncbn_algo.bench.schemes import OriginalScheme
-from bagua_syncbn_algo.comm.channel import BACKWARD, FORWARD, HEADER_BYTES, Channel, sync_point
+from bagua_syncbn_algo.comm.channel import Channel
 from bagua_syncbn_algo.comm.transport import TorchChannel
+from bagua_syncbn_algo.comm.wire import BACKWARD, FORWARD, HEADER_BYTES, sync_point
 
 MODELS: Dict[str, Dict[str, Any]] = {
     "ResNet": {"width": 64},

@@ -15,7 +15,8 @@ from bagua_syncbn_algo.__main__ import main
 from bagua_syncbn_algo.bench import steps, timeline
 from bagua_syncbn_algo.bench.measure import Spread, run_ranks
 from bagua_syncbn_algo.bench.schemes import VARIANTS, add_latency
-from bagua_syncbn_algo.comm.channel import Channel, SyncPoint
+from bagua_syncbn_algo.comm.channel import Channel
+from bagua_syncbn_algo.comm.wire import SyncPoint
 
 
 class Convolutions(nn.Sequential):

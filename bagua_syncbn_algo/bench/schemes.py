@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..algorithm import SyncBatchNormAlgorithm
-from ..comm.channel import FORWARD, Channel, SyncPoint, sync_point
+from ..comm.channel import Channel
+from ..comm.wire import FORWARD, SyncPoint, sync_point
 from ..convert import convert_sync_batchnorm, sync_batchnorm_layers
 from ..host import bagua
 

@@ -11,95 +11,35 @@ import collections
 import contextlib
 import hashlib
 import time
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
-from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from .recorder import Round, active
+from .wire import (
+    DEFAULT_CAPACITY,
+    FAULT,
+    FORWARD,
+    FRAME_SHIFT,
+    HEADER_BYTES,
+    JOIN,
+    PHASES,
+    Header,
+    HeaderCheck,
+    Roster,
+    SyncBatchNormError,
+    SyncPoint,
+    first_difference,
+    sync_point,
+)
 
-__all__ = [
-    "BACKWARD",
-    "FORWARD",
-    "HEADER_BYTES",
-    "REHEARSAL",
-    "Channel",
-    "Roster",
-    "SINGLE_PROCESS",
-    "SyncBatchNormError",
-    "SyncPoint",
-    "sync_point",
-]
-
-FORWARD, BACKWARD, _JOIN = 0, 1, 2
-_PHASES = ("forward", "backward", "first use")
-
-# Header of every frame: sync point, phase, flags, payload length in bytes, and when it was sent in nanoseconds (0 but
-# where a network is modelled); int64 each, never converted.
-HEADER_BYTES = 40
-_COMPARED = 4  # of the words: the same on all ranks
-_FAULT = 1  # flag: the payload is the text of an error on the sending rank
-_FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longer than one
+__all__ = ["TWO_RANK_STUB", "SINGLE_PROCESS", "Channel"]
 
 _FIRST_CAPACITY = 64  # bytes of the very first message, which agrees on the length of all others: header, 3 numbers
-_DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,018 float32 channels
-_LONGEST_CAPACITY = 65536  # bytes; statistics of very wide rounds travel in several messages
 _NOTICE_SECONDS = 10.0  # how long a failing rank waits for the others to receive its error
 _AUTOPSY_SECONDS = 3.0  # how long a failing rank waits for the others to publish where they are
-
-
-class SyncBatchNormError(RuntimeError):
-    """Ranks could not exchange statistics; the message names the layer and the rank."""
-
-
-class SyncPoint(NamedTuple):
-    """A place in the model where ranks exchange statistics."""
-
-    key: int  # 63 bits derived from the name: equal on all ranks without any registration order
-    name: str
-    ordinal: int = 0  # of its model in the channel
-    layers: Tuple[str, ...] = ()  # that share the message; none for one layer, which gave its name
-
-
-@lru_cache(maxsize=4096)
-def sync_point(name: str, ordinal: int = 0, layers: Tuple[str, ...] = ()) -> SyncPoint:
-    """Returns the sync point of a layer's qualified ``name``, or a round's, in the channel's model ``ordinal``."""
-    digest = hashlib.blake2b(f"{ordinal}/{name}".encode(), digest_size=8).digest()
-    return SyncPoint(int.from_bytes(digest, "little") >> 1, name, ordinal, layers)
-
-
-@dataclass(frozen=True, eq=False)
-class Roster:
-    """The layers tagged together, that is a model's; two models of one architecture are two rosters."""
-
-    layers: Tuple[Tuple[str, int], ...] = ()  # qualified name, num_features; in the model's order
-    rounds: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()  # which layers share a message, in words; their num_features
-    itemsize: int = 4  # bytes of one statistic: 8 where any layer has float64
-
-    def capacity(self, itemsize: int) -> int:
-        """Returns the bytes of a message for the longest statistics: header, counts, means, variances."""
-        if not self.layers:
-            return _DEFAULT_CAPACITY
-        itemsize = max(itemsize, self.itemsize)
-        alone = max(8 + 2 * features * itemsize for _, features in self.layers)
-        longest = max([alone] + [8 * len(each) + 2 * sum(each) * itemsize for _, each in self.rounds])
-        # Up to a limit: every message is as long as the longest.
-        return -(-(HEADER_BYTES + max(alone, min(longest, _LONGEST_CAPACITY - HEADER_BYTES))) // 64) * 64
-
-    def text(self) -> bytes:
-        """Returns one line a layer and round, for the comparison between ranks."""
-        layers = [f"{name} with {features} features" for name, features in self.layers]
-        return "\n".join([*layers, *(words for words, _ in self.rounds)]).encode()
-
-
-class _Header(NamedTuple):
-    """What each message begins with, on the host and on the device."""
-
-    words: List[int]  # sync point, phase, flags, payload length
-    bytes: Tensor
 
 
 class Channel:
@@ -123,8 +63,8 @@ class Channel:
         self._anonymous = 0
         self._names: Dict[int, str] = {}
         self._rosters: Dict[Roster, int] = {}
-        self._headers: Dict[Tuple[Any, ...], _Header] = {}
-        self._checks: Deque[_DeferredCheck] = collections.deque()
+        self._headers: Dict[Tuple[Any, ...], Header] = {}
+        self._checks: Deque[HeaderCheck] = collections.deque()
         self._in_flight: Optional[_Flight] = None
         # Seconds from the last rank's sending before which nothing arrives: models a network, for benchmarks on one
         # machine. From the sending, because a message on a wire needs none of the cores that compute meanwhile.
@@ -208,13 +148,13 @@ class Channel:
         mine = torch.tensor([digest, len(lines), value], device=self.device)
         point = sync_point(occasion)
         self.register(point)
-        rows = self.exchange(point, _JOIN, [mine])[0].tolist()
+        rows = self.exchange(point, JOIN, [mine])[0].tolist()
         if any(row[0] != digest for row in rows):
             longest = max(row[1] for row in rows)
             padded = torch.frombuffer(bytearray(lines.ljust(longest + 1)), dtype=torch.uint8).to(self.device)
-            texts = self.exchange(point, _JOIN, [padded])[0].cpu()
+            texts = self.exchange(point, JOIN, [padded])[0].cpu()
             raise SyncBatchNormError(
-                _first_difference([bytes(t[: row[1]].tolist()).decode() for t, row in zip(texts, rows)])
+                first_difference([bytes(t[: row[1]].tolist()).decode() for t, row in zip(texts, rows)])
             )
         return [row[2] for row in rows]
 
@@ -282,7 +222,7 @@ class Channel:
         text = f"{type(error).__name__}: {error}".encode()[: self.capacity - HEADER_BYTES]
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
         with contextlib.suppress(SyncBatchNormError):  # this rank's own error is the one to raise
-            self._send(point, phase, _FAULT, [payload])
+            self._send(point, phase, FAULT, [payload])
             if wait and self._in_flight is not None:
                 self._in_flight.deliver(_NOTICE_SECONDS)
 
@@ -295,7 +235,7 @@ class Channel:
         point = sync_point("recovery")
         nothing = torch.zeros(1, dtype=torch.uint8, device=self.device)
         while self.frames < frames:
-            self._send(point, _JOIN, _FAULT, [nothing])
+            self._send(point, JOIN, FAULT, [nothing])
         with contextlib.suppress(SyncBatchNormError):
             self.flush()
         self._checks.clear()
@@ -307,7 +247,7 @@ class Channel:
             self._in_flight.land()
         try:
             while self._checks:
-                self._checks.popleft().finish(self)
+                self._checks.popleft().finish(self.rank, self._names)
         except SyncBatchNormError:
             self.failed = True
             raise
@@ -319,7 +259,7 @@ class Channel:
         if length <= room:
             return self._depart(parts, length, point, phase, flags, length).land
         frames = [
-            self._depart([chunk], chunk.numel(), point, phase, flags | index << _FRAME_SHIFT, length)
+            self._depart([chunk], chunk.numel(), point, phase, flags | index << FRAME_SHIFT, length)
             for index, chunk in enumerate(torch.cat(list(parts)).split(room))
         ]
         return lambda: torch.cat([frame.land() for frame in frames], dim=1)
@@ -333,40 +273,40 @@ class Channel:
         header = self._header(point, phase, flags, length, device)
         message = self._message(point, device)
         torch.cat([header.bytes, *parts], out=message[: HEADER_BYTES + size])
-        self.rounds += phase != _JOIN
+        self.rounds += phase != JOIN
         self.frames += 1
-        record = None if phase == _JOIN else active()
+        record = None if phase == JOIN else active()
         entry = None
         if record is not None:
-            entry = record.launch(point.layers or (point.name,), _PHASES[phase], message.numel())
+            entry = record.launch(point.layers or (point.name,), PHASES[phase], message.numel())
         if self.delay:
             message[HEADER_BYTES - 8 : HEADER_BYTES].view(torch.int64).fill_(time.perf_counter_ns())
         self._in_flight = flight = _Flight(self, header, point, phase, entry)
         flight.depart(message)
         return flight
 
-    def _header(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> _Header:
+    def _header(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> Header:
         # Kept per device: building one from Python numbers on CUDA is a copy from pageable memory, i.e. a wait.
         key = (point.key, phase, flags, length, device)
         header = self._headers.get(key)
         if header is None:
             with torch.inference_mode(False):  # it outlives the block that may be running
                 words = [point.key, phase, flags, length]
-                header = _Header(words, torch.tensor([*words, 0]).view(torch.uint8).to(device))
-            if not flags & _FAULT:
+                header = Header(words, torch.tensor([*words, 0]).view(torch.uint8).to(device))
+            if not flags & FAULT:
                 self._headers[key] = header
         return header
 
-    def _check(self, gathered: Tensor, header: _Header, point: SyncPoint, phase: int) -> None:
-        check = _DeferredCheck(gathered, header.words, point, phase)
+    def _check(self, gathered: Tensor, header: Header, point: SyncPoint, phase: int) -> None:
+        check = HeaderCheck(gathered, header.words, point, phase)
         if not gathered.is_cuda:
-            check.finish(self)
+            check.finish(self.rank, self._names)
             return
         # Reading headers on the host now would make it wait for the device at every layer, which is what makes
         # other implementations slow. A mismatch is an error in any case: it may surface a few rounds later.
         self._checks.append(check)
         while self._checks and self._checks[0].ready():
-            self._checks.popleft().finish(self)
+            self._checks.popleft().finish(self.rank, self._names)
 
     def _autopsy(self, where: str, error: BaseException) -> str:
         """Says where each rank was when a collective failed, as far as the ranks could still tell."""
@@ -398,7 +338,7 @@ class _SingleProcessChannel(Channel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.capacity = _DEFAULT_CAPACITY
+        self.capacity = DEFAULT_CAPACITY
 
     def join(self, roster: Roster, itemsize: int = 4) -> int:
         return 0
@@ -410,7 +350,7 @@ class _SingleProcessChannel(Channel):
         pass
 
 
-class _RehearsalChannel(_SingleProcessChannel):
+class _TwoRankStub(_SingleProcessChannel):
     """One rank that plays two: by the arithmetic of several, even where this rank's batch alone is too small for it."""
 
     local = False
@@ -424,13 +364,13 @@ class _RehearsalChannel(_SingleProcessChannel):
 
 
 SINGLE_PROCESS = _SingleProcessChannel()
-REHEARSAL = _RehearsalChannel()
+TWO_RANK_STUB = _TwoRankStub()
 
 
 class _Flight:
     """One frame on its way to all ranks."""
 
-    def __init__(self, channel: Channel, header: _Header, point: SyncPoint, phase: int, entry: Optional[Round]) -> None:
+    def __init__(self, channel: Channel, header: Header, point: SyncPoint, phase: int, entry: Optional[Round]) -> None:
         self._channel, self._header, self._point, self._phase, self._entry = channel, header, point, phase, entry
         self._gathered: Optional[Tensor] = None
         self._work: Any = None
@@ -468,7 +408,7 @@ class _Flight:
             try:
                 self._wait()
                 assert self._gathered is not None
-                if not self._header.words[2] & _FAULT:  # a failing rank has an error of its own to raise
+                if not self._header.words[2] & FAULT:  # a failing rank has an error of its own to raise
                     channel._check(self._gathered, self._header, self._point, self._phase)
                     channel.failed = False
             except SyncBatchNormError as error:
@@ -494,7 +434,7 @@ class _Flight:
                 raise self._error
             self._work.wait()
         except RuntimeError as error:
-            where = f"{self._point.name} ({_PHASES[self._phase]})"
+            where = f"{self._point.name} ({PHASES[self._phase]})"
             raise SyncBatchNormError(self._channel._autopsy(where, error)) from error
         finish = time.perf_counter() if self._arrival is None else self._arrival
         if self._channel.delay:
@@ -504,67 +444,3 @@ class _Flight:
             time.sleep(max(0.0, finish - time.perf_counter()))
         if self._entry is not None:
             self._entry.wait, self._entry.finish = start, finish
-
-
-class _DeferredCheck:
-    """Compares all ranks' headers with this rank's, at once on the CPU, once they have arrived on CUDA."""
-
-    def __init__(self, gathered: Tensor, mine: List[int], point: SyncPoint, phase: int) -> None:
-        self._mine, self._point, self._phase, self._event = mine, point, phase, None
-        if gathered.is_cuda:
-            stream = torch.cuda.current_stream(
-                gathered.device
-            )  # of the layers' device, which may not be the current one
-            gathered = gathered.to("cpu", non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(stream)
-        self._gathered = gathered
-
-    def ready(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def finish(self, channel: Channel) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-        mine = self._mine
-        rows: List[List[int]] = self._gathered[:, : 8 * _COMPARED].view(torch.int64).tolist()
-        if all(row == mine for row in rows):
-            return
-        name, phase = self._point.name, _PHASES[self._phase]
-        for rank, (_, _, flags, length) in enumerate(rows):
-            if flags & _FAULT and rank != channel.rank:
-                text = bytes(self._gathered[rank, HEADER_BYTES : HEADER_BYTES + length].tolist())
-                raise SyncBatchNormError(
-                    f"expected rank {rank} to send statistics at {name} ({phase}) "
-                    f"(got its error: {text.decode(errors='replace')}); mend that rank, the others only waited for it"
-                )
-        if any(row[:2] != mine[:2] for row in rows):
-            places = ", ".join(
-                f"rank {rank} at {channel._names.get(key, 'a layer unknown here')} ({_PHASES[phase_]})"
-                for rank, (key, phase_, _, _) in enumerate(rows)
-            )
-            raise SyncBatchNormError(
-                f"expected every rank to be at the same layer (got {places}); make all ranks run the same "
-                "synchronized layers in the same order, and skip a layer on every rank or on none"
-            )
-        lengths = ", ".join(f"{row[3]} bytes on rank {rank}" for rank, row in enumerate(rows))
-        raise SyncBatchNormError(
-            f"expected statistics of one length at {name} ({phase}) (got {lengths}); "
-            "give every rank the same num_features and input dtype"
-        )
-
-
-def _first_difference(texts: List[str]) -> str:
-    reference = texts[0].splitlines()
-    for rank, text in enumerate(texts):
-        lines = text.splitlines()
-        for index in range(max(len(reference), len(lines))):
-            ours = reference[index] if index < len(reference) else "nothing"
-            theirs = lines[index] if index < len(lines) else "nothing"
-            if ours != theirs:
-                return (
-                    f"expected the same synchronized layers and rounds on every rank (got {len(reference)} on rank "
-                    f"0, {len(lines)} on rank {rank}; the first difference is number {index}: {ours} on rank 0, "
-                    f"{theirs} on rank {rank}); build and convert the same model on every rank, with the same options"
-                )
-    raise AssertionError("digests differ but texts do not")

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import SyncBatchNormConfig
-from .channel import SINGLE_PROCESS, Channel, SyncPoint
+from .channel import SINGLE_PROCESS, Channel
 from .groups import default_group, is_nccl, member_group, timeout_of
+from .wire import SyncPoint
 
 __all__ = ["BaguaChannel", "TorchChannel", "channel_of", "source_group"]
 

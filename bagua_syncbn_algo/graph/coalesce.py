@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..comm.channel import REHEARSAL
 from ..layer import SyncBatchNorm, normalize_together, uncompiled
 from ..ops.recompute import RecomputeCache, inside_backward
 from .levels import Following, Level, followers_of, levels_of, regroup
+from .module_state import UntraceableError, has_own_forward, hooks_of
 from .plan import PlannedRound, SyncPlan
 from .split_backward import Follower, Followers
-from .tracing import CallPattern, UntraceableError, has_own_forward, hooks_of, random_states_kept, trace, twin_of
+from .tracing import CallPattern, trace
+from .verify import FAILED, PASSED, check_equivalence
 
 __all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]
 
@@ -32,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 _LEFT = "_syncbn_left"  # where the model remembers what was left as written, and what runs whole
 _MOST_VARIANTS = 32  # graphs of one module, by modes and calls; beyond it runs as written
-_MOST_REHEARSALS = 3  # of a graph, on batches with which no rank can run the forward as written
-_PASSED, _FAILED, _UNDECIDED = 0, 1, 2
+_MOST_TRIALS = 3  # of a graph, on batches with which no rank can run the forward as written
 
 
 class CoalescedForward:
@@ -180,7 +180,7 @@ class _Variant:
         self.snapshot, self.pattern = snapshot, pattern
         self.run: Optional[Callable[..., Any]] = None  # of the module and the call's tensors; None: as written
         self.verified = False
-        self.rehearsals = 0
+        self.trials = 0
         self.rounds: List[PlannedRound] = []
         self.opaque: Dict[str, str] = {}
         self.alone: Dict[str, str] = {}
@@ -300,19 +300,20 @@ def _has_global_hooks() -> bool:
 
 def _agree(forward: CoalescedForward, variant: _Variant, layer: SyncBatchNorm, tensors: Sequence[Tensor]) -> bool:
     """Compares the regrouped forward with the original on this batch; goes on only if it passed on all ranks."""
-    verdict, difference = rehearse(forward, variant, tensors)
+    assert variant.run is not None
+    verdict, difference = check_equivalence(forward.module, variant.run, variant.pattern, tensors, forward.name)
     channel = layer._bound_channel()
     text = "\n".join(words for words, _ in SyncPlan(forward.model, tuple(variant.rounds)).agreement())
     verdicts = channel.agree(f"the check of {forward.name}'s first training batch", text, verdict)
-    if _FAILED in verdicts:
-        rank = verdicts.index(_FAILED)
+    if FAILED in verdicts:
+        rank = verdicts.index(FAILED)
         what = difference or f"rank {rank} says what"
         _leave(forward, variant, f"its regrouped forward differs ({what})")
         return False
-    variant.rehearsals += 1
-    variant.verified = _PASSED in verdicts
-    if not variant.verified and variant.rehearsals == _MOST_REHEARSALS:
-        _leave(forward, variant, f"no rank could run a copy of it by itself in {_MOST_REHEARSALS} batches")
+    variant.trials += 1
+    variant.verified = PASSED in verdicts
+    if not variant.verified and variant.trials == _MOST_TRIALS:
+        _leave(forward, variant, f"no rank could run a copy of it by itself in {_MOST_TRIALS} batches")
     return variant.verified
 
 
@@ -323,110 +324,6 @@ def _leave(forward: CoalescedForward, variant: _Variant, reason: str) -> None:
         "layer by layer: exact, but with more rounds",
         stacklevel=2,
     )
-
-
-def rehearse(forward: CoalescedForward, variant: _Variant, tensors: Sequence[Tensor]) -> Tuple[int, str]:
-    """Runs both forwards on twins of the module, by this rank's batch alone, and compares what comes out.
-
-    Returns:
-        A verdict, and what differs: an output, a buffer or the gradient of a parameter or input. Undecided where this
-        rank's batch alone cannot be normalized.
-
-    Collectives:
-        None.
-    """
-    module = forward.module
-    assert variant.run is not None
-    try:
-        with random_states_kept():
-            expected = _Performance(module, tensors, lambda twin, inputs: _as_written(twin, variant, inputs))
-    except Exception as error:
-        logger.info("%s cannot be checked on this batch (%s: %s)", forward.name, type(error).__name__, error)
-        return _UNDECIDED, ""
-    run = variant.run
-    try:
-        with random_states_kept():
-            found = _Performance(module, tensors, lambda twin, inputs: run(twin, *inputs))
-        difference = expected.difference(found)
-    except Exception as error:
-        difference = f"it fails with {type(error).__name__}: {error}"
-    finally:
-        if torch.is_autocast_enabled():
-            torch.clear_autocast_cache()  # it holds the twins' weights
-    return (_FAILED, difference) if difference else (_PASSED, "")
-
-
-def _as_written(twin: nn.Module, variant: _Variant, inputs: Sequence[Any]) -> Any:
-    args, kwargs = variant.pattern.fill(inputs)
-    return type(twin).forward(twin, *args, **kwargs)
-
-
-class _Performance:
-    """Outputs, buffers and gradients of one forward and backward of a twin."""
-
-    def __init__(
-        self, module: nn.Module, tensors: Sequence[Tensor], run: Callable[[nn.Module, Sequence[Tensor]], Any]
-    ) -> None:
-        twin = twin_of(module)
-        for layer in twin.modules():
-            if isinstance(layer, SyncBatchNorm):
-                layer._bound_channel = lambda *unused: REHEARSAL  # type: ignore[method-assign]
-        inputs = [
-            value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-            for value in tensors
-        ]
-        # Whoever saves tensors in another way, as checkpointing around this module does, has no part in this.
-        kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-        with kept:
-            given = [i.view_as(i) if isinstance(i, Tensor) else i for i in inputs]
-            outputs, self._structure = pytree.tree_flatten(run(twin, given))
-            parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad}
-            sources = [*parameters.values(), *(i for i in inputs if isinstance(i, Tensor) and i.requires_grad)]
-            targets = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
-            gradients: Sequence[Optional[Tensor]] = []
-            if targets and sources:
-                weights = [torch.linspace(0.5, 1.5, t.numel(), device=t.device).view_as(t).to(t.dtype) for t in targets]
-                gradients = torch.autograd.grad(targets, sources, weights, allow_unused=True)
-        self._others = [(i, leaf.requires_grad if isinstance(leaf, Tensor) else leaf) for i, leaf in enumerate(outputs)]
-        names = [*(f"parameter {name}" for name in parameters), *(f"input {i}" for i in range(len(inputs)))]
-        self._tensors = {f"output {i}": leaf.detach() for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor)}
-        self._tensors.update({f"buffer {name}": value for name, value in twin.named_buffers()})
-        self._gradients = {f"the gradient of {name}": value for name, value in zip(names, gradients)}
-
-    def difference(self, other: _Performance) -> str:
-        """Returns what differs first, or ``""``."""
-        if self._structure != other._structure or self._others != other._others:
-            return "other outputs"
-        for ours, theirs in ((self._tensors, other._tensors), (self._gradients, other._gradients)):
-            if ours.keys() != theirs.keys():
-                return "other outputs"
-            largest = max((_size(value) for value in ours.values()), default=0.0)
-            for name, value in ours.items():
-                reason = _apart(value, theirs[name], largest)
-                if reason:
-                    return f"{name}: {reason}"
-        return ""
-
-
-def _size(value: Optional[Tensor]) -> float:
-    if value is None or value.numel() == 0 or not value.is_floating_point():
-        return 0.0
-    return float(value.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
-
-
-def _apart(first: Optional[Tensor], second: Optional[Tensor], largest: float) -> str:
-    if first is None or second is None:
-        return "" if first is second else "there in one of the two only"
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return f"{tuple(first.shape)} {first.dtype} and {tuple(second.shape)} {second.dtype}"
-    if not first.is_floating_point():
-        return "" if torch.equal(first, second) else "other values"
-    # The same kernels on the same numbers: what may differ is the order in which gradients are added up.
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(first.dtype, 5e-2)
-    distance, scale = _size(first.double().nan_to_num() - second.double().nan_to_num()), _size(first)
-    # A gradient that is zero but for rounding (a bias before the normalization) is compared with the others.
-    noise = 32 * torch.finfo(first.dtype).eps * largest
-    return "" if distance <= tolerance * scale + noise else f"off by {distance:.3g} at values up to {scale:.3g}"
 
 
 # -- a model -----------------------------------------------------------------------------------------------------------
@@ -523,11 +420,11 @@ def _regions(
         elif "" in variant.opaque:
             reason = variant.opaque[""]
         elif variant.run is not None and example is not None:
-            verdict, difference = rehearse(forward, variant, tensors)
-            if verdict == _FAILED:
+            verdict, difference = check_equivalence(forward.module, variant.run, variant.pattern, tensors, forward.name)
+            if verdict == FAILED:
                 _leave(forward, variant, f"its regrouped forward differs ({difference})")
                 reason = variant.opaque[""]
-            variant.verified = verdict == _PASSED
+            variant.verified = verdict == PASSED
         if variant is not None and not reason:
             forward.rounds = tuple(variant.rounds)
             found.whole.extend((f"{name}.{layer}", why) for layer, why in variant.whole.items())

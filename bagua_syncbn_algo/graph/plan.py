@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, Optional, Tuple
 
-from ..comm.channel import HEADER_BYTES
+from ..comm.wire import HEADER_BYTES
 
 __all__ = ["PlannedRound", "Prediction", "SyncPlan"]
 

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from ..ops.deferred import Behind, Deferral, refuse_second_derivative
 from ..ops.moments import cast
-from .tracing import has_own_forward, hooks_of
+from .module_state import has_own_forward, hooks_of
 
 __all__ = ["Follower", "Followers", "apply_split", "is_weighted", "why_whole"]
 

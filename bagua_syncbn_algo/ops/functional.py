@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..comm.channel import BACKWARD, FORWARD, Channel, SyncPoint
+from ..comm.channel import Channel
 from ..comm.groups import yield_core
+from ..comm.wire import BACKWARD, FORWARD, SyncPoint
 from .deferred import Behind, Deferral, refuse_second_derivative
 from .moments import (
     GlobalMoments,

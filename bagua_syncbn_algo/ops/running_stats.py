@@ -12,7 +12,8 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..comm.channel import Channel, SyncPoint
+from ..comm.channel import Channel
+from ..comm.wire import SyncPoint
 from .functional import launch_moments
 from .moments import LocalMoments, merge_moments
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, record_rounds
 from bagua_syncbn_algo import layer as layer_module
-from bagua_syncbn_algo.comm import channel as channel_module
-from bagua_syncbn_algo.comm import transport
-from bagua_syncbn_algo.comm.channel import BACKWARD, FORWARD, SINGLE_PROCESS, Channel, Roster, SyncPoint, sync_point
+from bagua_syncbn_algo.comm import transport, wire
+from bagua_syncbn_algo.comm.channel import SINGLE_PROCESS, Channel
 from bagua_syncbn_algo.comm.transport import TorchChannel, channel_of
+from bagua_syncbn_algo.comm.wire import BACKWARD, FORWARD, Roster, SyncPoint, sync_point
 
 A, B = sync_point("model.layer2.0.bn1"), sync_point("model.layer2.0.bn2")
 
@@ -466,7 +466,7 @@ def test_header_checks_wait_for_the_device_of_the_statistics(mocker: Any) -> Non
     mocker.patch.object(torch.cuda, "current_stream", lambda device: {torch.device("cuda", 1): stream}[device])
     mocker.patch.object(torch.cuda, "Event", lambda: event)
     gathered = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), to=lambda *args, **kwargs: None)
-    channel_module._DeferredCheck(gathered, [], A, FORWARD)  # type: ignore[arg-type]
+    wire.HeaderCheck(gathered, [], A, FORWARD)  # type: ignore[arg-type]
     event.record.assert_called_once_with(stream)
 
 
@@ -478,7 +478,7 @@ def test_a_failing_rank_leaves_no_check_behind() -> None:
         """Checks headers later, as on CUDA."""
 
         def _check(self, gathered: Tensor, header: Any, point: SyncPoint, phase: int) -> None:
-            self._checks.append(channel_module._DeferredCheck(gathered.clone(), header.words, point, phase))
+            self._checks.append(wire.HeaderCheck(gathered.clone(), header.words, point, phase))
 
     def body(rank: int, group: Any) -> Any:
         channel = Deferring(group)

@@ -26,6 +26,7 @@ from bagua_syncbn_algo import (
     sync_batchnorm_layers,
 )
 from bagua_syncbn_algo.graph import coalesce as coalesce_module
+from bagua_syncbn_algo.graph.verify import UNDECIDED
 
 # Built here: ranks are threads, and one that draws random numbers while another traces would be taken for the model.
 ONE_BLOCK, TWO_BLOCKS = models.Inception(4, blocks=1), models.Inception(4, blocks=2)
@@ -631,11 +632,11 @@ def test_one_image_a_rank_pooled_to_one_value() -> None:
 def test_what_cannot_be_checked_stays_as_written(monkeypatch: Any) -> None:
     """Catches a forward that nobody has compared, and a comparison that is tried for ever."""
     x = torch.randn(4, 3)
-    monkeypatch.setattr(coalesce_module, "rehearse", lambda *unused: (coalesce_module._UNDECIDED, ""))
+    monkeypatch.setattr(coalesce_module, "check_equivalence", lambda *unused: (UNDECIDED, ""))
 
     def body(rank: int, group: Any) -> Any:
         model = convert_sync_batchnorm(Flagged(), group)
-        return [trained(model, x) for _ in range(3)], model.__dict__["forward"]._variants[0].rehearsals
+        return [trained(model, x) for _ in range(3)], model.__dict__["forward"]._variants[0].trials
 
     with pytest.warns(UserWarning, match="no rank could run a copy of it by itself in 3 batches"):
         assert run_threads(2, body) == [([2, 2, 2], 3)] * 2

@@ -23,7 +23,8 @@ from bagua_syncbn_algo import (
     record_rounds,
     sync_batchnorm_layers,
 )
-from bagua_syncbn_algo.comm.channel import BACKWARD, REHEARSAL, sync_point
+from bagua_syncbn_algo.comm.channel import TWO_RANK_STUB
+from bagua_syncbn_algo.comm.wire import BACKWARD, sync_point
 from bagua_syncbn_algo.graph import split_backward as overlap_module
 from bagua_syncbn_algo.graph.split_backward import Follower, Followers, apply_split, why_whole
 from bagua_syncbn_algo.ops import deferred as deferred_module
@@ -37,7 +38,7 @@ def _split_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap_module, "WORTHWHILE", 0.0)
 
 
-class Alone(type(REHEARSAL)):  # type: ignore[misc]
+class Alone(type(TWO_RANK_STUB)):  # type: ignore[misc]
     """A channel of one rank that plays two, and notes what happens."""
 
     trial = False

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bagua_syncbn_algo import convert_sync_batchnorm, sync_batchnorm_layers
 from bagua_syncbn_algo.graph.coalesce import coalesce
-from bagua_syncbn_algo.graph.tracing import CallPattern, UntraceableError, trace
+from bagua_syncbn_algo.graph.module_state import UntraceableError
+from bagua_syncbn_algo.graph.tracing import CallPattern, trace
 
 
 class Pair(nn.Module):

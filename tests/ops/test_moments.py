@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bagua_syncbn_algo.comm.channel import SINGLE_PROCESS, sync_point
+from bagua_syncbn_algo.comm.channel import SINGLE_PROCESS
+from bagua_syncbn_algo.comm.wire import sync_point
 from bagua_syncbn_algo.ops import moments
 from bagua_syncbn_algo.ops.functional import Member, sync_batch_norm
 

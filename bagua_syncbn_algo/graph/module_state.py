@@ -1,0 +1,177 @@
+"""The state of a module that a trace depends on or must leave alone: hooks, attributes, random numbers; copies."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+import types
+from collections import OrderedDict, deque
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "DRAWS",
+    "SIMPLE",
+    "ModuleState",
+    "StateWatch",
+    "UntraceableError",
+    "clean_copy",
+    "has_own_forward",
+    "hooks_of",
+    "random_states_kept",
+]
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MOST = 10000  # items of one container that are looked at
+DRAWS = "draws random numbers while it decides what to do"
+SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_HOOK_ATTRIBUTES = frozenset(name for name in nn.Module().__dict__ if "_hooks" in name)
+
+
+class UntraceableError(Exception):
+    """Tracing would not be faithful; the text says why."""
+
+
+def hooks_of(module: nn.Module) -> Tuple[bool, ...]:
+    """Returns which kinds of hooks a module has: before forward, after it, backward, before backward."""
+    return tuple(bool(module.__dict__.get(kind)) for kind in _HOOKS)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody has given the instance a forward that its class does not have."""
+    own = module.__dict__.get("forward")
+    return own is not None and not getattr(own, "regroups", False)
+
+
+def clean_copy(module: nn.Module) -> nn.Module:
+    """Returns a copy to try things on: without hooks, and without what other libraries have hung on the module.
+
+    Raises:
+        UntraceableError: if the module cannot be copied.
+    """
+    memo: Dict[int, Any] = {}
+    for part in module.modules():
+        for name, value in part.__dict__.items():
+            if name in _HOOK_ATTRIBUTES and isinstance(value, dict):
+                memo[id(value)] = OrderedDict()
+            elif name in ("forward", "bagua_ddp") and value is not None:
+                memo[id(value)] = None
+    try:
+        twin: nn.Module = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise UntraceableError(f"cannot be copied ({type(error).__name__}: {error})") from error
+    for part in twin.modules():
+        if part.__dict__.get("forward", 0) is None:
+            del part.__dict__["forward"]
+    return twin
+
+
+class ModuleState:
+    """The attributes of a module as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._attributes = dict(module.__dict__)
+        self._inside = {name: _frozen(value) for name, value in module.__dict__.items()}
+        self._copies = {
+            name: copy.copy(value) for name, value in module.__dict__.items() if isinstance(value, (list, dict, set))
+        }
+        self._versions = {name: value._version for name, value in self._tensors()}
+
+    def _tensors(self) -> List[Tuple[str, Tensor]]:
+        own = self._module.__dict__
+        groups = (own, own["_buffers"], own["_parameters"])
+        return [(name, value) for group in groups for name, value in group.items() if isinstance(value, Tensor)]
+
+    def difference(self) -> Optional[str]:
+        now = self._module.__dict__
+        for name in {**self._attributes, **now}:
+            if now.get(name, self) is not self._attributes.get(name, self):
+                return f"changes its attribute {name}"
+            if self._inside[name] != _frozen(now[name]):
+                return f"changes what is in its attribute {name}"
+        for name, value in self._tensors():
+            if self._versions.get(name) != value._version:
+                return f"changes its tensor {name}"
+        return None
+
+    def restore(self) -> None:
+        now = self._module.__dict__
+        now.clear()
+        now.update(self._attributes)
+        for name, contents in self._copies.items():
+            if self._inside[name] != _frozen(now[name]):
+                now[name] = contents
+
+
+class StateWatch:
+    """What one forward must leave as it was: the module's attributes and the random numbers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._snapshot, self._random = ModuleState(module), _random_states()
+
+    def difference(self) -> Optional[str]:
+        if not _equal(self._random, _random_states()):
+            return DRAWS
+        return self._snapshot.difference()
+
+    def restore(self) -> None:
+        self._snapshot.restore()
+        _set_random_states(self._random)
+
+
+def _frozen(value: Any, depth: int = 4) -> Any:
+    """Returns what can be compared later: containers and plain objects by what they hold, the rest by identity."""
+    if isinstance(value, (*SIMPLE, bytes, complex)):
+        return repr(value)
+    opaque = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
+    if depth == 0 or isinstance(value, opaque):
+        return id(value)
+    if isinstance(value, dict):
+        return id(value), [(_frozen(key, 1), _frozen(item, depth - 1)) for key, item in list(value.items())[:_MOST]]
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return id(value), len(value), [_frozen(item, depth - 1) for item in list(value)[:_MOST]]
+    return id(value), _frozen(getattr(value, "__dict__", None), depth - 1)
+
+
+def _random_states() -> List[Any]:
+    states: List[Any] = [torch.get_rng_state(), random.getstate()]
+    numpy = sys.modules.get("numpy")
+    states.append(None if numpy is None else numpy.random.get_state(legacy=False))
+    states += torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return states
+
+
+def _set_random_states(states: List[Any]) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    if states[2] is not None:
+        sys.modules["numpy"].random.set_state(states[2])
+    if states[3:]:
+        torch.cuda.set_rng_state_all(states[3:])
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return all(_equal(a, b) for a, b in zip(first, second))
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if hasattr(first, "tobytes"):  # numpy's own key
+        return bool((first == second).all())
+    return bool(first == second)
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Lets a block draw random numbers that nobody will miss: the generators are set back at its end."""
+    states = _random_states()
+    try:
+        yield
+    finally:
+        _set_random_states(states)

@@ -1,0 +1,135 @@
+"""The check of a regrouped forward against the module's own, on copies, by one rank's batch."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..comm.channel import TWO_RANK_STUB
+from ..layer import SyncBatchNorm
+from .module_state import clean_copy, random_states_kept
+from .tracing import CallPattern
+
+__all__ = ["FAILED", "PASSED", "UNDECIDED", "check_equivalence"]
+
+logger = logging.getLogger(__name__)
+
+PASSED, FAILED, UNDECIDED = 0, 1, 2
+
+
+def check_equivalence(
+    module: nn.Module,
+    run: Callable[..., Any],
+    pattern: CallPattern,
+    values: Sequence[Any],
+    name: str,
+) -> Tuple[int, str]:
+    """Runs both forwards on copies of the module, by this rank's batch alone, and compares what they give.
+
+    Args:
+        module: whose own forward is the one to equal.
+        run: the regrouped forward, a function of a module and the call's values.
+        pattern: how the module is called.
+        values: of this call.
+        name: of the module, for the log.
+
+    Returns:
+        A verdict, and what differs: an output, a buffer or the gradient of a parameter or input. Undecided where this
+        rank's batch alone cannot be normalized.
+
+    Collectives:
+        None.
+    """
+    try:
+        with random_states_kept():
+            expected = _TrialRun(module, values, lambda copy, inputs: _as_written(copy, pattern, inputs))
+    except Exception as error:
+        logger.info("%s cannot be checked on this batch (%s: %s)", name, type(error).__name__, error)
+        return UNDECIDED, ""
+    try:
+        with random_states_kept():
+            found = _TrialRun(module, values, lambda copy, inputs: run(copy, *inputs))
+        difference = expected.difference(found)
+    except Exception as error:
+        difference = f"it fails with {type(error).__name__}: {error}"
+    finally:
+        if torch.is_autocast_enabled():
+            torch.clear_autocast_cache()  # it holds the copies' weights
+    return (FAILED, difference) if difference else (PASSED, "")
+
+
+def _as_written(replica: nn.Module, pattern: CallPattern, inputs: Sequence[Any]) -> Any:
+    args, kwargs = pattern.fill(inputs)
+    return type(replica).forward(replica, *args, **kwargs)
+
+
+class _TrialRun:
+    """Outputs, buffers and gradients of one forward and backward of a copy."""
+
+    def __init__(
+        self, module: nn.Module, tensors: Sequence[Tensor], run: Callable[[nn.Module, Sequence[Tensor]], Any]
+    ) -> None:
+        replica = clean_copy(module)
+        for layer in replica.modules():
+            if isinstance(layer, SyncBatchNorm):
+                layer._bound_channel = lambda *unused: TWO_RANK_STUB  # type: ignore[method-assign]
+        inputs = [
+            value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+            for value in tensors
+        ]
+        # Whoever saves tensors in another way, as checkpointing around this module does, has no part in this.
+        kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        with kept:
+            given = [i.view_as(i) if isinstance(i, Tensor) else i for i in inputs]
+            outputs, self._structure = pytree.tree_flatten(run(replica, given))
+            parameters = {name: p for name, p in replica.named_parameters() if p.requires_grad}
+            sources = [*parameters.values(), *(i for i in inputs if isinstance(i, Tensor) and i.requires_grad)]
+            targets = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
+            gradients: Sequence[Optional[Tensor]] = []
+            if targets and sources:
+                weights = [torch.linspace(0.5, 1.5, t.numel(), device=t.device).view_as(t).to(t.dtype) for t in targets]
+                gradients = torch.autograd.grad(targets, sources, weights, allow_unused=True)
+        self._others = [(i, leaf.requires_grad if isinstance(leaf, Tensor) else leaf) for i, leaf in enumerate(outputs)]
+        names = [*(f"parameter {name}" for name in parameters), *(f"input {i}" for i in range(len(inputs)))]
+        self._tensors = {f"output {i}": leaf.detach() for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor)}
+        self._tensors.update({f"buffer {name}": value for name, value in replica.named_buffers()})
+        self._gradients = {f"the gradient of {name}": value for name, value in zip(names, gradients)}
+
+    def difference(self, other: _TrialRun) -> str:
+        """Returns what differs first, or ``""``."""
+        if self._structure != other._structure or self._others != other._others:
+            return "other outputs"
+        for ours, theirs in ((self._tensors, other._tensors), (self._gradients, other._gradients)):
+            if ours.keys() != theirs.keys():
+                return "other outputs"
+            largest = max((_size(value) for value in ours.values()), default=0.0)
+            for name, value in ours.items():
+                reason = _apart(value, theirs[name], largest)
+                if reason:
+                    return f"{name}: {reason}"
+        return ""
+
+
+def _size(value: Optional[Tensor]) -> float:
+    if value is None or value.numel() == 0 or not value.is_floating_point():
+        return 0.0
+    return float(value.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+
+
+def _apart(first: Optional[Tensor], second: Optional[Tensor], largest: float) -> str:
+    if first is None or second is None:
+        return "" if first is second else "there in one of the two only"
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return f"{tuple(first.shape)} {first.dtype} and {tuple(second.shape)} {second.dtype}"
+    if not first.is_floating_point():
+        return "" if torch.equal(first, second) else "other values"
+    # The same kernels on the same numbers: what may differ is the order in which gradients are added up.
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(first.dtype, 5e-2)
+    distance, scale = _size(first.double().nan_to_num() - second.double().nan_to_num()), _size(first)
+    # A gradient that is zero but for rounding (a bias before the normalization) is compared with the others.
+    noise = 32 * torch.finfo(first.dtype).eps * largest
+    return "" if distance <= tolerance * scale + noise else f"off by {distance:.3g} at values up to {scale:.3g}"
