@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bagua_syncbn_algo import convert_sync_batchnorm, plan_of
-from bagua_syncbn_algo.graph import levels as schedule_module
+from bagua_syncbn_algo.graph import ordering as ordering_module
 
 
 class Dropping(nn.Module):
@@ -99,7 +99,7 @@ def test_what_is_read_before_a_change_stays_before_it() -> None:
 @pytest.mark.parametrize("remedy", ["_written", "_is_effect"])
 def test_these_tests_fail_without_the_remedies(remedy: str, monkeypatch: Any) -> None:
     """Catches cases that any order would pass."""
-    monkeypatch.setattr(schedule_module, remedy, lambda node, module: None)
+    monkeypatch.setattr(ordering_module, remedy, lambda node, module: None)
     cases = (
         [Dropping()] if remedy == "_is_effect" else [*map(Aliased, ("operator", "method", "function", "out")), Later()]
     )
