@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz lint bench conformance contract clean
+.PHONY: demo test fuzz lint docs bench conformance contract clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.made:
@@ -35,6 +35,13 @@ SEED ?= 0
 
 fuzz: $(VENV)/.test ## random models and training loops against one process; 15 minutes at most
 	$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
+
+$(VENV)/.docs: $(VENV)/.made setup.cfg
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs ## the documentation as HTML; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 lint: $(VENV)/.test ## formatting, lint rules, types
 	$(BIN)/ruff format --check .
@@ -101,4 +108,4 @@ else
 endif
 
 clean:
-	rm -rf $(VENV) $(CONFORMANCE) build dist *.egg-info
+	rm -rf $(VENV) $(CONFORMANCE) build dist docs/_build *.egg-info

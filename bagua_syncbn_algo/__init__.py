@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, List
 
-from .comm.recorder import Round, Rounds, record_rounds
+from .comm.recorder import RoundRecord, RoundRecords, record_rounds
 from .comm.wire import SyncBatchNormError
 from .config import SyncBatchNormConfig
 from .convert import (
@@ -32,8 +32,8 @@ __all__ = [
     "BatchNormNd",
     "PlannedRound",
     "Prediction",
-    "Round",
-    "Rounds",
+    "RoundRecord",
+    "RoundRecords",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "SyncBatchNormAlgorithm",

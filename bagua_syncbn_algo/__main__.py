@@ -52,17 +52,17 @@ def _plan(options: argparse.Namespace) -> None:
     for line in table(found):
         print(line)
     print(
-        f"modelled communication a step on {options.ranks} ranks: original's scheme "
-        f"{1000 * prediction.original:.2f} ms, a round a layer {1000 * prediction.per_layer:.2f} ms, "
+        f"modelled communication a step on {options.ranks} ranks: upstream Bagua's SyncBatchNorm "
+        f"{1000 * prediction.upstream:.2f} ms, a round a layer {1000 * prediction.per_layer:.2f} ms, "
         f"this plan {1000 * prediction.planned:.2f} ms"
     )
-    print(f"backward rounds that hide behind weight gradients: {found.rounds_hidden}")
+    print(f"backward rounds that overlap with weight gradients: {found.rounds_overlapped}")
     print(found.summary())
 
 
 def table(plan: SyncPlan) -> List[str]:
-    """Returns the plan as lines of text: a round each, then what was left as written."""
-    rows = [("round", "region", "level", "layers", "bytes", "members", "hidden behind")]
+    """Returns the plan as lines of text: a round each, then what is not coalesced or not overlapped with."""
+    rows = [("round", "region", "level", "layers", "bytes", "members", "overlapped with")]
     prefix = f"{plan.model}."
 
     def names(layers: Sequence[str]) -> str:
@@ -71,15 +71,15 @@ def table(plan: SyncPlan) -> List[str]:
 
     for number, planned in enumerate(plan.rounds, start=1):
         cells = (number, planned.region or plan.model, planned.level or "-", len(planned.layers), planned.payload())
-        rows.append((*map(str, cells), names(planned.layers), names(planned.hidden_behind)))  # type: ignore[arg-type]
+        rows.append((*map(str, cells), names(planned.layers), names(planned.overlapped_with)))  # type: ignore[arg-type]
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = [
         "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths[:5])), row[5].ljust(widths[5]), row[6]])
         for row in rows
     ]
-    left = [f"left as written: {name} {reason}" for name, reason in plan.left]
-    whole = [f"nothing hides behind: {name} {reason}" for name, reason in plan.whole]
-    return [*map(str.rstrip, lines), *left, *whole]
+    skipped = [f"not coalesced: {name} {reason}" for name, reason in plan.skipped]
+    unsplit = [f"not overlapped with: {name} {reason}" for name, reason in plan.unsplit]
+    return [*map(str.rstrip, lines), *skipped, *unsplit]
 
 
 # -- bench and timeline ------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def _add_timeline(commands: Any) -> None:
     _add_ranks(timeline)
     timeline.add_argument("-o", "--output", type=Path, default=Path("step.png"), help="the picture (default: step.png)")
     timeline.add_argument("--trace", type=Path, help="the Chrome trace (default: as the picture, .json)")
-    timeline.add_argument("--variant", default="hidden", help="how statistics are exchanged (default: hidden)")
+    timeline.add_argument("--variant", default="overlapped", help="how statistics are exchanged (default: overlapped)")
     timeline.set_defaults(run=_timeline)
 
 

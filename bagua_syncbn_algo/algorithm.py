@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .comm.channel import SINGLE_PROCESS, Channel
-from .comm.recorder import Round, active
+from .comm.recorder import RoundRecord, active
 from .comm.transport import BaguaChannel
 from .comm.wire import BACKWARD, FORWARD, Roster, sync_point
 from .config import SyncBatchNormConfig, check_normalize_over
@@ -121,7 +121,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         # The world's channel and that of this rank's group, each with its ranks; as many on every rank.
         self._channels: List[Tuple[Channel, Sequence[int]]] = []
         self._bound: Dict[int, Any] = {}
-        self._round: Optional[Round] = None
+        self._round: Optional[RoundRecord] = None
         self._ranks = list(process_group.ranks)
         self._world_group: Any = None
         self._group: Any = None
@@ -182,7 +182,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         inner = self.inner.init_backward_hook(bagua_ddp)
 
         def hook(parameter_name: str, parameter: nn.Parameter) -> None:
-            self._launch_running()  # at the first gradient: the rest of backward hides it
+            self._launch_running()  # at the first gradient: the all-reduce overlaps with the rest of backward
             inner(parameter_name, parameter)
 
         return hook
@@ -293,7 +293,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         payload.ensure_bagua_tensor("syncbn.running_statistics", name)
         bucket = BaguaBucket([payload], "syncbn.running_statistics", flatten=False)
         bucket.append_centralized_synchronous_op(average=False, group=self._running_group)
-        bucket.append_python_op(self.running.between, group=self._running_group)
+        bucket.append_python_op(self.running.second_reduction, group=self._running_group)
         bucket.append_centralized_synchronous_op(average=False, group=self._running_group)
         bucket.append_python_op(self._note_finish, group=self._running_group)
         self._running_bucket = bucket  # upstream's backend does not keep it alive

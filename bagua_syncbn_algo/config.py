@@ -26,7 +26,7 @@ class SyncBatchNormConfig:
     host: str = "auto"  # BAGUA_SYNCBN_HOST=auto|upstream|embedded: which Bagua runs the algorithm
     normalize_over: Union[str, int] = "world"  # BAGUA_SYNCBN_NORMALIZE_OVER=world|node|rank or a number of ranks
     coalesce: bool = True  # BAGUA_SYNCBN_COALESCE=0|1: whether independent layers share a round of statistics
-    overlap: bool = True  # BAGUA_SYNCBN_OVERLAP=0|1: whether backward rounds hide behind weight gradients
+    overlap: bool = True  # BAGUA_SYNCBN_OVERLAP=0|1: whether backward rounds overlap with weight gradients
     timeout: Optional[float] = None  # BAGUA_SYNCBN_TIMEOUT, seconds: how long a rank waits for the others' statistics
 
     def __post_init__(self) -> None:

@@ -128,8 +128,8 @@ def convert_sync_batchnorm(
     config = SyncBatchNormConfig.from_env()
     if overlap and coalesce is False:
         raise ValueError(
-            "expected coalescing where backward rounds are to be hidden (got coalesce=False, overlap=True), for it "
-            "finds what to hide them behind; leave one of the two away"
+            "expected coalesce=True or None with overlap=True (got coalesce=False), because coalescing finds the "
+            "layers to overlap with; leave one of the two arguments away"
         )
     targets: Dict[int, Tuple[_BatchNorm, Type[SyncBatchNorm]]] = {}
     for name, layer in _batch_norms(module):

@@ -15,13 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .comm.channel import SINGLE_PROCESS, Channel
 from .comm.transport import channel_of, source_group
 from .comm.wire import FORWARD, Roster, SyncPoint, sync_point
-from .ops.deferred import Behind
+from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
 from .ops.moments import GlobalMoments, LocalMoments, statistics_dtype
 from .ops.recompute import RecomputeCache, inside_backward
 from .ops.running_stats import RunningPool
 
-__all__ = ["SyncBatchNorm", "SyncTag", "normalize_together", "uncompiled"]
+__all__ = ["SyncBatchNorm", "SyncTag", "batch_norm_coalesced", "uncompiled"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -205,9 +205,9 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             self._check_input(input)
             return self._local_batch_norm(input, self.running_mean is None and self.running_var is None)
-        return normalize_together([self], [input])[0]
+        return batch_norm_coalesced([self], [input])[0]
 
-    def _normalize_alone(self, input: Tensor) -> Tensor:
+    def _normalize_single_rank(self, input: Tensor) -> Tensor:
         """A training forward of this rank only."""
         # A forward inside a backward recomputes an earlier one, which has updated the statistics.
         if self._running is not None and self.track_running_stats:
@@ -312,12 +312,12 @@ class _GroupReference:
 
 
 @uncompiled
-def normalize_together(
+def batch_norm_coalesced(
     layers: Sequence[SyncBatchNorm],
     inputs: Sequence[Tensor],
     name: Optional[str] = None,
     cache: Optional[RecomputeCache] = None,
-    behind: Optional[Behind] = None,
+    overlap_with: Optional[OverlapCandidates] = None,
 ) -> Tuple[Tensor, ...]:
     """Runs training forwards that do not depend on each other, in one round of statistics.
 
@@ -326,7 +326,7 @@ def normalize_together(
         inputs: one for each.
         name: of the round; ``None`` for a layer by itself.
         cache: the round's, for recomputed forwards; ``None`` for the layer's own.
-        behind: what the round of backward is to hide behind, see :func:`~.functional.sync_batch_norm`.
+        overlap_with: gradients that backward can compute while the all-gather is in flight.
 
     Returns:
         The outputs. Layers that cannot share a message, on different devices say, have run one after the other.
@@ -353,7 +353,7 @@ def normalize_together(
         channel.fail(point, FORWARD, error)
         raise
     if channel.local:
-        return tuple(layer._normalize_alone(input) for layer, input in zip(layers, inputs))
+        return tuple(layer._normalize_single_rank(input) for layer, input in zip(layers, inputs))
     if name is not None:
         channel.register(point)
     members = [
@@ -364,7 +364,7 @@ def normalize_together(
         _leave_running_statistics(layers, local, merged)
 
     own = first._recompute_cache if cache is None else cache
-    return sync_batch_norm(members, channel, point, None if channel.trial else own, behind, update)
+    return sync_batch_norm(members, channel, point, None if channel.trial else own, overlap_with, update)
 
 
 def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:

@@ -1,7 +1,7 @@
-"""Step time with one round a level, against the original's scheme, torch's scheme and one round a layer.
+"""Step time with one round a level, against upstream Bagua's scheme, torch's scheme and one round a layer.
 
 Two gloo ranks, one thread each; forward, backward and gradient all-reduce of seven copies of a model that differ in how
-they exchange their statistics, interleaved in one run. All use the same kernels. The original's scheme is there twice:
+they exchange their statistics, interleaved in one run. All use the same kernels. Upstream's scheme is there twice:
 over a group of torch.distributed, as its users have it, and over one whose threads give way, as this package makes.
 """
 
@@ -24,9 +24,9 @@ from bagua_syncbn_algo.bench.schemes import build_variant, channel_of_model
 from bagua_syncbn_algo.bench.steps import bars_of, overhead_of
 from bagua_syncbn_algo.comm.groups import member_group
 
-VARIANTS = ("local", "original", "torch", "per layer", "coalesced", "hidden")
+VARIANTS = ("local", "upstream", "torch", "per layer", "coalesced", "overlapped")
 RECORDED = 3
-GIVING_WAY = "original, giving way"
+GIVING_WAY = "upstream, giving way"
 
 
 class Case(NamedTuple):
@@ -58,7 +58,7 @@ def run_rank(rank: int, case: Case) -> Dict[str, Any]:
 
     for name in (*VARIANTS[:2], GIVING_WAY, *VARIANTS[2:]):
         torch.manual_seed(0)
-        scheme, group = ("original", member_group(range(RANKS))) if name == GIVING_WAY else (name, None)
+        scheme, group = ("upstream", member_group(range(RANKS))) if name == GIVING_WAY else (name, None)
         built[name] = build_variant(scheme, getattr(models, case.model)(**case.arguments), group=group)
         step(built[name])
         step(built[name])
@@ -93,7 +93,7 @@ def draw(rows: List[Dict[str, Any]], path: Path) -> None:
         times, errors, looks = bars_of(row["spreads"], VARIANTS)
         bars = axis.bar(VARIANTS, times, yerr=errors, **looks)
         axis.bar_label(bars, [str(row["rounds"][name]) for name in VARIANTS], fontsize=8, padding=4)
-        axis.set_title(f"{row['case']['model']}: {times[-1] / times[1]:.2f} x the original's", fontsize=10)
+        axis.set_title(f"{row['case']['model']}: {times[-1] / times[1]:.2f} x upstream's", fontsize=10)
         axis.tick_params(axis="x", rotation=35, labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("step time, ms (median, middle half)")
@@ -124,10 +124,10 @@ def main() -> None:
         rows.append(row)
         medians = {name: row["spreads"][name]["median"] for name in VARIANTS}
         cells = [f"{1000 * medians[name]:.0f} ({row['rounds'][name]})" for name in VARIANTS]
-        ratios = [f"{medians['coalesced'] / medians[name]:.2f}" for name in ("original", "torch")]
+        ratios = [f"{medians['coalesced'] / medians[name]:.2f}" for name in ("upstream", "torch")]
         found = {"variants": row["spreads"]}
-        row["overhead"] = overhead_of(found, "hidden")
-        row["overhead_giving_way"] = overhead_of(found, "hidden", GIVING_WAY)
+        row["overhead"] = overhead_of(found, "overlapped")
+        row["overhead_giving_way"] = overhead_of(found, "overlapped", GIVING_WAY)
         table.add_row(case.model, *cells, *ratios, f"{row['overhead']:.2f}", f"{row['overhead_giving_way']:.2f}")
     Console(width=140).print(table)
     write(Path(__file__).parent / "results" / "coalescing.json", rows)

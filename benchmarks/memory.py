@@ -1,4 +1,4 @@
-"""Peak memory of a training step, by rounds a layer, a level, and hidden: what PyTorch allocates above its start.
+"""Peak memory of a training step, by rounds a layer, a level, and overlapped: what PyTorch allocates above its start.
 
 Two gloo ranks; the allocator's own events, of rank 0, after the first steps.
 """
@@ -20,7 +20,7 @@ from bagua_syncbn_algo import bagua
 from bagua_syncbn_algo.bench.measure import run_ranks, write
 from bagua_syncbn_algo.bench.schemes import build_variant
 
-VARIANTS = ("per layer", "coalesced", "hidden")
+VARIANTS = ("per layer", "coalesced", "overlapped")
 
 
 def peak(step: Any) -> int:
@@ -57,11 +57,11 @@ def run_rank(rank: int, case: Case) -> Dict[str, Any]:
 
 def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
-    table = Table("model", *(f"{name}, MiB" for name in VARIANTS), "hidden / per layer")
+    table = Table("model", *(f"{name}, MiB" for name in VARIANTS), "overlapped / per layer")
     rows = []
     for case in CASES:
         row = run_ranks(run_rank, case)
-        row["ratio"] = row["peaks"]["hidden"] / row["peaks"]["per layer"]
+        row["ratio"] = row["peaks"]["overlapped"] / row["peaks"]["per layer"]
         rows.append(row)
         table.add_row(row["model"], *(f"{row['peaks'][name] / 2**20:.1f}" for name in VARIANTS), f"{row['ratio']:.3f}")
     Console(width=100).print(table)

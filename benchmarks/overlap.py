@@ -1,12 +1,12 @@
 """What hiding the backward rounds saves, beside what could be saved.
 
 Two gloo ranks, one thread each; steps of one model, interleaved: with one round a level, and the same with backward
-rounds hidden. Latency is added to every round as a wire's, from when the last rank has sent. ``could`` is the sum over
-rounds of the lesser of the round (as the plain version has it) and the weight gradients that hide it, measured in steps
-after the timed ones. Everything is measured twice: in training steps, and in steps that only accumulate gradients
-(``alone``), which exchange statistics and nothing else. On a machine with a core a rank gradient communication travels
-by the cores that compute: it fills some of the waits, so that hiding them saves less, and slows what runs beside it.
-``busy`` is the share of a core that a rank's process uses in the plain version's training steps.
+rounds overlapped. Latency is added to every round as a wire's, from when the last rank has sent. ``could`` is the sum
+over rounds of the lesser of the round (as the plain version has it) and the weight gradients that overlap with it,
+measured in steps after the timed ones. Everything is measured twice: in training steps, and in steps that only
+accumulate gradients (``alone``), which exchange statistics and nothing else. On a machine with a core a rank gradient
+communication travels by the cores that compute: it fills some of the waits, so that hiding them saves less, and slows
+what runs beside it. ``busy`` is the share of a core that a rank's process uses in the plain version's training steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bagua_syncbn_algo.bench.steps import training_step
 from bagua_syncbn_algo.graph import split_backward as overlap_module
 from bagua_syncbn_algo.graph.coalesce import coalesce
 
-VARIANTS = ("coalesced", "hidden")
+VARIANTS = ("coalesced", "overlapped")
 KINDS = ("training", "alone")
 RECORDED = 5
 
@@ -58,7 +58,7 @@ def run_rank(rank: int, cases: Tuple[Case, ...]) -> List[Dict[str, Any]]:
         torch.manual_seed(rank)
         images = torch.randn(BATCH, 3, case.size, case.size)
         torch.manual_seed(0)
-        model = build_variant("hidden", models.ResNet(case.width))
+        model = build_variant("overlapped", models.ResNet(case.width))
         steps = variants_of(model, training_step(model, images))
         for step in steps.values():
             step()
@@ -76,7 +76,7 @@ def variants_of(model: Any, step: Callable[[], None]) -> Dict[str, Callable[[], 
     """Returns a step of each variant, on the same parameters: how these lie in memory favours neither."""
     forwards = {}
     for name in VARIANTS:
-        coalesce(model, overlap=name == "hidden")
+        coalesce(model, overlap=name == "overlapped")
         forwards[name] = model.forward
 
     def run(name: str) -> None:
@@ -89,13 +89,13 @@ def variants_of(model: Any, step: Callable[[], None]) -> Dict[str, Callable[[], 
 def measured(steps: Dict[str, Callable[[], None]], count: int) -> Dict[str, Any]:
     """Returns the times of steps of both variants, and what could be saved."""
     times = take_times(steps, count, warmup=3)
-    plain, hidden = (recorded(steps[name]) for name in VARIANTS)
-    pairs = list(zip(plain["rounds"], hidden["gradients"]))
+    plain, overlapped = (recorded(steps[name]) for name in VARIANTS)
+    pairs = list(zip(plain["rounds"], overlapped["gradients"]))
     return {
         "times": times,
         "could": sum(min(pair) for pair in pairs),
         "gradients_longer_than_rounds": sum(gradient > round_ for round_, gradient in pairs) / len(pairs),
-        "exposed": {"coalesced": plain["exposed"], "hidden": hidden["exposed"]},
+        "exposed": {"coalesced": plain["exposed"], "overlapped": overlapped["exposed"]},
         "busy": plain["busy"],
     }
 
@@ -143,7 +143,7 @@ def pooled(launches: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Returns one row of the same case's rows in several launches."""
     row = {key: launches[0][key] for key in ("width", "size", "latency_ms")}
     kinds = {kind: _pooled([launch[kind] for launch in launches]) for kind in KINDS}
-    # What can be hidden is a property of the rounds and the layers: the steps that do nothing else show it best.
+    # What can overlap is a property of the rounds and the layers: the steps that do nothing else show it best.
     could = kinds["alone"]["could"]
     for kind in kinds.values():
         kind["share"] = kind["saved"] / could
@@ -159,7 +159,7 @@ def _pooled(launches: List[Dict[str, Any]]) -> Dict[str, Any]:
         "variants": {name: spread._asdict() for name, spread in spreads.items()},
         "saved": saved,
         "exposed": exposed,
-        "exposed_ratio": exposed["hidden"] / exposed["coalesced"],
+        "exposed_ratio": exposed["overlapped"] / exposed["coalesced"],
         **{
             key: statistics.median(each[key] for each in launches)
             for key in ("could", "gradients_longer_than_rounds", "busy")
@@ -173,7 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     launches = [run_ranks(run_rank, CASES) for _ in range(options.launches)]
     rows = [pooled(list(each)) for each in zip(*launches)]
-    heading = ["width", "images", "added, ms", "steps", *(f"{name}, ms" for name in VARIANTS), "hidden / coalesced"]
+    heading = ["width", "images", "added, ms", "steps", *(f"{name}, ms" for name in VARIANTS), "overlapped / coalesced"]
     table = Table(*heading, "saved, ms", "could, ms", "saved / could", "exposed backward", "gradients > rounds", "busy")
     for row in rows:
         for kind in KINDS:
@@ -185,7 +185,7 @@ def main() -> None:
                 f"{row['latency_ms']:g}",
                 kind,
                 *(f"{medians[name]:.0f}" for name in VARIANTS),
-                f"{medians['hidden'] / medians['coalesced']:.2f}",
+                f"{medians['overlapped'] / medians['coalesced']:.2f}",
                 f"{1000 * each['saved']:.1f}",
                 f"{1000 * row['could']:.1f}",
                 f"{each['share']:.2f}",

@@ -30,7 +30,7 @@ MODELS: Dict[str, Dict[str, Any]] = {
     "Inception": {"width": 32},
     "HighResolution": {"width": 18},
 }
-SCHEMES = ("original", "per_layer", "planned")
+SCHEMES = ("upstream", "per_layer", "planned")
 _MEGABYTE = 1 << 20
 _TRAIN = 100  # messages in a row, as a step has them; a fifth of it for large ones
 # Seconds and bytes a second, for the picture: orders of magnitude of links within a node and between nodes.
@@ -68,7 +68,7 @@ def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
     variants: Dict[str, Callable[[], None]] = {}
     for name, plan in plans.items():
         for scheme in SCHEMES:
-            channel: Channel = OriginalScheme(group()) if scheme == "original" else TorchChannel(group())
+            channel: Channel = OriginalScheme(group()) if scheme == "upstream" else TorchChannel(group())
             widest = max(planned.payload() for planned in plan.rounds)
             single = HEADER_BYTES + 8 + 8 * max(max(planned.features) for planned in plan.rounds)
             channel.capacity = widest if scheme == "planned" else single
@@ -108,7 +108,7 @@ def draw(path: Path) -> None:
     worlds = [2**power for power in range(1, 13)]
     figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(LINKS), sharey=True)
-    looks = {"original": ("#D55E00", "original's scheme"), "per_layer": ("#56B4E9", "a round a layer")}
+    looks = {"upstream": ("#D55E00", "upstream Bagua"), "per_layer": ("#56B4E9", "a round a layer")}
     looks["planned"] = ("#0072B2", "a round a level")
     for (link, (latency, bandwidth)), axis in zip(LINKS.items(), axes):
         for scheme, (color, label) in looks.items():

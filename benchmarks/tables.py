@@ -29,23 +29,23 @@ def coalescing(rows: Any) -> List[str]:
         ]
         for row in rows
     ]
-    ratios = ["overhead, hidden / original", "hidden / original, giving way"]
+    ratios = ["overhead, overlapped / upstream", "overlapped / upstream, giving way"]
     return table(["model", *(f"{name}: ms, rounds" for name in names), *ratios], body)
 
 
 def overlap(rows: Any) -> List[str]:
-    heading = ["width, images", "added", "steps", "one round a level", "hidden", "saved", "could be saved"]
+    heading = ["width, images", "added", "steps", "one round a level", "overlapped", "saved", "could be saved"]
     heading += ["saved / could", "exposed backward, ms", "ratio", "gradients longer than rounds", "a core is busy"]
     body = [
         [
             f"{row['width']}, {row['size']}²",
             f"{row['latency_ms']:g} ms",
             words,
-            *(milliseconds(row[kind]["variants"][name]) for name in ("coalesced", "hidden")),
+            *(milliseconds(row[kind]["variants"][name]) for name in ("coalesced", "overlapped")),
             f"{1000 * row[kind]['saved']:.1f}",
             f"{1000 * row['could']:.1f}",
             f"{row[kind]['share']:.2f}",
-            " → ".join(f"{1000 * row[kind]['exposed'][name]:.1f}" for name in ("coalesced", "hidden")),
+            " → ".join(f"{1000 * row[kind]['exposed'][name]:.1f}" for name in ("coalesced", "overlapped")),
             f"{row[kind]['exposed_ratio']:.2f}",
             f"{row[kind]['gradients_longer_than_rounds']:.0%}",
             f"{row[kind]['busy']:.0%}",
@@ -110,7 +110,7 @@ def kernels(rows: Any) -> List[str]:
 
 SECTIONS = {
     coalescing: "Schemes: step time (median, middle half) and rounds a step",
-    overlap: "Hidden backward rounds: the residual network, batch 4 a rank",
+    overlap: "Overlapped backward rounds: the residual network, batch 4 a rank",
     memory: "Peak memory of a step (ratio to one round a layer)",
     prediction: "The cost model against measured communication",
     running_stats: 'World-wide running statistics with `normalize_over="rank"`',

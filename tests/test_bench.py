@@ -20,7 +20,7 @@ from bagua_syncbn_algo.comm.wire import SyncPoint
 
 
 class Convolutions(nn.Sequential):
-    """Two levels; the second convolution is large enough to hide a round behind it."""
+    """Two levels; the second convolution is large enough for a round to overlap with."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -40,21 +40,21 @@ def test_bench_measures_every_variant(tmp_path: Path, capsys: Any) -> None:
     main(["bench", MODEL, "--input", INPUT, "--steps", "2", "--latency", "0.5", *files])
     printed = capsys.readouterr().out
     assert "0.5 ms added to every round" in printed and "2 gloo ranks" in printed
-    assert "layers 2, rounds forward 2, backward 2, hidden 1" in printed
+    assert "layers 2, rounds forward 2, backward 2, overlapped 1" in printed
     found = json.loads((tmp_path / "found.json").read_text())["rows"]
     rounds = {name: each["rounds"] for name, each in found["variants"].items()}
-    assert rounds == {"local": 0, "original": 10, "torch": 4, "per layer": 4, "coalesced": 4, "hidden": 4}
+    assert rounds == {"local": 0, "upstream": 10, "torch": 4, "per layer": 4, "coalesced": 4, "overlapped": 4}
     assert list(rounds) == list(VARIANTS)
     for name, each in found["variants"].items():
         assert name in printed and each["low"] <= each["median"] <= each["high"]
         # A delay on completion is part of every round: two of half a millisecond a phase, at least.
         assert all(phase["duration"] >= 2 * 0.0005 for phase in each["phases"].values())
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
-    assert steps.overhead_of(found, "original") == 1 and steps.overhead_of(found, "local") == 0
+    assert steps.overhead_of(found, "upstream") == 1 and steps.overhead_of(found, "local") == 0
 
 
 @pytest.mark.multirank
-def test_timeline_shows_hidden_rounds_and_waits(tmp_path: Path, capsys: Any) -> None:
+def test_timeline_shows_overlapped_rounds_and_waits(tmp_path: Path, capsys: Any) -> None:
     """Catches lanes of one rank only, rounds that are missing, and times of other steps."""
     picture = tmp_path / "step.png"
     main(["timeline", MODEL, "--input", INPUT, "--latency", "3", "-o", str(picture)])
@@ -66,14 +66,16 @@ def test_timeline_shows_hidden_rounds_and_waits(tmp_path: Path, capsys: Any) -> 
     spans = [e for e in events if e["ph"] == "X"]
     for rank in range(2):
         mine = [e for e in spans if e["pid"] == rank]
-        assert {e["cat"] for e in mine} == {"forward", "backward", "wait", "hidden", "exposed", "bucket"}
+        assert {e["cat"] for e in mine} == {"forward", "backward", "wait", "overlapped", "exposed", "bucket"}
         rounds = {e["name"] for e in mine if e["tid"] == timeline.LANES.index("statistics")}
         expected = {f"Convolutions.{layer} ({phase}" for layer in (1, 4) for phase in ("forward", "backward")}
         assert {name.rsplit(",", 1)[0] for name in rounds} == expected
         backward = next(e for e in mine if e["cat"] == "backward")
-        # What the second convolution's weight gradient hides is a part of its round; both are in backward.
-        hidden = next(e for e in mine if e["cat"] == "hidden" and e["name"].startswith("Convolutions.1 (backward"))
-        assert backward["ts"] <= hidden["ts"] and hidden["dur"] > 0
+        # What the second convolution's weight gradient overlaps with is a part of its round; both are in backward.
+        overlapped = next(
+            e for e in mine if e["cat"] == "overlapped" and e["name"].startswith("Convolutions.1 (backward")
+        )
+        assert backward["ts"] <= overlapped["ts"] and overlapped["dur"] > 0
         assert min(e["ts"] for e in mine) >= 0
 
 
@@ -102,7 +104,7 @@ def test_latency_is_added_to_what_a_round_takes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", MODEL, "--variants", "local", "fast"], "expected variants among local, original, torch"),
+        (["bench", MODEL, "--variants", "local", "fast"], "expected variants among local, upstream, torch"),
         (["bench", MODEL, "--nproc", "1"], "expected at least 2 ranks"),
         (["bench", MODEL, "--input", "4,0,16,16"], "expected an input of two dimensions or more"),
         (["timeline", MODEL, "--latency", "-1"], "a latency of at least 0"),

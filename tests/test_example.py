@@ -108,3 +108,20 @@ def _meeting_place() -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", ["ddp_minimal", "bagua_minimal"])
+def test_minimal_examples(name: str) -> None:
+    """Catches an example that newcomers copy and that does not run, or whose ranks differ."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(REPOSITORY / "examples" / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    means = {line.rsplit(" ", 1)[1] for line in done.stdout.splitlines() if "running mean" in line}
+    assert len(means) == 1 and done.stdout.count("running mean") == 2

@@ -23,21 +23,21 @@ _PROBE, _PROBES = sync_point("a round to see what it takes"), 51
 # By name, what a table says of it.
 VARIANTS = {
     "local": "BatchNorm of each rank alone",
-    "original": "3 all-gathers and 2 all-reduces a layer, as Bagua's own SyncBatchNorm",
+    "upstream": "3 all-gathers and 2 all-reduces a layer, as Bagua's own SyncBatchNorm",
     "torch": "1 all-gather and 1 all-reduce a layer, as torch.nn.SyncBatchNorm",
     "per layer": "1 round a layer forward, 1 backward",
     "coalesced": "1 round a level forward, 1 backward",
-    "hidden": "coalesced, the backward round behind weight gradients",
+    "overlapped": "coalesced, the backward round overlapped with weight gradients",
 }
 
 # In pictures.
 COLORS = {
     "local": "#A6A6A6",
-    "original": "#D55E00",
+    "upstream": "#D55E00",
     "torch": "#E69F00",
     "per layer": "#56B4E9",
     "coalesced": "#0072B2",
-    "hidden": "#009E73",
+    "overlapped": "#009E73",
 }
 
 
@@ -117,12 +117,12 @@ def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = N
     wrapped: Any = model
     if name == "local":
         return wrapped.with_bagua([], inner)
-    coalesce = name in ("coalesced", "hidden")
-    wrapped = convert_sync_batchnorm(model, coalesce=coalesce, overlap=name == "hidden")
+    coalesce = name in ("coalesced", "overlapped")
+    wrapped = convert_sync_batchnorm(model, coalesce=coalesce, overlap=name == "overlapped")
     if coalesce or name == "per layer":
         return wrapped.with_bagua([], SyncBatchNormAlgorithm(inner))
     wrapped.with_bagua([], inner)
-    schemes: Dict[str, Any] = {"original": OriginalScheme, "torch": TorchScheme}
+    schemes: Dict[str, Any] = {"upstream": OriginalScheme, "torch": TorchScheme}
     channel = schemes[name](dist.new_group()._get_backend(torch.device("cpu")) if group is None else group)
     for layer in sync_batchnorm_layers(wrapped):
         layer.bind(channel, sync_point(layer.sync_name))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..comm.recorder import Rounds, record_rounds
+from ..comm.recorder import RoundRecords, record_rounds
 from ..graph.coalesce import plan_of
 from ..host import bagua
 from .factory import build
@@ -129,12 +129,12 @@ def _run_rank(rank: int, options: Options) -> Dict[str, Any]:
                 step()
         rounds = (channels[name].rounds - before) // _RECORDED
         variants[name] = {"rounds": rounds, **spreads[name]._asdict(), "phases": _phases(record)}
-    plan = next((plan_of(built[name]) for name in ("hidden", "coalesced") if name in built), None)
-    words = None if plan is None else f"{plan.summary()}, hidden {plan.rounds_hidden}"
+    plan = next((plan_of(built[name]) for name in ("overlapped", "coalesced") if name in built), None)
+    words = None if plan is None else f"{plan.summary()}, overlapped {plan.rounds_overlapped}"
     return {"options": asdict(options), "plan": words, "variants": variants}
 
 
-def _phases(record: Rounds) -> Dict[str, Dict[str, float]]:
+def _phases(record: RoundRecords) -> Dict[str, Dict[str, float]]:
     phases: Dict[str, Dict[str, float]] = {}
     for phase in ("forward", "backward"):
         entries = [[e for e in step if e.phase == phase] for step in record.by_step().values()]
@@ -149,7 +149,7 @@ def _phases(record: Rounds) -> Dict[str, Dict[str, float]]:
 def rows_of(found: Mapping[str, Any]) -> List[Tuple[str, ...]]:
     """Returns a table: a heading, then a row for each variant."""
     variants = found["variants"]
-    local, original = variants.get("local"), variants.get("original")
+    local, original = variants.get("local"), variants.get("upstream")
     heading = ("variant", "step, ms", "x local", "overhead of original's", "rounds", "waits, ms: forward", "backward")
     rows: List[Tuple[str, ...]] = [heading]
     for name, each in variants.items():
@@ -165,7 +165,7 @@ def rows_of(found: Mapping[str, Any]) -> List[Tuple[str, ...]]:
     return rows
 
 
-def overhead_of(found: Mapping[str, Any], name: str, of: str = "original") -> float:
+def overhead_of(found: Mapping[str, Any], name: str, of: str = "upstream") -> float:
     """Returns a variant's step beyond local BatchNorm's as a share of another's, by default the original's."""
     local, other, this = (found["variants"][each]["median"] for each in ("local", of, name))
     return float((this - local) / (other - local))

@@ -25,7 +25,7 @@ _LOOKS = {
     "forward": ("#56B4E9", "forward"),
     "backward": ("#0072B2", "backward"),
     "wait": ("#D55E00", "waiting for statistics"),
-    "hidden": ("#009E73", "in flight while the rank computes"),
+    "overlapped": ("#009E73", "in flight while the rank computes"),
     "exposed": ("#D55E00", "in flight while the rank waits"),
     "bucket": ("#A6A6A6", "gradient bucket"),
 }
@@ -36,7 +36,7 @@ class Span(NamedTuple):
 
     rank: int
     lane: str  # one of LANES
-    kind: str  # forward, backward, wait; hidden, exposed; bucket
+    kind: str  # forward, backward, wait; overlapped, exposed; bucket
     name: str
     start: float
     end: float
@@ -105,7 +105,7 @@ def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
             name = f"{', '.join(entry.layers)} ({entry.phase}, {entry.bytes} bytes)"
             wait = min(max(entry.wait, entry.launch), entry.finish)
             if wait > entry.launch:
-                spans.append(Span(rank, "statistics", "hidden", name, entry.launch, wait))
+                spans.append(Span(rank, "statistics", "overlapped", name, entry.launch, wait))
             if entry.finish > wait:
                 spans.append(Span(rank, "statistics", "exposed", name, wait, entry.finish))
                 spans.append(Span(rank, "computation", "wait", name, wait, entry.finish))
@@ -165,8 +165,8 @@ def draw(spans: List[Span], options: Options, path: Path) -> None:
     part.set_title("the part of backward marked above, enlarged", fontsize=9, loc="left")
     part.set_xlabel("ms")
     waited = sum(span.end - span.start for span in spans if span.kind == "wait" and span.rank == ranks[0])
-    hidden = sum(span.end - span.start for span in spans if span.kind == "hidden" and span.rank == ranks[0])
-    facts = f"rank {ranks[0]} waits {1000 * waited:.0f} ms; {1000 * hidden:.0f} ms of rounds pass while it computes"
+    overlapped = sum(span.end - span.start for span in spans if span.kind == "overlapped" and span.rank == ranks[0])
+    facts = f"rank {ranks[0]} waits {1000 * waited:.0f} ms; {1000 * overlapped:.0f} ms of rounds pass while it computes"
     whole.set_title(f"One step ({options.variants[0]}): {facts}", fontsize=10, loc="left")
     shown = {span.kind for span in spans}
     handles = [_patch(color, label) for kind, (color, label) in _LOOKS.items() if kind in shown and kind != "exposed"]

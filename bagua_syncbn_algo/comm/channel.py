@@ -17,7 +17,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .recorder import Round, active
+from .recorder import RoundRecord, active
 from .wire import (
     DEFAULT_CAPACITY,
     FAULT,
@@ -39,7 +39,7 @@ __all__ = ["TWO_RANK_STUB", "SINGLE_PROCESS", "Channel"]
 
 _FIRST_CAPACITY = 64  # bytes of the very first message, which agrees on the length of all others: header, 3 numbers
 _NOTICE_SECONDS = 10.0  # how long a failing rank waits for the others to receive its error
-_AUTOPSY_SECONDS = 3.0  # how long a failing rank waits for the others to publish where they are
+_DESCRIBE_SECONDS = 3.0  # how long a failing rank waits for the others to publish where they are
 
 
 class Channel:
@@ -65,7 +65,7 @@ class Channel:
         self._rosters: Dict[Roster, int] = {}
         self._headers: Dict[Tuple[Any, ...], Header] = {}
         self._checks: Deque[HeaderCheck] = collections.deque()
-        self._in_flight: Optional[_Flight] = None
+        self._in_flight: Optional[_PendingGather] = None
         # Seconds from the last rank's sending before which nothing arrives: models a network, for benchmarks on one
         # machine. From the sending, because a message on a wire needs none of the cores that compute meanwhile.
         self.delay = 0.0
@@ -244,7 +244,7 @@ class Channel:
     def flush(self) -> None:
         """Waits for what is in flight, and raises what header checks have found; on CUDA these lag a few rounds."""
         if self._in_flight is not None:
-            self._in_flight.land()
+            self._in_flight.wait()
         try:
             while self._checks:
                 self._checks.popleft().finish(self.rank, self._names)
@@ -257,18 +257,18 @@ class Channel:
     def _send(self, point: SyncPoint, phase: int, flags: int, parts: Sequence[Tensor]) -> Callable[[], Tensor]:
         length, room = sum(part.numel() for part in parts), self.capacity - HEADER_BYTES
         if length <= room:
-            return self._depart(parts, length, point, phase, flags, length).land
+            return self._start(parts, length, point, phase, flags, length).wait
         frames = [
-            self._depart([chunk], chunk.numel(), point, phase, flags | index << FRAME_SHIFT, length)
+            self._start([chunk], chunk.numel(), point, phase, flags | index << FRAME_SHIFT, length)
             for index, chunk in enumerate(torch.cat(list(parts)).split(room))
         ]
-        return lambda: torch.cat([frame.land() for frame in frames], dim=1)
+        return lambda: torch.cat([frame.wait() for frame in frames], dim=1)
 
-    def _depart(
+    def _start(
         self, parts: Sequence[Tensor], size: int, point: SyncPoint, phase: int, flags: int, length: int
-    ) -> _Flight:
+    ) -> _PendingGather:
         if self._in_flight is not None:
-            self._in_flight.land(keep=True)  # its message and what was received are written to again
+            self._in_flight.wait(keep=True)  # its message and what was received are written to again
         device = parts[0].device
         header = self._header(point, phase, flags, length, device)
         message = self._message(point, device)
@@ -281,8 +281,8 @@ class Channel:
             entry = record.launch(point.layers or (point.name,), PHASES[phase], message.numel())
         if self.delay:
             message[HEADER_BYTES - 8 : HEADER_BYTES].view(torch.int64).fill_(time.perf_counter_ns())
-        self._in_flight = flight = _Flight(self, header, point, phase, entry)
-        flight.depart(message)
+        self._in_flight = flight = _PendingGather(self, header, point, phase, entry)
+        flight.start(message)
         return flight
 
     def _header(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> Header:
@@ -308,15 +308,15 @@ class Channel:
         while self._checks and self._checks[0].ready():
             self._checks.popleft().finish(self.rank, self._names)
 
-    def _autopsy(self, where: str, error: BaseException) -> str:
+    def _describe_failure(self, where: str, error: BaseException) -> str:
         """Says where each rank was when a collective failed, as far as the ranks could still tell."""
         last = {self.rank: where}
-        # Whatever happens here must not hide the error itself: the store may have lived in the rank that died.
+        # Whatever happens here must not replace the error itself: the store may have lived in the rank that died.
         with contextlib.suppress(Exception):
             store = self._store()
             if store is not None:
                 store.set(f"{self.label}/{self.rank}", where)
-                deadline = time.monotonic() + _AUTOPSY_SECONDS
+                deadline = time.monotonic() + _DESCRIBE_SECONDS
                 for rank in set(range(self.world_size)) - {self.rank}:
                     key = f"{self.label}/{rank}"
                     with contextlib.suppress(RuntimeError):  # not there in time
@@ -367,19 +367,21 @@ SINGLE_PROCESS = _SingleProcessChannel()
 TWO_RANK_STUB = _TwoRankStub()
 
 
-class _Flight:
+class _PendingGather:
     """One frame on its way to all ranks."""
 
-    def __init__(self, channel: Channel, header: Header, point: SyncPoint, phase: int, entry: Optional[Round]) -> None:
+    def __init__(
+        self, channel: Channel, header: Header, point: SyncPoint, phase: int, entry: Optional[RoundRecord]
+    ) -> None:
         self._channel, self._header, self._point, self._phase, self._entry = channel, header, point, phase, entry
         self._gathered: Optional[Tensor] = None
         self._work: Any = None
         self._arrival: Optional[float] = None
-        self._landed = False
+        self._done = False
         self._error: Optional[BaseException] = None
 
-    def depart(self, message: Tensor) -> None:
-        """Sets off; errors are raised by :meth:`land`."""
+    def start(self, message: Tensor) -> None:
+        """Starts the all-gather; :meth:`wait` raises its errors."""
         try:
             self._gathered, self._work = self._channel._all_gather(message)
         except RuntimeError as error:
@@ -391,7 +393,7 @@ class _Flight:
     def _note_arrival(self, _: Any) -> None:
         self._arrival = time.perf_counter()
 
-    def land(self, keep: bool = False) -> Tensor:
+    def wait(self, keep: bool = False) -> Tensor:
         """Waits, checks the headers and returns the payloads ``(W, capacity − 40)``.
 
         Args:
@@ -401,12 +403,12 @@ class _Flight:
             SyncBatchNormError: the same at every call.
         """
         channel = self._channel
-        if not self._landed:
-            self._landed = True
+        if not self._done:
+            self._done = True
             if channel._in_flight is self:
                 channel._in_flight = None
             try:
-                self._wait()
+                self._await()
                 assert self._gathered is not None
                 if not self._header.words[2] & FAULT:  # a failing rank has an error of its own to raise
                     channel._check(self._gathered, self._header, self._point, self._phase)
@@ -427,7 +429,7 @@ class _Flight:
         while is_completed is not None and not is_completed() and time.monotonic() < deadline:
             time.sleep(0.001)
 
-    def _wait(self) -> None:
+    def _await(self) -> None:
         start = time.perf_counter()
         try:
             if self._error is not None:
@@ -435,7 +437,7 @@ class _Flight:
             self._work.wait()
         except RuntimeError as error:
             where = f"{self._point.name} ({PHASES[self._phase]})"
-            raise SyncBatchNormError(self._channel._autopsy(where, error)) from error
+            raise SyncBatchNormError(self._channel._describe_failure(where, error)) from error
         finish = time.perf_counter() if self._arrival is None else self._arrival
         if self._channel.delay:
             assert self._gathered is not None

@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Dict, Iterator, List, Optional, Tuple
 
-__all__ = ["Round", "Rounds", "active", "record_rounds"]
+__all__ = ["RoundRecord", "RoundRecords", "active", "record_rounds"]
 
 
 @dataclass
-class Round:
+class RoundRecord:
     """One round of statistics. Times are ``time.perf_counter()`` seconds of the host."""
 
     layers: Tuple[str, ...]
@@ -36,25 +36,25 @@ class Round:
 
 
 @dataclass
-class Rounds:
+class RoundRecords:
     """The rounds of a recorded block, in order of launch."""
 
-    rounds: List[Round] = field(default_factory=list)
+    rounds: List[RoundRecord] = field(default_factory=list)
     step: int = 0
 
     def next_step(self) -> None:
         """Begins a step; the algorithm calls it before each training forward, elsewhere the user may."""
         self.step += 1
 
-    def launch(self, layers: Tuple[str, ...], phase: str, size: int) -> Round:
-        """Notes that a round of ``size`` bytes sets off now."""
-        entry = Round(layers, phase, size, self.step, time.perf_counter())
+    def launch(self, layers: Tuple[str, ...], phase: str, size: int) -> RoundRecord:
+        """Notes that a round of ``size`` bytes starts now."""
+        entry = RoundRecord(layers, phase, size, self.step, time.perf_counter())
         self.rounds.append(entry)
         return entry
 
-    def by_step(self) -> Dict[int, List[Round]]:
+    def by_step(self) -> Dict[int, List[RoundRecord]]:
         """Returns the rounds of each step."""
-        steps: Dict[int, List[Round]] = {}
+        steps: Dict[int, List[RoundRecord]] = {}
         for entry in self.rounds:
             steps.setdefault(entry.step, []).append(entry)
         return steps
@@ -63,29 +63,29 @@ class Rounds:
         """Returns the exposed seconds of each step."""
         return {step: sum(entry.exposed for entry in entries) for step, entries in self.by_step().items()}
 
-    def __iter__(self) -> Iterator[Round]:
+    def __iter__(self) -> Iterator[RoundRecord]:
         return iter(self.rounds)
 
     def __len__(self) -> int:
         return len(self.rounds)
 
 
-_active: Optional[Rounds] = None
+_active: Optional[RoundRecords] = None
 
 
-def active() -> Optional[Rounds]:
+def active() -> Optional[RoundRecords]:
     """Returns the record that is being written, or ``None``: then a round costs this one call."""
     return _active
 
 
 @contextlib.contextmanager
-def record_rounds() -> Iterator[Rounds]:
+def record_rounds() -> Iterator[RoundRecords]:
     """Records all statistics rounds of this process while the block runs.
 
     On CUDA the times are the host's, which does not wait for rounds; there a round's finish is when it was enqueued.
 
     Returns:
-        A :class:`Rounds`, filled as the block runs.
+        A :class:`RoundRecords`, filled as the block runs.
 
     Raises:
         RuntimeError: inside another recorded block.
@@ -101,7 +101,7 @@ def record_rounds() -> Iterator[Rounds]:
         raise RuntimeError(
             "expected one record_rounds block at a time (got a second one inside); use the first one's result"
         )
-    _active = Rounds()
+    _active = RoundRecords()
     try:
         yield _active
     finally:

@@ -79,10 +79,10 @@ class Roster:
         if not self.layers:
             return DEFAULT_CAPACITY
         itemsize = max(itemsize, self.itemsize)
-        alone = max(8 + 2 * features * itemsize for _, features in self.layers)
-        longest = max([alone] + [8 * len(each) + 2 * sum(each) * itemsize for _, each in self.rounds])
+        own_size = max(8 + 2 * features * itemsize for _, features in self.layers)
+        longest = max([own_size] + [8 * len(each) + 2 * sum(each) * itemsize for _, each in self.rounds])
         # Up to a limit: every message is as long as the longest.
-        return -(-(HEADER_BYTES + max(alone, min(longest, _LONGEST_CAPACITY - HEADER_BYTES))) // 64) * 64
+        return -(-(HEADER_BYTES + max(own_size, min(longest, _LONGEST_CAPACITY - HEADER_BYTES))) // 64) * 64
 
     def text(self) -> bytes:
         """Returns one line a layer and round, for the comparison between ranks."""

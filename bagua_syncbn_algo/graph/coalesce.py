@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..layer import SyncBatchNorm, normalize_together, uncompiled
+from ..layer import SyncBatchNorm, batch_norm_coalesced, uncompiled
 from ..ops.recompute import RecomputeCache, inside_backward
-from .levels import Following, Level, followers_of, levels_of, regroup
+from .levels import Level, SplitCandidate, levels_of, regroup, split_candidates_of
 from .module_state import UntraceableError, has_own_forward, hooks_of
 from .plan import PlannedRound, SyncPlan
-from .split_backward import Follower, Followers
+from .split_backward import DeferrableLayer, DeferrableLayers
 from .tracing import CallPattern, trace
 from .verify import FAILED, PASSED, check_equivalence
 
@@ -31,7 +31,7 @@ __all__ = ["CoalescedForward", "coalesce", "plan_of", "uncoalesce"]
 
 logger = logging.getLogger(__name__)
 
-_LEFT = "_syncbn_left"  # where the model remembers what was left as written, and what runs whole
+_SKIPPED = "_syncbn_skipped"  # where the model remembers what was left as written, and what runs whole
 _MOST_VARIANTS = 32  # graphs of one module, by modes and calls; beyond it runs as written
 _MOST_TRIALS = 3  # of a graph, on batches with which no rank can run the forward as written
 
@@ -43,7 +43,7 @@ class CoalescedForward:
         module: whose forward it is.
         path: of ``module`` in the model; ``""`` for the model itself.
         model: the model's class name, with which layers' names begin.
-        overlap: whether backward rounds hide behind weight gradients.
+        overlap: whether backward rounds overlap with weight gradients.
     """
 
     regroups = True  # tells it from a forward that somebody else has put on a module
@@ -92,18 +92,18 @@ class CoalescedForward:
 
     def prepare(self, pattern: CallPattern) -> _Variant:
         """Traces and regroups the forward for calls of ``pattern`` in the modes that the module's parts are in."""
-        variant = _Variant(_Snapshot(self.module), pattern)
+        variant = _Variant(_Guard(self.module), pattern)
         try:
             traced = trace(self.module, pattern)
-            levels = levels_of(traced.graph, self.module, list(traced.alone))
-            followers: List[List[Following]] = [[] for _ in levels]
+            levels = levels_of(traced.graph, self.module, list(traced.uncoalesced))
+            candidates: List[List[SplitCandidate]] = [[] for _ in levels]
             if self.overlap:
-                followers, variant.whole = followers_of(traced.graph, self.module, levels)
-            variant.planned(self, levels, followers, traced.opaque, traced.alone)
-            if any(len(level.members) > 1 or behind for level, behind in zip(levels, followers)):
-                graph = regroup(traced.graph, self.module, levels, followers, variant.round_of)
-                # On the traced twin: GraphModule looks up the graph's paths, and keeps what it finds.
-                variant.run = _Regrouped(type(fx.GraphModule(traced.twin, graph)).forward, traced.outputs)
+                candidates, variant.unsplit = split_candidates_of(traced.graph, self.module, levels)
+            variant.planned(self, levels, candidates, traced.opaque, traced.uncoalesced)
+            if any(len(level.members) > 1 or overlap_with for level, overlap_with in zip(levels, candidates)):
+                graph = regroup(traced.graph, self.module, levels, candidates, variant.round_of)
+                # On the traced replica: GraphModule looks up the graph's paths, and keeps what it finds.
+                variant.run = _Regrouped(type(fx.GraphModule(traced.replica, graph)).forward, traced.outputs)
         except UntraceableError as error:
             variant.opaque[""] = str(error)
         except Exception as error:  # a graph that fx or its order cannot cope with costs rounds, not the training
@@ -114,9 +114,9 @@ class CoalescedForward:
     def variant(self, pattern: CallPattern) -> Optional[_Variant]:
         """Returns the graph for a call, made now if it is the first of its kind; ``None`` if there are too many."""
         for variant in self._variants:
-            if variant.pattern == pattern and variant.snapshot.holds():
+            if variant.pattern == pattern and variant.guard.holds():
                 return variant
-        self._variants = [variant for variant in self._variants if not variant.snapshot.is_dead]
+        self._variants = [variant for variant in self._variants if not variant.guard.is_dead]
         if len(self._variants) >= _MOST_VARIANTS:
             if not self._warned:
                 self._warned = True
@@ -142,9 +142,9 @@ class CoalescedForward:
         self.__dict__.update(state, _module=weakref.ref(state["_module"]))
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> CoalescedForward:
-        twin = CoalescedForward(copy.deepcopy(self.module, memo), self.path, self.model, self.overlap)
-        twin.rounds = self.rounds
-        return twin
+        replica = CoalescedForward(copy.deepcopy(self.module, memo), self.path, self.model, self.overlap)
+        replica.rounds = self.rounds
+        return replica
 
 
 @uncompiled
@@ -176,37 +176,37 @@ class _Regrouped:
 class _Variant:
     """The graph for one combination of modes and one kind of call."""
 
-    def __init__(self, snapshot: _Snapshot, pattern: CallPattern) -> None:
-        self.snapshot, self.pattern = snapshot, pattern
+    def __init__(self, guard: _Guard, pattern: CallPattern) -> None:
+        self.guard, self.pattern = guard, pattern
         self.run: Optional[Callable[..., Any]] = None  # of the module and the call's tensors; None: as written
         self.verified = False
         self.trials = 0
         self.rounds: List[PlannedRound] = []
         self.opaque: Dict[str, str] = {}
-        self.alone: Dict[str, str] = {}
-        self.whole: Dict[str, str] = {}
-        self._calls: Dict[Tuple[str, ...], _Round] = {}  # by the members' paths
+        self.uncoalesced: Dict[str, str] = {}
+        self.unsplit: Dict[str, str] = {}
+        self._calls: Dict[Tuple[str, ...], _LevelCall] = {}  # by the members' paths
 
     def planned(
         self,
         forward: CoalescedForward,
         levels: Sequence[Level],
-        followers: Sequence[Sequence[Following]],
+        candidates: Sequence[Sequence[SplitCandidate]],
         opaque: Dict[str, str],
-        alone: Dict[str, str],
+        uncoalesced: Dict[str, str],
     ) -> None:
         """Takes what tracing found."""
-        self.opaque, self.alone = opaque, alone
-        for level, behind in zip(levels, followers):
+        self.opaque, self.uncoalesced = opaque, uncoalesced
+        for level, overlap_with in zip(levels, candidates):
             names = tuple(f"{forward.name}.{member.path}" for member in level.members)
             features = tuple(member.layer.num_features for member in level.members)
             backward = any(member.backward for member in level.members)
-            hidden_behind = tuple(f"{forward.name}.{follower.path}" for follower in behind)
-            planned = PlannedRound(forward.path, level.number, names, features, backward, hidden_behind)
+            overlapped_with = tuple(f"{forward.name}.{candidate.path}" for candidate in overlap_with)
+            planned = PlannedRound(forward.path, level.number, names, features, backward, overlapped_with)
             self.rounds.append(planned)
-            self._calls[_key(level)] = _Round(planned, [follower.shared for follower in behind])
+            self._calls[_key(level)] = _LevelCall(planned, [candidate.shared for candidate in overlap_with])
 
-    def round_of(self, level: Level) -> _Round:
+    def round_of(self, level: Level) -> _LevelCall:
         """Returns what runs ``level``."""
         return self._calls[_key(level)]
 
@@ -215,24 +215,24 @@ def _key(level: Level) -> Tuple[str, ...]:
     return (str(level.number), *(member.path for member in level.members))
 
 
-class _Round:
+class _LevelCall:
     """Runs the layers of a level together. Generated code calls it."""
 
     def __init__(self, planned: PlannedRound, shared: Sequence[bool]) -> None:
         self._cache = RecomputeCache()
         self._name = planned.name if len(planned.layers) > 1 else None  # a layer by itself has its own
-        self._followers = [Follower(*each) for each in zip(planned.hidden_behind, shared)]
-        self.__name__, self.__module__ = "normalize_together", __name__
+        self._candidates = [DeferrableLayer(*each) for each in zip(planned.overlapped_with, shared)]
+        self.__name__, self.__module__ = "batch_norm_coalesced", __name__
 
     def __call__(
         self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], modules: Sequence[nn.Module]
     ) -> Tuple[Any, ...]:
-        behind = Followers(self._followers, modules)
+        overlap_with = DeferrableLayers(self._candidates, modules)
         cache = None if self._name is None else self._cache
-        outputs = normalize_together(layers, inputs, self._name, cache, behind if modules else None)
+        outputs = batch_norm_coalesced(layers, inputs, self._name, cache, overlap_with if modules else None)
         if any(layer._forward_hooks for layer in layers):
             outputs = tuple(_hooked(*each) for each in zip(layers, inputs, outputs))
-        return (*outputs, behind)
+        return (*outputs, overlap_with)
 
 
 def _hooked(layer: SyncBatchNorm, input: Tensor, output: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def _hooked(layer: SyncBatchNorm, input: Tensor, output: Tensor) -> Tensor:
     return output
 
 
-class _Snapshot:
+class _Guard:
     """What a graph depends on in a module besides its code: submodules, their modes, and some of their hooks."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -331,8 +331,8 @@ def _leave(forward: CoalescedForward, variant: _Variant, reason: str) -> None:
 
 class _Found(NamedTuple):
     forwards: List[CoalescedForward]
-    left: List[Tuple[str, str]]
-    whole: List[Tuple[str, str]]
+    skipped: List[Tuple[str, str]]
+    unsplit: List[Tuple[str, str]]
 
 
 def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None, overlap: bool = True) -> SyncPlan:
@@ -344,7 +344,7 @@ def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None,
         model: with SyncBatchNorm layers; changed in place.
         example_inputs: arguments of a training forward; with them the regrouped forward is compared with the
             original now, else on the first training batch.
-        overlap: whether backward rounds hide behind the weight gradients of the layers that follow.
+        overlap: whether backward rounds overlap with the weight gradients of the layers that follow.
 
     Returns:
         The plan.
@@ -364,9 +364,9 @@ def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None,
             part.training = training
     for forward in found.forwards:
         forward.module.__dict__["forward"] = forward
-    model.__dict__[_LEFT] = tuple(found.left), tuple(found.whole)
+    model.__dict__[_SKIPPED] = tuple(found.skipped), tuple(found.unsplit)
     plan = plan_of(model)
-    left = "; ".join(f"{name}: {reason}" for name, reason in found.left)
+    left = "; ".join(f"{name}: {reason}" for name, reason in found.skipped)
     logger.info(
         "coalesced %s: %s%s", type(model).__name__, plan.summary(), f"; left as written: {left}" if left else ""
     )
@@ -378,7 +378,7 @@ def uncoalesce(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part.__dict__.get("forward"), CoalescedForward):
             del part.__dict__["forward"]
-        part.__dict__.pop(_LEFT, None)
+        part.__dict__.pop(_SKIPPED, None)
 
 
 def plan_of(model: nn.Module) -> SyncPlan:
@@ -397,7 +397,7 @@ def plan_of(model: nn.Module) -> SyncPlan:
         full = f"{name}.{path}" if path else name
         if isinstance(layer, SyncBatchNorm) and full not in covered:
             rounds.append(PlannedRound("", 0, (full,), (layer.num_features,)))
-    return SyncPlan(name, tuple(rounds), *model.__dict__.get(_LEFT, ()))
+    return SyncPlan(name, tuple(rounds), *model.__dict__.get(_SKIPPED, ()))
 
 
 def _regions(
@@ -427,18 +427,18 @@ def _regions(
             variant.verified = verdict == PASSED
         if variant is not None and not reason:
             forward.rounds = tuple(variant.rounds)
-            found.whole.extend((f"{name}.{layer}", why) for layer, why in variant.whole.items())
+            found.unsplit.extend((f"{name}.{layer}", why) for layer, why in variant.unsplit.items())
             if variant.run is not None:
                 found.forwards.append(forward)
-            found.left.extend((f"{name}.{layer}", why) for layer, why in variant.alone.items())
+            found.skipped.extend((f"{name}.{layer}", why) for layer, why in variant.uncoalesced.items())
             inner = []
             for part, why in variant.opaque.items():
                 submodule = module.get_submodule(part) if part else module
                 if part and any(isinstance(p, SyncBatchNorm) for p in submodule.modules()):
-                    found.left.append((f"{name}.{part}", why))
+                    found.skipped.append((f"{name}.{part}", why))
                     inner.append(part)
-    if reason and name not in dict(found.left):
-        found.left.append((name, reason))
+    if reason and name not in dict(found.skipped):
+        found.skipped.append((name, reason))
     for part in inner:
         submodule = module.get_submodule(part)
         if not any(f.module is submodule for f in found.forwards):

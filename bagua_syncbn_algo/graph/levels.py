@@ -10,13 +10,13 @@ from torch import fx, nn
 
 from ..layer import SyncBatchNorm
 from .ordering import Groups, attribute_of, dependencies
-from .split_backward import apply_split, is_weighted, why_whole
-from .tracing import normalize_alone
+from .split_backward import apply_split, is_weighted, why_unsplittable
+from .tracing import normalize_standalone
 
-__all__ = ["Application", "Following", "Level", "followers_of", "levels_of", "regroup"]
+__all__ = ["LayerCall", "SplitCandidate", "Level", "split_candidates_of", "levels_of", "regroup"]
 
 
-class Application(NamedTuple):
+class LayerCall(NamedTuple):
     """One use of a layer in a graph."""
 
     node: fx.Node
@@ -25,8 +25,8 @@ class Application(NamedTuple):
     backward: bool  # whether its input needs a gradient
 
 
-class Following(NamedTuple):
-    """A convolution or linear layer behind which a backward round can hide."""
+class SplitCandidate(NamedTuple):
+    """A convolution or linear layer whose weight gradient a backward round can overlap with."""
 
     node: fx.Node
     path: str  # of the layer in the region
@@ -37,10 +37,10 @@ class Level(NamedTuple):
     """Applications that share a round."""
 
     number: int
-    members: Tuple[Application, ...]  # in program order
+    members: Tuple[LayerCall, ...]  # in program order
 
 
-def levels_of(graph: fx.Graph, module: nn.Module, alone: Sequence[str]) -> List[Level]:
+def levels_of(graph: fx.Graph, module: nn.Module, uncoalesced: Sequence[str]) -> List[Level]:
     """Returns the rounds of a traced forward, in the order in which they must run.
 
     A layer's level is 1 + the most layers on any way to it, where a way follows values and what must keep its order:
@@ -49,19 +49,19 @@ def levels_of(graph: fx.Graph, module: nn.Module, alone: Sequence[str]) -> List[
     Args:
         graph: of ``module``.
         module: where the graph's paths lead.
-        alone: paths of layers that take no part.
+        uncoalesced: paths of layers that take no part.
     """
     before = dependencies(graph, module)
     level: Dict[fx.Node, int] = {}
     needs_gradient: Dict[fx.Node, bool] = {}
     part_of = _backward_parts(graph)
     last_of: Dict[int, int] = {}  # the level of a layer's latest application
-    groups: Dict[Tuple[int, Any], List[Application]] = {}
+    groups: Dict[Tuple[int, Any], List[LayerCall]] = {}
     for node in graph.nodes:
         level[node] = max((level[earlier] for earlier in before[node]), default=0)
         needs_gradient[node] = any(needs_gradient[i] for i in node.all_input_nodes) or _has_parameters(node, module)
         path = _layer_path(node, module)
-        if path is None or path in alone:
+        if path is None or path in uncoalesced:
             continue
         layer = module.get_submodule(path)
         assert isinstance(layer, SyncBatchNorm)
@@ -72,7 +72,7 @@ def levels_of(graph: fx.Graph, module: nn.Module, alone: Sequence[str]) -> List[
         last_of[id(layer)] = level[node]
         group = (level[node], (None if layer.process_group is None else id(layer.process_group), part_of[node]))
         input_ = node.all_input_nodes[-1]
-        groups.setdefault(group, []).append(Application(node, path, layer, needs_gradient[input_]))
+        groups.setdefault(group, []).append(LayerCall(node, path, layer, needs_gradient[input_]))
     return [Level(number, tuple(members)) for (number, _), members in sorted(groups.items(), key=lambda g: g[0][0])]
 
 
@@ -92,10 +92,10 @@ def _backward_parts(graph: fx.Graph) -> Dict[fx.Node, int]:
     return {node: numbers.setdefault(groups.root(node), len(numbers)) for node in graph.nodes}
 
 
-def followers_of(
+def split_candidates_of(
     graph: fx.Graph, module: nn.Module, levels: Sequence[Level]
-) -> Tuple[List[List[Following]], Dict[str, str]]:
-    """Returns behind which convolutions and linear layers the backward round of each level can hide.
+) -> Tuple[List[List[SplitCandidate]], Dict[str, str]]:
+    """Returns the convolutions and linear layers that the backward round of each level can overlap with.
 
     These are the ones on a way from the level's outputs to the next level's inputs, through whatever: what such a layer
     gives back to its input the round must wait for, but not for its weight gradient.
@@ -105,7 +105,7 @@ def followers_of(
     """
     own = {member.node: index for index, level in enumerate(levels) for member in level.members}
     latest: Dict[fx.Node, int] = {}  # the last level, in the order in which they run, that a value depends on
-    followers: List[List[Following]] = [[] for _ in levels]
+    candidates: List[List[SplitCandidate]] = [[] for _ in levels]
     whole: Dict[str, str] = {}
     uses = _uses_of_weights(graph, module)
     for node in graph.nodes:
@@ -121,7 +121,7 @@ def followers_of(
         layer = module.get_submodule(path)
         if not is_weighted(layer):
             continue
-        reason = why_whole(layer)
+        reason = why_unsplittable(layer)
         if reason is None and (len(node.args) != 1 or node.kwargs):
             reason = "is called with more than its input"
         if reason is None and uses[path] > 2:
@@ -129,8 +129,8 @@ def followers_of(
         if reason is not None:
             whole[path] = reason
         elif _has_parameters(node, module):
-            followers[index].append(Following(node, path, uses[path] > 1))
-    return followers, whole
+            candidates[index].append(SplitCandidate(node, path, uses[path] > 1))
+    return candidates, whole
 
 
 def _uses_of_weights(graph: fx.Graph, module: nn.Module) -> Dict[str, int]:
@@ -149,18 +149,18 @@ def regroup(
     graph: fx.Graph,
     module: nn.Module,
     levels: Sequence[Level],
-    followers: Sequence[Sequence[Following]],
+    candidates: Sequence[Sequence[SplitCandidate]],
     call: Callable[[Level], Any],
 ) -> fx.Graph:
-    """Returns the graph with every level of several layers, or with followers, in one call.
+    """Returns the graph with every level of several layers, or with candidates, in one call.
 
     Args:
         graph: of ``module``.
         module: where the graph's paths lead.
         levels: of the graph.
-        followers: for each level those whose weight gradients its backward round hides behind.
-        call: gives what runs a level: a function of the layers, the inputs and the followers' modules that returns the
-            outputs and, last, what :func:`apply_split` takes for its followers.
+        candidates: for each level those whose weight gradients its backward round overlaps with.
+        call: gives what runs a level: a function of the layers, the inputs and the candidates' modules that returns the
+            outputs and, last, what :func:`apply_split` takes for its candidates.
     """
     follows: Dict[fx.Node, Tuple[fx.Node, int]] = {}  # what its round returned last, and its place there
     before = dependencies(graph, module)
@@ -191,22 +191,22 @@ def regroup(
     for node in graph.nodes:
         if node.op == "placeholder":
             copy(node)
-    for level, behind in zip(levels, followers):
+    for level, overlap_with in zip(levels, candidates):
         nodes = [member.node for member in level.members]
         emit_before(nodes)
-        if len(nodes) == 1 and not behind:
+        if len(nodes) == 1 and not overlap_with:
             copy(nodes[0])
             continue
         layers = tuple(new.get_attr(member.path) for member in level.members)
         inputs = tuple(copies[node.all_input_nodes[-1]] for node in nodes)
-        modules = tuple(new.get_attr(follower.path) for follower in behind)
+        modules = tuple(new.get_attr(candidate.path) for candidate in overlap_with)
         together = new.call_function(call(level), (layers, inputs, modules))
         for index, node in enumerate(nodes):
             copies[node] = new.call_function(_item, (together, index))
             done.add(node)
-        if behind:
+        if overlap_with:
             last = new.call_function(_item, (together, len(nodes)))
-            follows.update((follower.node, (last, place)) for place, follower in enumerate(behind))
+            follows.update((candidate.node, (last, place)) for place, candidate in enumerate(overlap_with))
     for node in graph.nodes:
         if node not in done:
             copy(node)
@@ -219,7 +219,7 @@ def _item(outputs: Sequence[Any], index: int) -> Any:
 
 def _layer_path(node: fx.Node, module: nn.Module) -> Any:
     """Returns the path of the layer that ``node`` applies, or ``None``."""
-    if node.op == "call_function" and node.target is normalize_alone:
+    if node.op == "call_function" and node.target is normalize_standalone:
         return node.args[0].target  # type: ignore[union-attr]
     if node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), SyncBatchNorm):
         layer = module.get_submodule(str(node.target))

@@ -61,13 +61,13 @@ def clean_copy(module: nn.Module) -> nn.Module:
             elif name in ("forward", "bagua_ddp") and value is not None:
                 memo[id(value)] = None
     try:
-        twin: nn.Module = copy.deepcopy(module, memo)
+        replica: nn.Module = copy.deepcopy(module, memo)
     except Exception as error:
         raise UntraceableError(f"cannot be copied ({type(error).__name__}: {error})") from error
-    for part in twin.modules():
+    for part in replica.modules():
         if part.__dict__.get("forward", 0) is None:
             del part.__dict__["forward"]
-    return twin
+    return replica
 
 
 class ModuleState:

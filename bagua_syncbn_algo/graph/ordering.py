@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 from torch import fx, nn
 
 from ..layer import SyncBatchNorm
-from .tracing import IN_PLACE_OPERATORS, normalize_alone
+from .tracing import IN_PLACE_OPERATORS, normalize_standalone
 
 __all__ = ["Groups", "attribute_of", "dependencies"]
 
@@ -34,7 +34,7 @@ _FRESH_MODULES = (
 )
 _FRESH_FUNCTIONS = (
     *("add", "sub", "mul", "truediv", "div", "pow", "neg", "cat", "stack", "matmul", "linear", "clone", "mean", "sum"),
-    *("relu", "silu", "gelu", "sigmoid", "tanh", "softmax", "normalize_alone", "conv1d", "conv2d", "conv3d"),
+    *("relu", "silu", "gelu", "sigmoid", "tanh", "softmax", "normalize_standalone", "conv1d", "conv2d", "conv3d"),
     *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
 )
 
@@ -70,7 +70,7 @@ def _is_effect(node: fx.Node, module: nn.Module) -> bool:
         return (
             not plain or "dropout" in type(part).__name__.lower() or isinstance(part, nn.RReLU) or _has_children(part)
         )
-    if node.op == "call_function" and node.target is not normalize_alone:
+    if node.op == "call_function" and node.target is not normalize_standalone:
         home = str(getattr(node.target, "__module__", None) or "torch")
         ours = home.split(".")[0] in ("torch", "_operator", "builtins", "math")
         return not ours or any(word in name for word in _RANDOM)

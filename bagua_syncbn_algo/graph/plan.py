@@ -21,7 +21,7 @@ class PlannedRound:
     layers: Tuple[str, ...]  # qualified names in the model, in program order; a layer applied twice is there twice
     features: Tuple[int, ...]
     backward: bool = True  # whether any input needs a gradient
-    hidden_behind: Tuple[str, ...] = ()  # layers whose weight gradients are computed while the backward round travels
+    overlapped_with: Tuple[str, ...] = ()  # layers whose weight gradients are computed while the backward round travels
 
     @property
     def name(self) -> str:
@@ -40,7 +40,7 @@ class PlannedRound:
 class Prediction:
     """Modelled communication time of one training step, in seconds."""
 
-    original: float  # 3 all-gathers and 2 all-reduces a layer, as Bagua's own SyncBatchNorm
+    upstream: float  # 3 all-gathers and 2 all-reduces a layer, as Bagua's own SyncBatchNorm
     per_layer: float  # one all-gather a layer forward, one backward
     planned: float  # one all-gather a round forward, one backward
 
@@ -51,8 +51,8 @@ class SyncPlan:
 
     model: str
     rounds: Tuple[PlannedRound, ...] = ()
-    left: Tuple[Tuple[str, str], ...] = ()  # modules and layers left as they are, and why
-    whole: Tuple[Tuple[str, str], ...] = ()  # convolutions behind which no round can hide, and why
+    skipped: Tuple[Tuple[str, str], ...] = ()  # modules and layers that are not coalesced, and why
+    unsplit: Tuple[Tuple[str, str], ...] = ()  # convolutions and linear layers with which no round overlaps, and why
 
     @property
     def layers(self) -> int:
@@ -118,30 +118,30 @@ class SyncPlan:
         longest = max((planned.payload(itemsize) for planned in self.rounds), default=0)
         widest = max((max(planned.features) for planned in self.rounds), default=0)
         single = HEADER_BYTES + 8 + 2 * itemsize * widest
-        original = per_layer = 0.0
+        upstream = per_layer = 0.0
         for planned in self.rounds:
             for features in planned.features:
-                original += gather(4) + 2 * gather(itemsize * features)
-                original += 2 * reduce(itemsize * features) * planned.backward
+                upstream += gather(4) + 2 * gather(itemsize * features)
+                upstream += 2 * reduce(itemsize * features) * planned.backward
                 per_layer += round_of(single) * (1 + planned.backward)
         together = round_of(longest) * (self.rounds_forward + self.rounds_backward)
-        return Prediction(original, per_layer, together)
+        return Prediction(upstream, per_layer, together)
 
     @property
-    def rounds_hidden(self) -> int:
-        """Messages of a backward for which nothing has to wait, if what they hide behind takes as long."""
-        return sum(planned.backward and bool(planned.hidden_behind) for planned in self.rounds)
+    def rounds_overlapped(self) -> int:
+        """Backward rounds that overlap with weight gradients."""
+        return sum(planned.backward and bool(planned.overlapped_with) for planned in self.rounds)
 
     def agreement(self) -> Tuple[Tuple[str, Tuple[int, ...]], ...]:
         """Returns what must be the same on all ranks, in words: the rounds of several layers; and their features.
 
-        What a round hides behind is a part of it: it decides in which order a backward sends its rounds.
+        The layers that a round overlaps with are included: they decide in which order a backward sends its rounds.
         """
         words = []
         for planned in self.rounds:
-            behind = f" behind {', '.join(planned.hidden_behind)}" if planned.hidden_behind else ""
+            overlap = f" overlapped with {', '.join(planned.overlapped_with)}" if planned.overlapped_with else ""
             if len(planned.layers) > 1:
-                words.append((f"round of {', '.join(planned.layers)}{behind}", planned.features))
+                words.append((f"round of {', '.join(planned.layers)}{overlap}", planned.features))
         return tuple(words)
 
     def summary(self) -> str:
@@ -164,10 +164,11 @@ class SyncPlan:
             rounds = tuple(
                 PlannedRound(**{key: _frozen(value) for key, value in entry.items()}) for entry in fields["rounds"]
             )
-            left, whole = (
-                tuple((name, reason) for name, reason in pairs) for pairs in (fields["left"], fields.get("whole", ()))
+            skipped, unsplit = (
+                tuple((name, reason) for name, reason in pairs)
+                for pairs in (fields["skipped"], fields.get("unsplit", ()))
             )
-            return cls(fields["model"], rounds, left, whole)
+            return cls(fields["model"], rounds, skipped, unsplit)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"expected a plan as SyncPlan.to_json writes it (got {text[:60]!r}, {error}); write it again"

@@ -1,4 +1,4 @@
-"""Hiding a backward round of statistics behind the weight gradients of the layers that follow.
+"""Overlap of a backward round with the weight gradients of the layers that follow.
 
 The weight gradient of a convolution does not depend on the statistics of the normalization before it. Its backward is
 split in two: the input gradient at once, because the statistics wait for it, and the weight gradient while they travel.
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..ops.deferred import Behind, Deferral, refuse_second_derivative
+from ..ops.deferred import DeferredGrad, OverlapCandidates, refuse_second_derivative
 from ..ops.moments import cast
 from .module_state import has_own_forward, hooks_of
 
-__all__ = ["Follower", "Followers", "apply_split", "is_weighted", "why_whole"]
+__all__ = ["DeferrableLayer", "DeferrableLayers", "apply_split", "is_weighted", "why_unsplittable"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -34,7 +34,7 @@ def is_weighted(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
 
 
-def why_whole(module: nn.Module) -> Optional[str]:
+def why_unsplittable(module: nn.Module) -> Optional[str]:
     """Returns why the backward of a convolution or linear layer cannot be split; ``None`` if it can."""
     if type(module) not in _SPLIT:
         return f"is a {type(module).__name__}, which may do more than a layer of torch.nn"
@@ -47,7 +47,7 @@ def why_whole(module: nn.Module) -> Optional[str]:
     return None
 
 
-class Follower:
+class DeferrableLayer:
     """A place in a graph where a convolution or linear layer follows a round of statistics.
 
     Args:
@@ -76,60 +76,65 @@ class Follower:
             self._work = many.numel() * weight.numel() / weight.shape[0]
 
 
-class Followers(Behind):
-    """The followers of one round, in one forward.
+class DeferrableLayers(OverlapCandidates):
+    """The candidates of one round, in one forward.
 
     Args:
-        followers: of the round.
+        candidates: of the round.
         modules: the layers that stand there now.
     """
 
-    def __init__(self, followers: Sequence[Follower], modules: Sequence[Any]) -> None:
+    def __init__(self, candidates: Sequence[DeferrableLayer], modules: Sequence[Any]) -> None:
         super().__init__()
-        self.followers, self._modules = followers, modules
+        self.candidates, self._modules = candidates, modules
 
     def shares(self, device: torch.device) -> List[Optional[Tuple[Optional[Tensor], ...]]]:
         return [
-            (module.weight, module.bias) if follower.is_worthwhile and _can_split(module, device) else None
-            for follower, module in zip(self.followers, self._modules)
+            (module.weight, module.bias) if candidate.is_worthwhile and _can_split(module, device) else None
+            for candidate, module in zip(self.candidates, self._modules)
         ]
 
 
 def _can_split(module: Any, device: torch.device) -> bool:
     weight: Tensor = module.weight
-    return weight.requires_grad and weight.is_floating_point() and weight.device == device and why_whole(module) is None
+    return (
+        weight.requires_grad
+        and weight.is_floating_point()
+        and weight.device == device
+        and why_unsplittable(module) is None
+    )
 
 
-def apply_split(module: Any, input: Tensor, followers: Followers, place: int) -> Tensor:
-    """Runs a convolution or linear layer, its weight gradient deferred where the round has a deferral for it.
+def apply_split(module: Any, input: Tensor, candidates: DeferrableLayers, place: int) -> Tensor:
+    """Runs a convolution or linear layer, its weight gradient deferred if its round has a deferred gradient for it.
 
     Bitwise the same output and gradients as ``module(input)``.
 
     Args:
         module: the layer.
         input: as the layer takes it.
-        followers: of its round, which has run.
+        candidates: of its round, which has run.
         place: of the layer among them.
     """
-    follower, deferrals = followers.followers[place], followers.deferrals
-    deferral = deferrals[place] if deferrals else None
+    candidate, deferred_grads = candidates.candidates[place], candidates.deferred_grads
+    deferred_grad = deferred_grads[place] if deferred_grads else None
     if isinstance(module, nn.Linear) and input.dim() > 2 and not input.is_contiguous():
-        deferral = None  # F.linear has other kernels there
-    if deferral is None or not (torch.is_grad_enabled() and input.requires_grad):
+        deferred_grad = None  # F.linear has other kernels there
+    if deferred_grad is None or not (torch.is_grad_enabled() and input.requires_grad):
         output: Tensor = module(input)
     else:
         weight, bias = module.weight, module.bias
         if getattr(module, "padding_mode", "zeros") != "zeros":  # before any cast: autocast pads in float32
             input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         fixed = _autocast(input, weight, bias)
-        late = _Late(follower.name, weight.dtype, None if bias is None else bias.dtype)
-        output = (_linear if isinstance(module, nn.Linear) else _convolve)(module, deferral, late, *fixed)
-    follower.note(module, input, output)
+        late = _Late(candidate.name, weight.dtype, None if bias is None else bias.dtype)
+        output = (_linear if isinstance(module, nn.Linear) else _convolve)(module, deferred_grad, late, *fixed)
+    candidate.note(module, input, output)
     return output
 
 
 class _Late(NamedTuple):
-    """What gradients computed late need to know. Not the deferral, which holds them until then: a circle."""
+    """What deferred gradients need to know. Not the :class:`DeferredGrad` that holds them: a reference cycle."""
 
     name: str
     weight_dtype: torch.dtype
@@ -137,16 +142,16 @@ class _Late(NamedTuple):
 
 
 def _linear(
-    module: Any, deferral: Deferral, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]
+    module: Any, deferred_grad: DeferredGrad, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]
 ) -> Tensor:
     rows = input.reshape(-1, input.shape[-1])
-    arguments = rows, deferral.token, (weight, bias), deferral, late, _Linear
+    arguments = rows, deferred_grad.token, (weight, bias), deferred_grad, late, _Linear
     output: Tensor = _Split.apply(*arguments)  # type: ignore[no-untyped-call]
     return output.view(*input.shape[:-1], output.shape[-1])
 
 
 def _convolve(
-    module: Any, deferral: Deferral, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]
+    module: Any, deferred_grad: DeferredGrad, late: _Late, input: Tensor, weight: Tensor, bias: Optional[Tensor]
 ) -> Tensor:
     convolution = _Convolution(
         module.stride,
@@ -157,7 +162,7 @@ def _convolve(
         module.groups,
     )
     batched = input if input.dim() == weight.dim() else input.unsqueeze(0)
-    arguments = batched, deferral.token, (weight, bias), deferral, late, convolution
+    arguments = batched, deferred_grad.token, (weight, bias), deferred_grad, late, convolution
     output: Tensor = _Split.apply(*arguments)  # type: ignore[no-untyped-call]
     return output if batched is input else output.squeeze(0)
 
@@ -259,14 +264,14 @@ class _Split(Function):
         input: Tensor,
         token: Tensor,
         parameters: Tuple[Tensor, Optional[Tensor]],
-        deferral: Deferral,
+        deferred_grad: DeferredGrad,
         late: _Late,
         operation: Any,
     ) -> Tensor:
         # The parameters are in one argument, in which autograd does not look for inputs.
         weight, bias = parameters
         ctx.save_for_backward(input, weight)
-        ctx.deferral, ctx.late, ctx.operation = deferral, late, operation
+        ctx.deferred_grad, ctx.late, ctx.operation = deferred_grad, late, operation
         ctx.bias_sizes = None if bias is None else bias.shape
         ctx.set_materialize_grads(False)
         output: Tensor = operation.forward(input, weight, bias)
@@ -285,5 +290,5 @@ class _Split(Function):
             _, weight, bias = operation.backward(*arguments, (False, *needs))
             return _cast(weight, bias, late)
 
-        ctx.deferral.leave(weight_and_bias)
+        ctx.deferred_grad.provide(weight_and_bias)
         return gradient, None, None, None, None, None

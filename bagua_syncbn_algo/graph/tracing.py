@@ -38,7 +38,7 @@ __all__ = [
     "IN_PLACE_OPERATORS",
     "CallPattern",
     "Trace",
-    "normalize_alone",
+    "normalize_standalone",
     "trace",
 ]
 
@@ -97,11 +97,11 @@ class Trace(NamedTuple):
     graph: fx.Graph  # takes the call's values, returns the leaves of the output
     outputs: Any  # the structure of the output, as torch.utils._pytree has it
     opaque: Dict[str, str]  # paths of submodules that stay one step, and why
-    alone: Dict[str, str]  # paths of SyncBatchNorm layers that must run by themselves, and why
-    twin: nn.Module  # the copy that was traced
+    uncoalesced: Dict[str, str]  # paths of SyncBatchNorm layers that must run by themselves, and why
+    replica: nn.Module  # the copy that was traced
 
 
-def normalize_alone(layer: SyncBatchNorm, input: Tensor) -> Tensor:
+def normalize_standalone(layer: SyncBatchNorm, input: Tensor) -> Tensor:
     """What a layer of a subclass does within its own forward: stands in traced graphs."""
     return SyncBatchNorm.forward(layer, input)
 
@@ -109,7 +109,7 @@ def normalize_alone(layer: SyncBatchNorm, input: Tensor) -> Tensor:
 def trace(module: nn.Module, pattern: CallPattern) -> Trace:
     """Traces ``module.forward`` for calls of ``pattern``, in the modes (training, evaluation) that its parts are in.
 
-    The module itself is never run: a twin of it is.
+    The module itself is never run: a replica of it is.
 
     Raises:
         UntraceableError: if the forward of ``module`` itself cannot be traced.
@@ -128,15 +128,15 @@ class _RandomError(Exception):
 
 
 def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
-    twin = clean_copy(module)
-    pairs = list(zip(module.modules(), twin.modules()))
-    hooks = {twin_: hooks_of(part) for part, twin_ in pairs}
-    tracer = _Tracer(pattern, hooks, [twin_ for part, twin_ in pairs if has_own_forward(part)])
+    replica = clean_copy(module)
+    pairs = list(zip(module.modules(), replica.modules()))
+    hooks = {replica_: hooks_of(part) for part, replica_ in pairs}
+    tracer = _Tracer(pattern, hooks, [replica_ for part, replica_ in pairs if has_own_forward(part)])
     with _LOCK, random_states_kept(), torch.enable_grad(), tracer.watching():
-        everything = {part: ModuleState(part) for part in twin.modules()}
-        here = StateWatch(twin)
+        everything = {part: ModuleState(part) for part in replica.modules()}
+        here = StateWatch(replica)
         try:
-            graph = tracer.trace(twin)
+            graph = tracer.trace(replica)
         except Exception as error:
             raise UntraceableError(tracer.reason(error)) from error
         reason = here.difference() or next(filter(None, (s.difference() for s in everything.values())), None)
@@ -148,7 +148,7 @@ def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
         raise _RandomError
     if reason is not None:
         raise UntraceableError(reason)
-    return Trace(graph, tracer.outputs, tracer.opaque, tracer.alone, twin)
+    return Trace(graph, tracer.outputs, tracer.opaque, tracer.uncoalesced, replica)
 
 
 class _Proxy(fx.Proxy):
@@ -187,7 +187,7 @@ class _Tracer(fx.Tracer):
         self._proxies: List[weakref.ref[Any]] = []
         self.outputs: Any = None
         self.opaque: Dict[str, str] = {}
-        self.alone: Dict[str, str] = {}
+        self.uncoalesced: Dict[str, str] = {}
         self._thread = threading.get_ident()  # others that run modules meanwhile are not to be traced
         self.swallowed: List[str] = []  # reasons raised, which the module's own code may have caught
 
@@ -241,7 +241,7 @@ class _Tracer(fx.Tracer):
         name = module_qualified_name
         if isinstance(m, SyncBatchNorm) and type(m).forward is SyncBatchNorm.forward:
             if before or any(backward):
-                self.alone[name] = "has hooks before or in backward"
+                self.uncoalesced[name] = "has hooks before or in backward"
             return True
         if super().is_leaf_module(m, name):
             return True
@@ -331,7 +331,7 @@ class _Tracer(fx.Tracer):
             if not isinstance(input, fx.Proxy):
                 return original(layer, input)
             path = self.create_proxy("get_attr", self.path_of_module(layer), (), {})
-            return self.create_proxy("call_function", normalize_alone, (path, input), {})
+            return self.create_proxy("call_function", normalize_standalone, (path, input), {})
 
         hooks = torch.autograd.graph.saved_tensors_hooks
         contexts = [

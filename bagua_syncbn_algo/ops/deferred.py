@@ -1,8 +1,18 @@
-"""Gradients that backward computes later than it could: while a round of statistics is in flight.
+"""Gradients that backward computes while an all-gather of statistics is in flight.
 
-A :class:`Deferral` is a node of the backward graph that another node, created later in forward, gives its work to. The
-engine runs, of the nodes that are ready, the one that was created last; so the order of creation decides what runs
-while something else is in flight. Whichever order an engine chooses, the gradients are right.
+A :class:`DeferredGrad` is an autograd node whose gradients are computed by a node created later in the forward pass.
+Of the nodes that are ready, the autograd engine runs the one created last. So the order of creation decides what
+backward computes while the all-gather is in flight::
+
+    created in forward:   finish      weight      launch       convolution
+    run in backward:         4    <--    3    <--    2     <--     1
+
+    1  convolution   computes the input gradient, provides the weight gradient's computation to `weight`
+    2  launch        sums the gradient of the normalization's output, starts the all-gather, provides to `finish`
+    3  weight        computes the weight gradient, while the all-gather is in flight
+    4  finish        waits for the all-gather, computes the input gradient of the normalization
+
+`finish` and `weight` are deferred gradients. If an engine chooses another order, the gradients are still right.
 """
 
 from __future__ import annotations
@@ -13,21 +23,23 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["Behind", "Compute", "Deferral", "refuse_second_derivative"]
+__all__ = ["Compute", "DeferredGrad", "OverlapCandidates", "refuse_second_derivative"]
 
-# Takes for each tensor whether a gradient is wanted; returns the gradients.
+# Takes for each tensor whether its gradient is needed; returns the gradients.
 Compute = Callable[[Sequence[bool]], Sequence[Optional[Tensor]]]
 
 
-class Deferral:
-    """A node of the backward graph for whose gradients another node, created later, provides.
+class DeferredGrad:
+    """An autograd node whose gradients are computed by a node created later in the forward pass.
 
-    One for each node that provides: a backward for some tensors only, as ``torch.autograd.grad`` has it, then runs what
-    it would run without deferrals, and no more. More could be a round of statistics that other ranks do not come to.
+    There is one for each node that provides gradients. A backward for some tensors only, as in
+    ``torch.autograd.grad``, then runs the same nodes as without deferred gradients. Running more of them could start a
+    round that other ranks do not take part in.
 
     Args:
-        tensors: whose gradients come late; one at least requires one.
-        device: where the other node runs: a token elsewhere would move this one to another thread of the engine.
+        tensors: whose gradients are deferred; at least one requires a gradient.
+        device: of the node that provides them. A token on another device would move this node to another thread of the
+            engine.
         name: for errors.
     """
 
@@ -35,12 +47,12 @@ class Deferral:
         self.token: Tensor = _Deferred.apply((device, name), *tensors)  # type: ignore[no-untyped-call]
         self._node: Any = self.token.grad_fn
 
-    def leave(self, compute: Compute) -> bool:
-        """Leaves what computes the gradients; the other node's backward calls it.
+    def provide(self, compute: Compute) -> bool:
+        """Provides the computation of the gradients; the backward of the other node calls this.
 
         Returns:
-            Whether it is taken. It is dropped where this backward, one of ``torch.autograd.grad`` for other tensors,
-            will not run the deferred node: nothing is held for it.
+            Whether the deferred node will run in this backward. If it will not, because ``torch.autograd.grad`` asks
+            for other tensors, nothing is kept.
         """
         taken = _will_run(self._node)
         if taken:
@@ -48,35 +60,38 @@ class Deferral:
         return taken
 
 
-class Behind:
-    """What the backward round of statistics of some layers is to hide behind, in one forward."""
+class OverlapCandidates:
+    """The gradients that backward can compute while the all-gather of one round is in flight, in one forward."""
 
     def __init__(self) -> None:
-        #: One for each share that there is; none where backward will not have a round.
-        self.deferrals: Sequence[Optional[Deferral]] = ()
+        #: One for each entry of :meth:`shares`; empty where backward will have no round.
+        self.deferred_grads: Sequence[Optional[DeferredGrad]] = ()
 
     def shares(self, device: torch.device) -> Sequence[Optional[Sequence[Optional[Tensor]]]]:
-        """Returns tensors on ``device`` whose gradients backward can compute while the round is in flight.
+        """Returns tensors on ``device`` whose gradients backward can compute while the all-gather is in flight.
 
-        By the nodes that will provide for them, in the order of forward; ``None`` for a node that is not to.
+        One entry for each node that will provide gradients, in the order of the forward; ``None`` for a node that will
+        not.
         """
         raise NotImplementedError
 
-    def defer(self, tensors: Sequence[Optional[Tensor]], device: torch.device, name: str) -> Optional[Deferral]:
-        """Makes the deferrals of all shares; returns that of ``tensors``, the round's own, or ``None`` without a share.
+    def defer(self, tensors: Sequence[Optional[Tensor]], device: torch.device, name: str) -> Optional[DeferredGrad]:
+        """Creates the deferred gradients of all shares, and that of the round itself.
 
         Args:
             tensors: whose gradients wait for the round.
             device: of the round.
             name: of the round, for errors.
+
+        Returns:
+            The deferred gradient of ``tensors``; ``None`` without a share.
         """
         shares = self.shares(device)
         if all(share is None for share in shares):
             return None
-        # Backward comes to what was created last first: the launch, what it hides behind, and last of all the wait.
         with torch.enable_grad():
-            finish = Deferral(tensors, device, name)
-            self.deferrals = [None if share is None else Deferral(share, device, name) for share in shares]
+            finish = DeferredGrad(tensors, device, name)  # created first: backward runs it last
+            self.deferred_grads = [None if share is None else DeferredGrad(share, device, name) for share in shares]
         return finish
 
 
@@ -96,7 +111,7 @@ class _Deferred(Function):
         return (None, *([None] * len(needs) if compute is None else compute(needs)))
 
 
-# Not before torch 2.0: there what is left is held until the graph is gone.
+# Before torch 2.0 what is provided is kept until the graph is freed.
 _will_run: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..comm.channel import Channel
 from ..comm.groups import yield_core
 from ..comm.wire import BACKWARD, FORWARD, SyncPoint
-from .deferred import Behind, Deferral, refuse_second_derivative
+from .deferred import DeferredGrad, OverlapCandidates, refuse_second_derivative
 from .moments import (
     GlobalMoments,
     LocalMoments,
@@ -51,7 +51,7 @@ def sync_batch_norm(
     channel: Channel,
     point: SyncPoint,
     cache: Optional[RecomputeCache] = None,
-    behind: Optional[Behind] = None,
+    overlap_with: Optional[OverlapCandidates] = None,
     update: Optional[Callable[[List[LocalMoments], GlobalMoments], None]] = None,
 ) -> Tuple[Tensor, ...]:
     """Normalizes the inputs of independent layers, each over the elements of all ranks of ``channel``.
@@ -61,7 +61,8 @@ def sync_batch_norm(
         channel: the ranks to normalize over.
         point: names this round to the other ranks.
         cache: the round's, through which a recomputed forward finds the statistics of the first one.
-        behind: what the round of backward is to hide behind; is given its deferrals where there will be such a round.
+        overlap_with: gradients that backward can compute while its all-gather is in flight; it is given its deferred
+            gradients where backward will have a round.
         update: takes this rank's moments and the merged ones, once they are known on every rank and before anything is
             normalized: an error in normalization then leaves the same running statistics on all ranks. Not called for
             a recomputation.
@@ -86,13 +87,13 @@ def sync_batch_norm(
     communicates = torch.is_grad_enabled() and any(member.input.requires_grad for member in members)
     owners = [] if cache is None else recomputation_owners()
 
-    def defer(recomputed: bool) -> Optional[Deferral]:
-        if behind is None or not communicates:
+    def defer(recomputed: bool) -> Optional[DeferredGrad]:
+        if overlap_with is None or not communicates:
             return None
         if not recomputed:
             yield_core()  # the statistics in flight need a moment of the core to go on; this takes longer than that
         late = [tensors[0], None, None] if early else tensors
-        return behind.defer(late, inputs[0].device, point.name)
+        return overlap_with.defer(late, inputs[0].device, point.name)
 
     # None of these tensors requires a gradient: the inputs are detached.
     with _told(channel, point, FORWARD):
@@ -129,8 +130,8 @@ def _exchange(
     members: Sequence[Member],
     channel: Channel,
     point: SyncPoint,
-    defer: Callable[[], Optional[Deferral]],
-) -> Tuple[GlobalMoments, Optional[Deferral]]:
+    defer: Callable[[], Optional[DeferredGrad]],
+) -> Tuple[GlobalMoments, Optional[DeferredGrad]]:
     """Merges the moments of all ranks; runs ``defer``, which needs none of them, while they travel."""
     with _told(channel, point, FORWARD):
         arrived = launch_moments(local, channel, point, [member.name for member in members])
@@ -162,7 +163,7 @@ class _SyncBatchNorm(Function):
 
 
 class _LaunchingBatchNorm(Function):
-    """A round whose backward sends statistics, and leaves waiting for them and the gradients to a deferral.
+    """A round whose backward starts the all-gather; a deferred gradient waits for it and computes the gradients.
 
     But for those in ``early``, which are known when it sends.
     """
@@ -171,27 +172,27 @@ class _LaunchingBatchNorm(Function):
     def forward(
         ctx: Any,
         call: _Call,
-        finish: Deferral,
+        finish: DeferredGrad,
         token: Tensor,
         tensors: Sequence[Optional[Tensor]],
         *early: Optional[Tensor],
     ) -> Tuple[Tensor, ...]:
-        # In one argument, in which autograd does not look for inputs: the tensors' gradients are the deferral's.
+        # In one argument, in which autograd does not look for inputs: the tensors' gradients are deferred.
         ctx.finish, ctx.needs = finish, [tensor is not None and tensor.requires_grad for tensor in tensors]
         return _normalize(ctx, call, tensors, ctx.needs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         refuse_second_derivative(ctx.call.point.name)
-        finish: Deferral = ctx.finish
+        finish: DeferredGrad = ctx.finish
         round_ = _BackwardRound(ctx, grads, ctx.needs)
         needs = ctx.needs_input_grad[4:]
         if needs and grads[0] is None:
             # Only the other ranks know whether this layer takes part: its parameters cannot have gradients early.
             gradients = round_.wait(ctx.needs)
-            finish.leave(lambda _: [gradients[0], None, None])
+            finish.provide(lambda _: [gradients[0], None, None])
             return (None, None, None, None, *gradients[1:])
-        if not finish.leave(round_.wait):
+        if not finish.provide(round_.wait):
             round_.wait([False] * len(ctx.needs))  # a backward for the parameters alone: the round has to end
         yield_core()  # as in forward: what comes now may be long
         return (None, None, None, None, *(round_.parameter_gradients(0, needs) if needs else ()))

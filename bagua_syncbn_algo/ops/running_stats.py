@@ -20,7 +20,7 @@ from .moments import LocalMoments, merge_moments
 __all__ = ["RunningPool"]
 
 
-class _Flight(NamedTuple):
+class _FirstSums(NamedTuple):
     """What the second sum needs of the first, per layer ``(L,)`` or per channel ``(ΣC,)``."""
 
     counts: Tensor  # (ΣC,): this rank's elements
@@ -61,7 +61,7 @@ class RunningPool:
         self._views = list(zip(*(row.split(features) for row in self._moments)))
         #: Whether a backward can follow a forward with gradients: whether any parameter is trained.
         self.trains = True
-        self._flight: Optional[_Flight] = None
+        self._flight: Optional[_FirstSums] = None
         self._world: Optional[Tensor] = None
 
     @property
@@ -119,12 +119,12 @@ class RunningPool:
         counts, factors_of = per_layer[:, self._layer_of]
         means, variances = self._moments[0].clone(), self._moments[1] * factors_of
         self._moments.zero_()  # a value that is no number would outlast even a momentum of 1
-        self._flight = _Flight(counts, means, variances)
+        self._flight = _FirstSums(counts, means, variances)
         self.payload[: len(elements)] = per_layer[0]
         torch.mul(counts, means, out=self.payload[len(elements) :])
 
     @torch.no_grad()
-    def between(self, *unused: Any) -> None:
+    def second_reduction(self, *unused: Any) -> None:
         """Between the two sums: takes ``N`` and ``M`` out of the payload and puts the second summand in."""
         flight = self._flight
         assert flight is not None

@@ -35,7 +35,7 @@ def test_json_round_trip_and_its_error() -> None:
     model = Pyramid(4)
     model.tower.register_forward_hook(lambda *unused: None)
     plan = plan_of(convert_sync_batchnorm(model))
-    assert plan.left == (("Pyramid.tower", "has hooks"),)
+    assert plan.skipped == (("Pyramid.tower", "has hooks"),)
     assert SyncPlan.from_json(plan.to_json()) == plan
     with pytest.raises(ValueError, match=r"expected a plan as SyncPlan.to_json writes it \(got 'nonsense'"):
         SyncPlan.from_json("nonsense")
@@ -47,14 +47,14 @@ def test_predictions_by_hand() -> None:
     latency = plan.predict(4, 1e-3, 1e30)
     assert latency.planned == pytest.approx(3 * 2e-3)  # 2 forward, 1 backward, 2 hops each
     assert latency.per_layer == pytest.approx(4 * 2e-3)
-    assert latency.original == pytest.approx(3 * 3 * 2e-3 + 2 * 4e-3)
+    assert latency.upstream == pytest.approx(3 * 3 * 2e-3 + 2 * 4e-3)
     size = plan.predict(4, 0.0, 1.0)
     assert size.planned == pytest.approx(3 * 3 * (40 + 16 + 2 * 4 * 16))
     assert size.per_layer == pytest.approx(4 * 3 * (40 + 8 + 2 * 4 * 8))
-    assert size.original == pytest.approx(3 * 3 * (4 + 2 * 32) + 2 * 2 * 3 / 4 * 32)
-    assert plan.predict(4, 1e-3, 1e30, reduce_latency=0.0).original == pytest.approx(3 * 3 * 2e-3)
+    assert size.upstream == pytest.approx(3 * 3 * (4 + 2 * 32) + 2 * 2 * 3 / 4 * 32)
+    assert plan.predict(4, 1e-3, 1e30, reduce_latency=0.0).upstream == pytest.approx(3 * 3 * 2e-3)
     packed = plan.predict(4, 0.0, 1e30, overhead=1.0)
-    assert (packed.original, packed.per_layer, packed.planned) == (pytest.approx(0), pytest.approx(4), pytest.approx(3))
+    assert (packed.upstream, packed.per_layer, packed.planned) == (pytest.approx(0), pytest.approx(4), pytest.approx(3))
     assert plan.predict(1, 1.0, 1.0, overhead=1.0).planned == 0
     with pytest.raises(ValueError, match=r"positive bandwidth \(got 2, 1.0, 0.0, 0\)"):
         plan.predict(2, 1.0, 0)
@@ -67,10 +67,10 @@ def test_the_command_line(capsys: Any, tmp_path: Path) -> None:
     main(["plan", "models:Pyramid", "--json", str(tmp_path / "plan.json")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "layers 13, rounds forward 7, backward 7"
-    assert lines[0].split() == ["round", "region", "level", "layers", "bytes", "members", "hidden", "behind"]
-    assert lines[-2] == "backward rounds that hide behind weight gradients: 4"
+    assert lines[0].split() == ["round", "region", "level", "layers", "bytes", "members", "overlapped", "with"]
+    assert lines[-2] == "backward rounds that overlap with weight gradients: 4"
     assert [line.split()[3] for line in lines[1:8]] == ["1", "1", "2", "2", "1", "3", "3"]
-    assert "original's scheme" in lines[-3]
+    assert "upstream Bagua's SyncBatchNorm" in lines[-3]
     assert SyncPlan.from_json((tmp_path / "plan.json").read_text()).layers == 13
     assert json.loads((tmp_path / "plan.json").read_text())["model"] == "Pyramid"
 

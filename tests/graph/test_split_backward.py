@@ -1,4 +1,4 @@
-"""The hidden backward round: the order, bitwise the same gradients, and everything that autograd's users do."""
+"""The overlapped backward round: the order, bitwise the same gradients, and everything that autograd's users do."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from bagua_syncbn_algo import (
 from bagua_syncbn_algo.comm.channel import TWO_RANK_STUB
 from bagua_syncbn_algo.comm.wire import BACKWARD, sync_point
 from bagua_syncbn_algo.graph import split_backward as overlap_module
-from bagua_syncbn_algo.graph.split_backward import Follower, Followers, apply_split, why_whole
+from bagua_syncbn_algo.graph.split_backward import DeferrableLayer, DeferrableLayers, apply_split, why_unsplittable
 from bagua_syncbn_algo.ops import deferred as deferred_module
 from bagua_syncbn_algo.ops import functional as functional_module
-from bagua_syncbn_algo.ops.deferred import Deferral
+from bagua_syncbn_algo.ops.deferred import DeferredGrad
 
 
 @pytest.fixture(autouse=True)
@@ -137,13 +137,13 @@ def split_and_whole(layer: nn.Module, x: Tensor, context: Callable[[], Any], spl
     for split in (True, False):
         twin, leaf = copy.deepcopy(layer), x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         with context():
-            hidden = leaf * 1.0
+            scaled = leaf * 1.0
             if split:
-                followers = Followers([Follower("layer")], [twin])
+                followers = DeferrableLayers([DeferrableLayer("layer")], [twin])
                 assert (followers.defer([leaf], x.device, "round") is not None) == splits
-                output = apply_split(twin, hidden, followers, 0)
+                output = apply_split(twin, scaled, followers, 0)
             else:
-                output = twin(hidden)
+                output = twin(scaled)
         output.backward(torch.linspace(-1, 1, output.numel()).view_as(output).to(output.dtype))
         found.append([output, leaf.grad, *gradients(twin)])
     return found
@@ -228,12 +228,12 @@ def test_what_does_more_than_a_plain_layer_runs_whole_and_is_named(kind: str) ->
     for options in ({}, {"overlap": False}):
         torch.manual_seed(1)
         model, _ = alone(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), make()), **options)
-        assert str(why_whole(model[2])).startswith(reason)
+        assert str(why_unsplittable(model[2])).startswith(reason)
         if not options:
             plan = plan_of(model)
-            named = {**dict(plan.left), **dict(plan.whole)}
+            named = {**dict(plan.skipped), **dict(plan.unsplit)}
             assert any(name.startswith("Sequential") and why.startswith(said) for name, why in named.items())
-            assert plan.rounds_hidden == 0
+            assert plan.rounds_overlapped == 0
         total(model(x)).backward()
         found.append(gradients(model))
     same(*found)
@@ -252,7 +252,7 @@ def test_a_hook_registered_after_conversion_fires() -> None:
 # -- the order ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_engine_hides_every_round(mocker: MockerFixture) -> None:
+def test_the_engine_overlaps_every_round(mocker: MockerFixture) -> None:
     """Catches nodes created in another order: then a round is waited for before the weight gradient is computed."""
     model, channel = alone(Net())
     x = torch.randn(2, 3, 6, 6)
@@ -278,7 +278,7 @@ def test_the_engine_hides_every_round(mocker: MockerFixture) -> None:
     assert channel.events == [*second, "input of conv2", *first]
 
 
-def test_a_round_in_flight_gets_the_core_before_what_hides_it(mocker: MockerFixture) -> None:
+def test_a_round_in_flight_gets_the_core_before_what_it_overlaps_with(mocker: MockerFixture) -> None:
     """Catches a message that its threads, which give way, send on only when the weight gradient is done."""
     model, channel = alone(Net())
     total(model(torch.randn(2, 3, 6, 6))).backward()
@@ -300,11 +300,11 @@ def test_forward_makes_its_nodes_while_the_statistics_travel(mocker: MockerFixtu
     channel.events.clear()
     mocker.patch.object(functional_module, "yield_core", lambda: channel.events.append("yield"))
 
-    def made(*arguments: Any) -> Deferral:
+    def made(*arguments: Any) -> DeferredGrad:
         channel.events.append("node")
-        return Deferral(*arguments)
+        return DeferredGrad(*arguments)
 
-    mocker.patch.object(deferred_module, "Deferral", made)
+    mocker.patch.object(deferred_module, "DeferredGrad", made)
     model(torch.randn(2, 3, 6, 6))
     rounds = [[f"launch {name} forward", "yield", "node", "node", f"wait {name} forward"] for name in ("bn1", "bn2")]
     assert channel.events == [*rounds[0], *rounds[1]]
@@ -324,13 +324,13 @@ def test_a_recomputed_forward_keeps_the_core(mocker: MockerFixture) -> None:
     assert (launches, channel.events.count("yield")) == (["launch bn2", "launch bn1"], 2)
 
 
-def test_plans_name_what_hides_a_round() -> None:
+def test_plans_name_what_a_round_overlaps_with() -> None:
     """Catches a plan that does not say what was done."""
     plan = plan_of(convert_sync_batchnorm(Net()))
-    assert [planned.hidden_behind for planned in plan.rounds] == [("Net.conv2",), ("Net.head",)]
-    assert plan.rounds_hidden == plan.rounds_backward == 2
+    assert [planned.overlapped_with for planned in plan.rounds] == [("Net.conv2",), ("Net.head",)]
+    assert plan.rounds_overlapped == plan.rounds_backward == 2
     assert type(plan).from_json(plan.to_json()) == plan
-    assert plan_of(convert_sync_batchnorm(Net(), overlap=False)).rounds_hidden == 0
+    assert plan_of(convert_sync_batchnorm(Net(), overlap=False)).rounds_overlapped == 0
 
 
 def test_small_layers_are_not_split_twice(monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture) -> None:
@@ -465,7 +465,7 @@ def test_the_same_gradients_whatever_the_use(build: Callable[[], nn.Module], use
             model.zero_grad()
             USES[use](model, x.clone())
         same(gradients(ours), gradients(theirs))
-    assert plan_of(ours).rounds_hidden == plan_of(ours).rounds_backward > 0
+    assert plan_of(ours).rounds_overlapped == plan_of(ours).rounds_backward > 0
     for ours_, theirs_ in zip(ours.buffers(), theirs.buffers()):
         assert torch.equal(ours_, theirs_)
 
@@ -516,13 +516,13 @@ def test_gradients_of_inputs_only_hold_nothing(mocker: MockerFixture) -> None:
     x = torch.randn(2, 3, 6, 6, requires_grad=True)
     total(model(x)).backward()
     made: List[Any] = []
-    usual = deferred_module.Deferral.__init__
+    usual = deferred_module.DeferredGrad.__init__
 
     def note(self: Any, *arguments: Any) -> None:
         made.append(self)
         usual(self, *arguments)
 
-    mocker.patch.object(deferred_module.Deferral, "__init__", note)
+    mocker.patch.object(deferred_module.DeferredGrad, "__init__", note)
     loss = total(model(x))
     torch.autograd.grad(loss, x)
     assert len(made) == 4
@@ -594,12 +594,12 @@ def test_a_gradient_penalty_is_told_how_to_go_on() -> None:
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a switch that the environment cannot turn, and one that promises what cannot be."""
     monkeypatch.setenv("BAGUA_SYNCBN_OVERLAP", "0")
-    assert plan_of(convert_sync_batchnorm(Net())).rounds_hidden == 0
-    assert plan_of(convert_sync_batchnorm(Net(), overlap=True)).rounds_hidden == 2
+    assert plan_of(convert_sync_batchnorm(Net())).rounds_overlapped == 0
+    assert plan_of(convert_sync_batchnorm(Net(), overlap=True)).rounds_overlapped == 2
     with pytest.raises(ValueError, match=r"expected coalescing where .* \(got coalesce=False, overlap=True\)"):
         convert_sync_batchnorm(Net(), coalesce=False, overlap=True)
     model = copy.deepcopy(convert_sync_batchnorm(Net(), overlap=False))
-    assert plan_of(model).rounds_hidden == 0
+    assert plan_of(model).rounds_overlapped == 0
     _, channel = alone(model, overlap=False)
     output = total(model(torch.randn(2, 3, 6, 6)))
     channel.events.clear()
@@ -629,7 +629,7 @@ def test_models_have_bitwise_the_same_gradients(name: str) -> None:
 
     for plan in run_threads(2, body):
         # The pyramid's shared head is applied three times: in which order its gradients are added up must not change.
-        assert plan.rounds_hidden == (4 if name == "Pyramid" else plan.rounds_backward) > 0
+        assert plan.rounds_overlapped == (4 if name == "Pyramid" else plan.rounds_backward) > 0
 
 
 @pytest.fixture
@@ -705,12 +705,12 @@ def test_an_error_while_forward_makes_its_nodes(mocker: MockerFixture) -> None:
     batches = [torch.randn(2, 3, 6, 6) for _ in range(2)]
     fails = [False, False]
 
-    def made(*arguments: Any) -> Deferral:
+    def made(*arguments: Any) -> DeferredGrad:
         if fails[_rank_of_thread.rank]:
             raise MemoryError("no room for a node")
-        return Deferral(*arguments)
+        return DeferredGrad(*arguments)
 
-    mocker.patch.object(deferred_module, "Deferral", made)
+    mocker.patch.object(deferred_module, "DeferredGrad", made)
 
     def body(rank: int, group: Any) -> None:
         _rank_of_thread.rank = rank

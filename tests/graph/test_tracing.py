@@ -261,7 +261,7 @@ def test_a_trap_is_named_and_the_module_left(build: Callable[[], nn.Module], rea
     random_state, torch_state = random.getstate(), torch.get_rng_state()
     plan = coalesce(convert_sync_batchnorm(module, coalesce=False))
     assert plan.rounds_forward == 2
-    ((name, why),) = plan.left
+    ((name, why),) = plan.skipped
     assert name == type(module).__name__
     assert re.search(reason, why), why
     # Nothing of the attempt remains: no Proxy, no count, no random number used up.
@@ -326,7 +326,7 @@ def test_the_largest_traceable_submodules_of_an_untraceable_model() -> None:
     model = convert_sync_batchnorm(Outer(), coalesce=False)
     plan = coalesce(model)
     assert [len(planned.layers) for planned in plan.rounds] == [2, 2, 1, 1]
-    assert [name for name, _ in plan.left] == ["Outer", "Outer.parts.1.inner"]
+    assert [name for name, _ in plan.skipped] == ["Outer", "Outer.parts.1.inner"]
     assert "forward" not in model.__dict__
     assert all("forward" in part.__dict__ for part in model.parts)  # type: ignore[union-attr]
 
