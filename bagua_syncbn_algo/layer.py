@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 import weakref
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,34 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .comm.channel import SINGLE_PROCESS, Channel
 from .comm.transport import channel_of, source_group
 from .comm.wire import FORWARD, Roster, SyncPoint, sync_point
+from .compat import uncompiled
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
 from .ops.moments import GlobalMoments, LocalMoments, statistics_dtype
 from .ops.recompute import RecomputeCache, inside_backward
 from .ops.running_stats import RunningPool
 
-__all__ = ["SyncBatchNorm", "SyncTag", "batch_norm_coalesced", "uncompiled"]
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def uncompiled(function: _F) -> _F:
-    """Keeps a function out of torch.compile: what it does with other ranks is no part of a graph."""
-    disabled: Any = None
-
-    @functools.wraps(function)
-    def outer(*args: Any, **kwargs: Any) -> Any:
-        nonlocal disabled
-        if disabled is None:
-            disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)
-            if disable is None:  # nobody compiles; importing the compiler takes seconds
-                return function(*args, **kwargs)
-            disabled = disable(function)
-        return disabled(*args, **kwargs)
-
-    outer._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return outer  # type: ignore[return-value]
-
+__all__ = ["SyncBatchNorm", "SyncTag", "batch_norm_coalesced"]
 
 _NO_ROSTER = Roster()  # of layers that were never tagged: they agree on nothing but a message length
 

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "bagua_syncbn_algo"
 # Each file may import from those before it.
 ORDER = [
     "config",
+    "compat",
     "ops.moments",
     "embedded",
     "comm",
@@ -33,6 +34,7 @@ ORDER = [
     "graph",
     "graph.plan",
     "graph.module_state",
+    "graph.guards",
     "graph.tracing",
     "graph.split_backward",
     "graph.ordering",

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 from torch import Tensor, nn
 
+from ..compat import graph_task, will_run
 from .agreement import Agreement, Report
 from .bucket import BaguaBucket
 from .communication import BaguaProcessGroup, allgather, broadcast, broadcast_object, get_backend, streams
@@ -191,7 +192,7 @@ class BaguaDistributedDataParallel:
     def _before_forward(self, module: nn.Module, input: Any) -> None:
         if module is not self.module:
             return
-        if _graph_task() == -1:
+        if graph_task() == -1:
             self._recover_if_broken_off()
             self._in_forward = module.training
         if module.training:
@@ -221,7 +222,7 @@ class BaguaDistributedDataParallel:
         From the gradient of the module's output, because that belongs to the outermost backward: a callback queued by a
         parameter under reentrant checkpointing would run at the end of the inner one, before other gradients are there.
         """
-        task = _graph_task()
+        task = graph_task()
         if not self.require_backward_grad_sync or self._backward == task:
             return
         if self._backward is not None:
@@ -231,7 +232,7 @@ class BaguaDistributedDataParallel:
         self._outstanding = dict(self._registered)
         self._took_part = False
         # Not where it is `torch.autograd.grad` for something else: other ranks hear nothing of that.
-        self._takes_part = any(torch._C._will_engine_execute_node(kept.node) for kept in self._parameter_hooks)
+        self._takes_part = any(will_run(kept.node) for kept in self._parameter_hooks)
         self._note_new_gradients(self.gradient_as_bucket_view and not streams().is_asynchronous)
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
@@ -288,7 +289,7 @@ class BaguaDistributedDataParallel:
             self._recover()
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._backward is not None and self._took_part and _graph_task() == -1:
+        if self._backward is not None and self._took_part and graph_task() == -1:
             raise RuntimeError(
                 "expected the backward pass before optimizer.step to have ended (got one that an exception broke off, "
                 "whose gradients are incomplete); skip the optimizer's step where backward raises"
@@ -381,10 +382,6 @@ def _remove_all(hooks: List[Any]) -> None:
     for hook in hooks:
         hook.remove()
     hooks.clear()
-
-
-def _graph_task() -> int:
-    return int(torch._C._current_graph_task_id())
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..layer import SyncBatchNorm, batch_norm_coalesced, uncompiled
+from ..compat import uncompiled
+from ..layer import SyncBatchNorm, batch_norm_coalesced
 from ..ops.recompute import RecomputeCache, inside_backward
+from .guards import Guard, has_global_hooks
 from .levels import Level, SplitCandidate, levels_of, regroup, split_candidates_of
-from .module_state import UntraceableError, has_own_forward, hooks_of
+from .module_state import UntraceableError, has_own_forward
 from .plan import PlannedRound, SyncPlan
 from .split_backward import DeferrableLayer, DeferrableLayers
 from .tracing import CallPattern, trace
@@ -92,7 +94,7 @@ class CoalescedForward:
 
     def prepare(self, pattern: CallPattern) -> _Variant:
         """Traces and regroups the forward for calls of ``pattern`` in the modes that the module's parts are in."""
-        variant = _Variant(_Guard(self.module), pattern)
+        variant = _Variant(Guard(self.module), pattern)
         try:
             traced = trace(self.module, pattern)
             levels = levels_of(traced.graph, self.module, list(traced.uncoalesced))
@@ -152,7 +154,7 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     module = forward.module
     original = type(module).forward
     layer = next((part for part in module.modules() if isinstance(part, SyncBatchNorm)), None)
-    if layer is None or layer._bound_channel().local or _has_global_hooks():
+    if layer is None or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
     pattern, tensors = CallPattern.of(args, kwargs)
     variant = None if pattern is None else forward.variant(pattern)
@@ -176,7 +178,7 @@ class _Regrouped:
 class _Variant:
     """The graph for one combination of modes and one kind of call."""
 
-    def __init__(self, guard: _Guard, pattern: CallPattern) -> None:
+    def __init__(self, guard: Guard, pattern: CallPattern) -> None:
         self.guard, self.pattern = guard, pattern
         self.run: Optional[Callable[..., Any]] = None  # of the module and the call's tensors; None: as written
         self.verified = False
@@ -241,58 +243,6 @@ def _hooked(layer: SyncBatchNorm, input: Tensor, output: Tensor) -> Tensor:
         replaced = hook(layer, (input,), {}, output) if with_kwargs else hook(layer, (input,), output)
         output = output if replaced is None else replaced
     return output
-
-
-class _Guard:
-    """What a graph depends on in a module besides its code: submodules, their modes, and some of their hooks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._parts = [(weakref.ref(part), self._state(part)) for part in module.modules()]
-
-    def holds(self) -> bool:
-        """Whether the module is as it was."""
-        for reference, state in self._parts:
-            part = reference()
-            if part is None or self._state(part) != state:
-                return False
-        return True
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether a part of what was is gone for good."""
-        return any(reference() is None for reference, _ in self._parts)
-
-    @classmethod
-    def _state(cls, part: nn.Module) -> Tuple[Any, ...]:
-        own = part.__dict__
-        forward = own.get("forward")
-        return (
-            type(part),
-            None if isinstance(part, SyncBatchNorm) else type(part).forward,  # ours changes while a thread traces
-            None if forward is None or getattr(forward, "regroups", False) else id(forward),
-            part.training,
-            [id(child) for child in own["_modules"].values()],
-            [None if t is None else (t.dtype, t.device, t.requires_grad) for t in own["_parameters"].values()],
-            [None if t is None else (t.dtype, t.device) for t in own["_buffers"].values()],
-            cls._hooks(part),
-        )
-
-    @staticmethod
-    def _hooks(part: nn.Module) -> Tuple[bool, ...]:
-        if type(part).forward is SyncBatchNorm.forward:  # hooks after it run with the round
-            before, _, *backward = hooks_of(part)
-            return (before, *backward)
-        if type(part).__module__.startswith("torch.nn.") and not part._modules:
-            return ()  # the graph calls it as it is
-        return hooks_of(part)
-
-
-def _has_global_hooks() -> bool:
-    hooks = torch.nn.modules.module
-    return any(
-        getattr(hooks, name, None)
-        for name in ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
-    )
 
 
 # -- the first training batch ------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ split in two: the input gradient at once, because the statistics wait for it, an
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from ..compat import any_autocast, autocast_dtype
 from ..ops.deferred import DeferredGrad, OverlapCandidates, refuse_second_derivative
 from ..ops.moments import cast
 from .module_state import has_own_forward, hooks_of
@@ -63,7 +64,7 @@ class DeferrableLayer:
     def is_worthwhile(self) -> bool:
         """Whether to split its next forward."""
         # Autocast casts a weight once for all its uses, and adds up their gradients in half precision.
-        return self._work >= WORTHWHILE and not (self._shared and _any_autocast())
+        return self._work >= WORTHWHILE and not (self._shared and any_autocast())
 
     def note(self, module: Any, input: Tensor, output: Tensor) -> None:
         """Takes the size of the first forward: what is too small is not split from then on.
@@ -179,26 +180,13 @@ def _padding(module: nn.modules.conv._ConvNd) -> Optional[Sequence[int]]:
 
 def _autocast(input: Tensor, *parameters: Optional[Tensor]) -> Tuple[Any, ...]:
     """Casts as autocast does, which does not reach what an autograd Function saves; parameters outside of the graph."""
-    dtype = _autocast_dtype(input.device.type) if _any_autocast() else None
+    dtype = autocast_dtype(input.device.type) if any_autocast() else None
     if dtype is None:
         return (input, *parameters)
     return tuple(
         tensor.to(dtype) if tensor is not None and tensor.dtype not in (dtype, torch.float64) else tensor
         for tensor in (input, *(parameter if parameter is None else parameter.detach() for parameter in parameters))
     )
-
-
-# Not before torch 2.4.
-_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-
-
-def _autocast_dtype(device: str) -> Optional[torch.dtype]:
-    try:
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    except (AttributeError, TypeError):  # before torch 2.4
-        if device == "cuda":
-            return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
 
 
 def _cast(weight: Optional[Tensor], bias: Optional[Tensor], late: _Late) -> Tuple[Optional[Tensor], Optional[Tensor]]:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..compat import will_run
+
 __all__ = ["Compute", "DeferredGrad", "OverlapCandidates", "refuse_second_derivative"]
 
 # Takes for each tensor whether its gradient is needed; returns the gradients.
@@ -54,7 +56,7 @@ class DeferredGrad:
             Whether the deferred node will run in this backward. If it will not, because ``torch.autograd.grad`` asks
             for other tensors, nothing is kept.
         """
-        taken = _will_run(self._node)
+        taken = will_run(self._node)
         if taken:
             self._node.compute = compute
         return taken
@@ -109,10 +111,6 @@ class _Deferred(Function):
         compute, ctx.compute = ctx.compute, None  # emptied: it holds activations
         needs = ctx.needs_input_grad[1:]
         return (None, *([None] * len(needs) if compute is None else compute(needs)))
-
-
-# Before torch 2.0 what is provided is kept until the graph is freed.
-_will_run: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 def refuse_second_derivative(name: str) -> None:

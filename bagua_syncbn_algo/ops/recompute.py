@@ -18,31 +18,24 @@ A forward that runs in neither of them cannot be recomputed, and nothing is kept
 from __future__ import annotations
 
 import sys
-from typing import Any, Callable, Iterator, List, Optional, Sequence
+from typing import Any, Iterator, List, Optional, Sequence
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from ..compat import current_node, graph_task, saved_tensors_hooks, sequence_of
 from .moments import GlobalMoments, LocalMoments
 
 __all__ = ["RecomputeCache", "SavedStatistics", "inside_backward", "recomputation_owners"]
 
 _AGREEMENT = 1e-4  # a recomputation repeats the same arithmetic; other batches differ by more, up to 10⁸ elements
 
-# Private functions of PyTorch. Before torch 2.0 a forward cannot tell that it runs inside a backward pass; where the
-# others are missing, statistics are matched by their values alone.
-_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-_current_node: Callable[[], Any] = getattr(torch._C, "_current_autograd_node", lambda: None)
-_saved_tensors_hooks: Optional[Callable[[bool], Any]] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", None
-)
-
 
 def inside_backward() -> bool:
     """Whether the caller runs inside a backward pass of this thread; always ``False`` before torch 2.0."""
-    return _graph_task() != -1
+    return graph_task() != -1
 
 
 def recomputation_owners() -> List[Any]:
@@ -52,7 +45,7 @@ def recomputation_owners() -> List[Any]:
     """
     if not torch.is_grad_enabled():
         return list(_enclosing_functions())
-    hooks = None if _saved_tensors_hooks is None else _saved_tensors_hooks(True)
+    hooks = saved_tensors_hooks()
     return [] if hooks is None else [hooks[1]]
 
 
@@ -93,7 +86,7 @@ class SavedStatistics:
         """Notes the autograd node of the forward, which must not be held: it holds these statistics."""
         if self.node is None:
             self._node = ref(node)
-            self.sequence = _sequence_of(node)
+            self.sequence = sequence_of(node)
 
     @property
     def node(self) -> Any:
@@ -103,11 +96,11 @@ class SavedStatistics:
     @property
     def uses(self) -> int:
         """How many recomputations have used these statistics in the current backward pass."""
-        return self._uses if self._task == _graph_task() else 0
+        return self._uses if self._task == graph_task() else 0
 
     def use(self) -> None:
         """Counts a recomputation in the current backward pass."""
-        self._task, self._uses = _graph_task(), self.uses + 1
+        self._task, self._uses = graph_task(), self.uses + 1
 
 
 class RecomputeCache:
@@ -137,7 +130,7 @@ class RecomputeCache:
         """
         if not self._saved or not inside_backward():
             return None
-        node = _current_node()
+        node = current_node()
         own = self._saved.get(node, ()) if isinstance(node, BackwardCFunction) else ()  # others own nothing
         candidates = _agreeing(own, local)
         if not candidates:
@@ -152,7 +145,7 @@ class RecomputeCache:
 
     def _region_of(self, node: Any, candidates: Sequence[SavedStatistics]) -> List[SavedStatistics]:
         """Returns the candidates of the checkpointed region whose backward ``node`` is, in program order."""
-        reachable, sequence = _reachable(node, candidates), _sequence_of(node)
+        reachable, sequence = _reachable(node, candidates), sequence_of(node)
         if reachable:
             nearest = max(reachable, key=lambda each: each.sequence)
         else:  # of another branch: the latest one before the node, else the first one after it
@@ -197,16 +190,10 @@ def _reachable(node: Any, candidates: Sequence[SavedStatistics]) -> List[SavedSt
         if current in wanted:
             found.append(wanted[current])
         for earlier, _ in current.next_functions:
-            if earlier is not None and earlier not in seen and _sequence_of(earlier) >= earliest:
+            if earlier is not None and earlier not in seen and sequence_of(earlier) >= earliest:
                 seen.add(earlier)
                 stack.append(earlier)
     return found
-
-
-def _sequence_of(node: Any) -> int:
-    """Returns the position of an autograd node in program order; 0 before torch 2.1, which does not tell."""
-    number: Optional[Callable[[], int]] = getattr(node, "_sequence_nr", None)
-    return 0 if number is None else number()
 
 
 def _flat(local: Sequence[LocalMoments]) -> Tensor:

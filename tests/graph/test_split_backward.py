@@ -596,7 +596,7 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAGUA_SYNCBN_OVERLAP", "0")
     assert plan_of(convert_sync_batchnorm(Net())).rounds_overlapped == 0
     assert plan_of(convert_sync_batchnorm(Net(), overlap=True)).rounds_overlapped == 2
-    with pytest.raises(ValueError, match=r"expected coalescing where .* \(got coalesce=False, overlap=True\)"):
+    with pytest.raises(ValueError, match=r"expected coalesce=True or None with overlap=True \(got coalesce=False\)"):
         convert_sync_batchnorm(Net(), coalesce=False, overlap=True)
     model = copy.deepcopy(convert_sync_batchnorm(Net(), overlap=False))
     assert plan_of(model).rounds_overlapped == 0
