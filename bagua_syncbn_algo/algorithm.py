@@ -214,12 +214,16 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
     def communication_counts(self) -> List[int]:
         return [channel.frames for channel, _ in self._channels]
 
-    def leave_step(self, in_forward: bool) -> None:
+    def leave_step(self, in_forward: bool) -> bool:
         phase, words = (FORWARD, "forward") if in_forward else (BACKWARD, "backward")
         error = RuntimeError(f"an exception broke off its {words}")
-        for channel, _ in self._channels:
-            if (in_forward or channel.open_rounds > 0) and not channel.failed:
+        # Backward has rounds on the layers' own channel only. A message that nobody waits for does no harm: `recover`
+        # makes up for it.
+        channels = [channel for channel, _ in self._channels if in_forward or channel is self.channel]
+        for channel in channels:
+            if not channel.failed:
                 channel.fail(sync_point(words), phase, error, wait=False)
+        return bool(channels)
 
     def recover(self, counts: List[Tuple[int, ...]]) -> None:
         for index, (channel, ranks) in enumerate(self._channels):
@@ -243,10 +247,10 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         ordinal = world.join(roster, itemsize)
         _broadcast_buffers(layers, communicator)
         # A layer with a process group normalizes over ranks of its own choice: its channel is that group's.
-        self._channels = [(world, self._ranks)]
         layers = [layer for layer in layers if layer.process_group is None]
         if not layers or communicator.nranks() == 1:
             return
+        self._channels = [(world, self._ranks)]
         channel: Channel = world
         if self._ranks_per_group == 1:
             channel = SINGLE_PROCESS

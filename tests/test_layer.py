@@ -231,25 +231,6 @@ def test_checkpointing_neither_communicates_nor_updates_again(kind: str, reentra
             torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.multirank
-def test_a_second_backward_of_a_checkpointed_graph() -> None:
-    """Catches a record that is forgotten at the first of two backwards: the second would exchange moments again."""
-    x = torch.randn(2, 5, 3)
-
-    def body(rank: int, group: Any) -> Any:
-        norm = SyncBatchNorm(3, process_group=group)
-        leaf = x[rank].clone().requires_grad_()
-        loss = checkpoint(lambda h: norm(h).tanh(), leaf, use_reentrant=False).pow(3).sum()
-        loss.backward(retain_graph=True)
-        once = leaf.grad.clone()
-        loss.backward()
-        return rounds(norm), norm.num_batches_tracked.item(), once, leaf.grad
-
-    for count, batches, once, twice in run_threads(2, body):
-        assert (count, batches) == (3, 1)
-        torch.testing.assert_close(twice, 2 * once)
-
-
 @pytest.mark.skipif(not hasattr(torch._C, "_current_graph_task_id"), reason="torch 2.0 is the first to tell")
 def test_one_rank_checkpointing_updates_once() -> None:
     """Catches what nn.BatchNorm does under checkpointing: its running statistics move twice a step."""

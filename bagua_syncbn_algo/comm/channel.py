@@ -58,7 +58,6 @@ class Channel:
         self.rounds = 0  # all-gathers of statistics so far
         self.frames = 0  # messages sent so far, of every kind: the same on all ranks that are in step
         self.capacity = 0  # bytes a message; fixed by `join`
-        self.open_rounds = 0  # forward rounds whose backward round has not been sent
         self.failed = False  # whether the last exchange ended in an error
         self._anonymous = 0
         self._names: Dict[int, str] = {}
@@ -218,13 +217,13 @@ class Channel:
         Collectives:
             One all-gather of ``capacity`` bytes a rank, in place of :meth:`exchange`. It need not have ended at return.
         """
-        self.failed = True
         text = f"{type(error).__name__}: {error}".encode()[: self.capacity - HEADER_BYTES]
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
         with contextlib.suppress(SyncBatchNormError):  # this rank's own error is the one to raise
             self._send(point, phase, FAULT, [payload])
             if wait and self._in_flight is not None:
                 self._in_flight.deliver(_NOTICE_SECONDS)
+        self.failed = True  # also where a round that was in flight before has ended well
 
     def recover(self, frames: int) -> None:
         """Brings this rank back into step after an error: sends empty messages, until there are ``frames``.
@@ -235,11 +234,12 @@ class Channel:
         point = sync_point("recovery")
         nothing = torch.zeros(1, dtype=torch.uint8, device=self.device)
         while self.frames < frames:
-            self._send(point, JOIN, FAULT, [nothing])
+            with contextlib.suppress(SyncBatchNormError):  # of the round in flight, which ends by it
+                self._send(point, JOIN, FAULT, [nothing])
         with contextlib.suppress(SyncBatchNormError):
             self.flush()
         self._checks.clear()
-        self.open_rounds, self.failed = 0, False
+        self.failed = False
 
     def flush(self) -> None:
         """Waits for what is in flight, and raises what header checks have found; on CUDA these lag a few rounds."""

@@ -262,7 +262,14 @@ class BaguaDistributedDataParallel:
                 return  # `torch.autograd.grad` for something else: it must leave the parameters' gradients alone
             self._mark_outstanding()
             reports = self._report(True, False)  # travels beside the last buckets
-            self.bagua_algorithm.init_post_backward_hook(self)()
+            try:
+                self.bagua_algorithm.init_post_backward_hook(self)()
+            except Exception:
+                # On CUDA the error of a rank that broke off may surface here. Its report waits for this rank.
+                found = self._same_model(reports())
+                if any(report.broken_off for report in found):
+                    self._conclude(found)
+                raise
             self._conclude(self._same_model(reports()))
         finally:
             self._leave_backward()
@@ -296,9 +303,10 @@ class BaguaDistributedDataParallel:
             )
 
     def _report(self, took_part: bool, broken_off: bool) -> Callable[[], List[Report]]:
-        if self._agreement is None:
-            return list
-        return self._agreement.report(took_part, broken_off, self.bagua_algorithm.communication_counts())
+        counts = self.bagua_algorithm.communication_counts()
+        if self._agreement is None:  # one rank
+            return lambda: [Report(0, 0, 0, took_part, broken_off, tuple(counts))]
+        return self._agreement.report(took_part, broken_off, counts)
 
     def _same_model(self, reports: List[Report]) -> List[Report]:
         """Returns ``reports``, which must be of this model's step on every rank."""
@@ -343,17 +351,18 @@ class BaguaDistributedDataParallel:
         """
         begun, took_part = self._backward is not None, self._takes_part and self._backward is not None
         try:
-            if begun and not took_part and not self.bagua_algorithm.step_failed:
+            told = self.bagua_algorithm.leave_step(self._in_forward)
+            if begun and not took_part and not told:
                 return
-            self.bagua_algorithm.leave_step(self._in_forward)
             reports = self._same_model(self._report(took_part, True)())
             self._note_new_gradients(False)
             if any(report.took_part for report in reports):
                 self._outstanding = self._outstanding if begun else dict(self._registered)
                 self._mark_outstanding()
+            self.bagua_algorithm.recover([report.counts for report in reports])
+            if any(report.took_part for report in reports):
                 self.bagua_algorithm.init_post_backward_hook(self)()
                 self._drop_gradients()
-            self.bagua_algorithm.recover([report.counts for report in reports])
         finally:
             self._in_forward = False
             self._leave_backward()

@@ -102,7 +102,6 @@ def sync_batch_norm(
         saved = None if cache is None else cache.match(local)
     if saved is None:
         merged, finish = _exchange(local, members, channel, point, lambda: defer(False))
-        channel.open_rounds += communicates or (bool(owners) and not torch.is_grad_enabled())
         if owners:
             saved = SavedStatistics(local, merged)
         if update is not None:
@@ -209,7 +208,7 @@ def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs
     ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
     ctx.set_materialize_grads(False)
     if call.saved is not None:
-        call.saved.belongs_to(ctx)
+        call.saved.belongs_to(ctx, has_graph=any(needs))
     outputs = []
     for input, weight, bias, local, mean_, invstd_ in zip(
         inputs, weights, biases, call.local, _split(merged.mean, inputs), _split(invstd, inputs)
@@ -250,7 +249,6 @@ class _BackwardRound:
             parts = [cast(sum_, mean.dtype) for half in zip(*self._sums) for sum_ in half]
             # Which outputs this rank uses: a rank that does not use one still has the others' part of its gradient.
             parts.append(_constant(tuple(grad is not None for grad in self._grads), mean.dtype, mean.device))
-            channel.open_rounds -= 1
             self._arrived = channel.launch(point, BACKWARD, [torch.cat(parts)])
 
     def _local_sums(self, i: int) -> Tuple[Tensor, Tensor]:

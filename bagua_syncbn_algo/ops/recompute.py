@@ -82,16 +82,26 @@ class SavedStatistics:
         self._node: Any = None
         self._task, self._uses = -1, 0
 
-    def belongs_to(self, node: Any) -> None:
-        """Notes the autograd node of the forward, which must not be held: it holds these statistics."""
+    def belongs_to(self, node: Any, has_graph: bool) -> None:
+        """Notes the autograd node of the forward, which must not be held: it holds these statistics.
+
+        Args:
+            node: the node.
+            has_graph: whether the node is part of a graph; else it is freed with the forward.
+        """
         if self.node is None:
-            self._node = ref(node)
+            self._node = ref(node) if has_graph else None
             self.sequence = sequence_of(node)
 
     @property
     def node(self) -> Any:
         """The autograd node of the forward; ``None`` if it has none, or no longer."""
         return None if self._node is None else self._node()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the forward had an autograd node, which is freed."""
+        return self._node is not None and self._node() is None
 
     @property
     def uses(self) -> int:
@@ -116,7 +126,10 @@ class RecomputeCache:
     def save(self, statistics: SavedStatistics, owners: Sequence[Any]) -> None:
         """Keeps ``statistics`` as long as one of ``owners`` lives."""
         for owner in owners:
-            self._saved.setdefault(owner, []).append(statistics)
+            earlier = self._saved.get(owner, [])
+            if not isinstance(owner, BackwardCFunction):  # hooks may serve many steps
+                earlier = [each for each in earlier if not each.is_over]
+            self._saved[owner] = [*earlier, statistics]
 
     def match(self, local: Sequence[LocalMoments]) -> Optional[SavedStatistics]:
         """Returns the statistics of the forward that is being recomputed; ``None`` for an ordinary forward.

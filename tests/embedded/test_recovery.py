@@ -246,3 +246,47 @@ def test_another_model_of_the_group_does_not_meet_the_lost_step() -> None:
     (two, one), (two_1, one_1) = run_processes(2, _another_model_first)
     assert all(torch.equal(a, b) for a, b in zip(two, two_1))
     assert all(gradient is None for gradient in one + one_1)
+
+
+def _one_rank(rank: int, place: str) -> None:
+    bagua.init_process_group()
+    model: Any = convert_sync_batchnorm(Breaks().double())
+    model.with_bagua([], SyncBatchNormAlgorithm())
+    for step in range(3):
+        _broken[:] = [place] if step == 0 else []
+        try:
+            model(shard(step, rank)).sum().backward()
+        except ZeroDivisionError:
+            assert step == 0
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("place", ["between two layers", "late in backward"])
+def test_one_rank_goes_on_as_well(place: str) -> None:
+    """Catches a recovery that looks for other ranks' reports where there are none."""
+    run_processes(1, _one_rank, place)
+
+
+def _two_backwards_a_step(rank: int) -> int:
+    bagua.init_process_group()
+    torch.manual_seed(0)
+    model: Any = convert_sync_batchnorm(Breaks().double())
+    model.with_bagua([], SyncBatchNormAlgorithm())
+    lost = 0
+    for step in range(4):
+        _broken[:] = ["late in backward"] if step == 2 and rank == 1 else []
+        try:
+            model.zero_grad()
+            y = model(shard(step, rank))
+            y.sum().backward(retain_graph=True)
+            y.pow(2).sum().backward()
+        except (RuntimeError, ZeroDivisionError):
+            lost += 1
+    return lost
+
+
+@pytest.mark.multirank
+def test_recovery_where_graphs_are_walked_twice() -> None:
+    """Catches a failing rank that counts rounds, comes to none, and tells nobody: the others would wait for it."""
+    assert run_processes(2, _two_backwards_a_step) == [1, 1]

@@ -254,3 +254,20 @@ def test_what_is_kept_goes_with_the_graph(reentrant: bool) -> None:
         return held, len(norm._recompute_cache)
 
     assert run_threads(2, body) == [(1, 0), (1, 0)]
+
+
+def test_hooks_that_serve_many_steps_keep_one_forward() -> None:
+    """Catches statistics of every step, held by hooks for saved tensors that are made once for a whole training."""
+    x = torch.randn(2, 5, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        norm = SyncBatchNorm(3, process_group=group)
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        for _ in range(5):
+            with hooks:
+                loss = norm(x[rank].clone().requires_grad_()).pow(2).sum()
+            loss.backward()
+            del loss
+        return len(norm._recompute_cache)
+
+    assert run_threads(2, body) == [1, 1]

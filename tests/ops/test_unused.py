@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 import torch
+from fuzz import Tied
 from ranks import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,30 +31,6 @@ class TwoBranches(nn.Module):
     def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         h = self.norm(self.stem(x)).tanh()
         return self.last(self.long(h)), self.short(h)
-
-
-class Sink(torch.autograd.Function):
-    """Ties outputs together, as DistributedDataParallel does: the backward of one then runs that of all."""
-
-    @staticmethod
-    def forward(ctx: Any, *outputs: Tensor) -> Tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return tuple(output.clone() for output in outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads
-
-
-class Tied(nn.Module):
-    """A model whose outputs go through a :class:`Sink`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        return Sink.apply(*self.model(x))
 
 
 def loss_of(outputs: Tuple[Tensor, ...], used: Tuple[str, ...]) -> Tensor:

@@ -107,12 +107,16 @@ class AlgorithmImpl:
         """Returns how many messages this rank has sent on each communicator of its own; as many on every rank."""
         return []
 
-    def leave_step(self, in_forward: bool) -> None:
+    def leave_step(self, in_forward: bool) -> bool:
         """Tells the ranks that wait for this one, outside of the buckets, that an exception broke off its step.
 
         Args:
             in_forward: whether it was in the forward, not in the backward.
+
+        Returns:
+            Whether there may be such ranks.
         """
+        return False
 
     def recover(self, counts: List[Tuple[int, ...]]) -> None:
         """Brings the communicators of its own back into step.
