@@ -290,3 +290,32 @@ def _two_backwards_a_step(rank: int) -> int:
 def test_recovery_where_graphs_are_walked_twice() -> None:
     """Catches a failing rank that counts rounds, comes to none, and tells nobody: the others would wait for it."""
     assert run_processes(2, _two_backwards_a_step) == [1, 1]
+
+
+def _late_checks(rank: int) -> int:
+    """Header checks end in the post-backward hook, as on CUDA with the host ahead of the device."""
+    from bagua_syncbn_algo.comm import channel, wire
+
+    def check(self: Any, gathered: Tensor, header: Any, point: Any, phase: int) -> None:
+        self._checks.append(wire.HeaderCheck(gathered.clone(), header.words, point, phase))
+
+    channel.Channel._check = check  # type: ignore[method-assign]
+    bagua.init_process_group()
+    torch.manual_seed(0)
+    model: Any = convert_sync_batchnorm(Breaks().double())
+    model.with_bagua([], SyncBatchNormAlgorithm())
+    lost = 0
+    for step in range(4):
+        _broken[:] = ["late in backward"] if step == 1 and rank == 1 else []
+        try:
+            model.zero_grad()
+            model(shard(step, rank)).pow(3).sum().backward()
+        except (RuntimeError, ZeroDivisionError):
+            lost += 1
+    return lost
+
+
+@pytest.mark.multirank
+def test_recovery_where_header_checks_come_late() -> None:
+    """Catches an error found after this rank's report: the report of the failing rank is then never read."""
+    assert run_processes(2, _late_checks) == [1, 1]
