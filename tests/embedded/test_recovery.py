@@ -268,19 +268,21 @@ def test_one_rank_goes_on_as_well(place: str) -> None:
     run_processes(1, _one_rank, place)
 
 
-def _two_backwards_a_step(rank: int) -> int:
+def _lost_steps(rank: int, broken_step: int, twice: bool) -> int:
+    """Returns how many of four steps this rank loses, where rank 1 breaks off one late in backward."""
     bagua.init_process_group()
     torch.manual_seed(0)
     model: Any = convert_sync_batchnorm(Breaks().double())
     model.with_bagua([], SyncBatchNormAlgorithm())
     lost = 0
     for step in range(4):
-        _broken[:] = ["late in backward"] if step == 2 and rank == 1 else []
+        _broken[:] = ["late in backward"] if step == broken_step and rank == 1 else []
         try:
             model.zero_grad()
             y = model(shard(step, rank))
-            y.sum().backward(retain_graph=True)
-            y.pow(2).sum().backward()
+            if twice:
+                y.sum().backward(retain_graph=True)
+            y.pow(3).sum().backward()
         except (RuntimeError, ZeroDivisionError):
             lost += 1
     return lost
@@ -289,7 +291,7 @@ def _two_backwards_a_step(rank: int) -> int:
 @pytest.mark.multirank
 def test_recovery_where_graphs_are_walked_twice() -> None:
     """Catches a failing rank that counts rounds, comes to none, and tells nobody: the others would wait for it."""
-    assert run_processes(2, _two_backwards_a_step) == [1, 1]
+    assert run_processes(2, _lost_steps, 2, True) == [1, 1]
 
 
 def _late_checks(rank: int) -> int:
@@ -300,19 +302,7 @@ def _late_checks(rank: int) -> int:
         self._checks.append(wire.HeaderCheck(gathered.clone(), header.words, point, phase))
 
     channel.Channel._check = check  # type: ignore[method-assign]
-    bagua.init_process_group()
-    torch.manual_seed(0)
-    model: Any = convert_sync_batchnorm(Breaks().double())
-    model.with_bagua([], SyncBatchNormAlgorithm())
-    lost = 0
-    for step in range(4):
-        _broken[:] = ["late in backward"] if step == 1 and rank == 1 else []
-        try:
-            model.zero_grad()
-            model(shard(step, rank)).pow(3).sum().backward()
-        except (RuntimeError, ZeroDivisionError):
-            lost += 1
-    return lost
+    return _lost_steps(rank, 1, False)
 
 
 @pytest.mark.multirank
