@@ -266,11 +266,11 @@ class BaguaDistributedDataParallel:
                 self.bagua_algorithm.init_post_backward_hook(self)()
             except Exception:
                 # On CUDA the error of a rank that broke off may surface here. Its report waits for this rank.
-                found = self._same_model(reports())
+                found = reports()
                 if any(report.broken_off for report in found):
                     self._conclude(found)
                 raise
-            self._conclude(self._same_model(reports()))
+            self._conclude(reports())
         finally:
             self._leave_backward()
             self._note_new_gradients(False)
@@ -306,7 +306,8 @@ class BaguaDistributedDataParallel:
         counts = self.bagua_algorithm.communication_counts()
         if self._agreement is None:  # one rank
             return lambda: [Report(0, 0, 0, took_part, broken_off, tuple(counts))]
-        return self._agreement.report(took_part, broken_off, counts)
+        reports = self._agreement.report(took_part, broken_off, counts)
+        return lambda: self._same_model(reports())
 
     def _same_model(self, reports: List[Report]) -> List[Report]:
         """Returns ``reports``, which must be of this model's step on every rank."""
@@ -354,7 +355,7 @@ class BaguaDistributedDataParallel:
             told = self.bagua_algorithm.leave_step(self._in_forward)
             if begun and not took_part and not told:
                 return
-            reports = self._same_model(self._report(took_part, True)())
+            reports = self._report(took_part, True)()
             self._note_new_gradients(False)
             if any(report.took_part for report in reports):
                 self._outstanding = self._outstanding if begun else dict(self._registered)
