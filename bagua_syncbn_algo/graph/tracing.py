@@ -12,6 +12,7 @@ import gc
 import inspect
 import operator
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -220,8 +221,11 @@ class _Tracer(fx.Tracer):
 
     def has_leaked(self) -> bool:
         """Whether the forward has left traced values anywhere."""
-        if any(proxy() is not None for proxy in self._proxies):
-            gc.collect()  # those that only wait for it
+        for pause in (0.0, 0.01, 0.1):
+            if not any(proxy() is not None for proxy in self._proxies):
+                return False
+            time.sleep(pause)
+            gc.collect()  # Frees values in reference cycles; does nothing while another thread is collecting.
         return any(proxy() is not None for proxy in self._proxies)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:

@@ -112,13 +112,14 @@ def check(model: nn.Module, shards: List[List[Tensor]], run: Any, order: str = "
         channel = sync_batchnorm_layers(mine)[0]._bound_channel()
         before = channel.rounds
         found = train(mine, shards[rank], run, order)
-        gc.collect()
-        assert not any(len(layer._recompute_cache) for layer in sync_batchnorm_layers(mine))
-        return channel.rounds - before, found
+        return channel.rounds - before, found, sync_batchnorm_layers(mine)
 
     results = run_threads(2, body)
-    compare([found for _, found in results], reference(model, shards))
+    compare([found for _, found, _ in results], reference(model, shards))
     assert results[0][0] == results[1][0]
+    # Not inside ``body``: ``gc.collect`` returns at once while another thread is collecting.
+    gc.collect()
+    assert not any(len(layer._recompute_cache) for _, _, layers in results for layer in layers)
 
 
 @pytest.mark.parametrize("reentrant", VARIANTS)
@@ -248,12 +249,14 @@ def test_what_is_kept_goes_with_the_graph(reentrant: bool) -> None:
     def body(rank: int, group: Any) -> Any:
         norm = SyncBatchNorm(3, process_group=group)
         y = checkpoint(lambda h: norm(h).tanh(), x[rank].clone().requires_grad_(), use_reentrant=reentrant)
-        held = len(norm._recompute_cache)
-        del y
-        gc.collect()  # PyTorch's checkpointing may leave a reference cycle
-        return held, len(norm._recompute_cache)
+        return len(norm._recompute_cache), norm, y
 
-    assert run_threads(2, body) == [(1, 0), (1, 0)]
+    results = run_threads(2, body)
+    norms = [norm for _, norm, _ in results]
+    assert [held for held, _, _ in results] == [1, 1]
+    del results
+    gc.collect()  # PyTorch's checkpointing may leave a reference cycle
+    assert [len(norm._recompute_cache) for norm in norms] == [0, 0]
 
 
 def test_hooks_that_serve_many_steps_keep_one_forward() -> None:
