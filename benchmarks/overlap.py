@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bagua_syncbn_algo import bagua, record_rounds
+from bagua_syncbn_algo.bench.latency import add_latency
 from bagua_syncbn_algo.bench.measure import Spread, run_ranks, take_times, write
-from bagua_syncbn_algo.bench.schemes import add_latency, build_variant, channel_of_model
+from bagua_syncbn_algo.bench.schemes import build_variant, channel_of_model
 from bagua_syncbn_algo.bench.steps import training_step
 from bagua_syncbn_algo.graph import split_backward as overlap_module
 from bagua_syncbn_algo.graph.coalesce import coalesce

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, List, Sequence
 
 import pytest
 import torch
+from ranks import run_threads
 from torch import Tensor, nn
 
+from bagua_syncbn_algo import record_rounds
 from bagua_syncbn_algo.__main__ import main
 from bagua_syncbn_algo.bench import steps, timeline
+from bagua_syncbn_algo.bench.latency import add_latency
 from bagua_syncbn_algo.bench.measure import Spread, run_ranks
-from bagua_syncbn_algo.bench.schemes import VARIANTS, add_latency
+from bagua_syncbn_algo.bench.schemes import VARIANTS
 from bagua_syncbn_algo.comm.channel import Channel
-from bagua_syncbn_algo.comm.wire import SyncPoint
+from bagua_syncbn_algo.comm.transport import TorchChannel
+from bagua_syncbn_algo.comm.wire import BACKWARD, FORWARD, Roster, SyncPoint, sync_point
 
 
 class Convolutions(nn.Sequential):
@@ -29,6 +34,7 @@ class Convolutions(nn.Sequential):
         )
 
 
+A = sync_point("model.norm")
 MODEL = "test_bench:Convolutions"
 INPUT = "4,3,16,16"
 
@@ -83,7 +89,7 @@ class Slept(Channel):
     """A channel whose rounds take 5 ms."""
 
     def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
-        assert self.delay == 0
+        assert "_all_gather" not in self.__dict__
         time.sleep(5e-3)
         return list(parts)
 
@@ -93,12 +99,65 @@ def test_latency_is_added_to_what_a_round_takes() -> None:
     channel = Slept()
     for _ in range(2):
         add_latency(channel, 1.0)
-        assert channel.delay >= 1.0 + 5e-3
+        assert channel._all_gather.latency >= 1.0 + 5e-3  # type: ignore[attr-defined]
     add_latency(channel, 0.0)
-    assert channel.delay == 0
+    assert "_all_gather" not in channel.__dict__
     bare = Channel()
     add_latency(bare, 1.0)
-    assert bare.delay == 0
+    assert "_all_gather" not in bare.__dict__
+
+
+@pytest.mark.multirank
+def test_an_added_latency_is_part_of_the_round() -> None:
+    """Catches a delay that the record does not show, or a round that is there before it has passed."""
+
+    def body(rank: int, group: Any) -> float:
+        channel = TorchChannel(group)
+        channel.join(Roster(((A.name, 4),)))
+        add_latency(channel, 0.05)
+        start = time.perf_counter()
+        if rank == 0:  # one record a process; it sees the other thread's rounds too
+            with record_rounds() as rounds:
+                channel.exchange(A, FORWARD, [torch.zeros(4)])
+            assert all(entry.finish is None or entry.duration >= 0.05 for entry in rounds)
+            assert any(entry.finish is not None for entry in rounds)
+        else:
+            channel.exchange(A, FORWARD, [torch.zeros(4)])
+        return time.perf_counter() - start
+
+    assert all(seconds >= 0.05 for seconds in run_threads(2, body))
+
+
+class Wire(Channel):
+    """Two ranks of which the other one sends the same, ``later`` nanoseconds later."""
+
+    world_size, later = 2, 0
+
+    def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
+        return torch.zeros(self.capacity, dtype=torch.uint8)
+
+    def _all_gather(self, message: Tensor) -> Any:
+        both = torch.stack([message, message])
+        both[1, -8:].view(torch.int64).add_(self.later)
+        return both, SimpleNamespace(wait=lambda: None)  # completes when it is waited for: no core was free before
+
+
+@pytest.mark.parametrize("later", [0, 10**10])
+def test_an_added_latency_is_a_wires(later: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a latency that begins when a rank gets round to receiving, or when it has sent before the last one.
+
+    The first is what happens to a thread of the transport while a weight gradient is on its only core.
+    """
+    channel = Wire()
+    channel.capacity, channel.later = 64, later
+    add_latency(channel, 1e-3)
+    slept: List[float] = []
+    wait = channel.launch(A, BACKWARD, [torch.ones(4)])
+    time.sleep(2e-3)
+    clock = SimpleNamespace(perf_counter=time.perf_counter, sleep=slept.append)  # of this module only
+    monkeypatch.setattr("bagua_syncbn_algo.bench.latency.time", clock)
+    assert wait()[0].tolist() == [[1.0] * 4] * 2
+    assert len(slept) == 1 and (slept[0] > 1 if later else slept[0] == 0)
 
 
 @pytest.mark.parametrize(

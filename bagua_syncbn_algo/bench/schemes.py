@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import Any, Callable, Dict, List, Sequence
 
@@ -16,9 +15,7 @@ from ..comm.wire import FORWARD, SyncPoint, sync_point
 from ..convert import convert_sync_batchnorm, sync_batchnorm_layers
 from ..host import bagua
 
-__all__ = ["COLORS", "OriginalScheme", "TorchScheme", "VARIANTS", "add_latency", "build_variant", "channel_of_model"]
-
-_PROBE, _PROBES = sync_point("a round to see what it takes"), 51
+__all__ = ["COLORS", "BareScheme", "OriginalScheme", "TorchScheme", "VARIANTS", "build_variant", "channel_of_model"]
 
 # By name, what a table says of it.
 VARIANTS = {
@@ -41,12 +38,13 @@ COLORS = {
 }
 
 
-class _Scheme(Channel):
+class BareScheme(Channel):
     """Bare collectives without headers or checks: as fast as the scheme can be."""
 
     def __init__(self, group: Any) -> None:
         super().__init__()
         self._group, self.rank, self.world_size = group, group.rank(), group.size()
+        self.latency = 0.0  # seconds before which no collective ends
 
     def _exchange(self, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
         raise NotImplementedError
@@ -70,14 +68,14 @@ class _Scheme(Channel):
     def _finish(self, start: float, work: Any) -> None:
         self.rounds += 1
         work.wait()
-        if self.delay:  # from this rank's sending, not the last one's: in doubt in favour of the scheme
-            time.sleep(max(0.0, start + self.delay - time.perf_counter()))
+        if self.latency:  # counted from when this rank sends, not the last one: in doubt in favour of the scheme
+            time.sleep(max(0.0, start + self.latency - time.perf_counter()))
 
     def fail(self, point: SyncPoint, phase: int, error: BaseException, wait: bool = True) -> None:
         raise error
 
 
-class OriginalScheme(_Scheme):
+class OriginalScheme(BareScheme):
     """As Bagua's contrib SyncBatchNorm: all-gathers of count, mean and variance, all-reduces of both gradient sums."""
 
     def _exchange(self, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
@@ -88,7 +86,7 @@ class OriginalScheme(_Scheme):
         return [torch.cat([*(self.reduce(part) for part in sums.chunk(2)), used.unsqueeze(0)], 1)]
 
 
-class TorchScheme(_Scheme):
+class TorchScheme(BareScheme):
     """As torch.nn.SyncBatchNorm: one all-gather of count, mean and variance, one all-reduce of the gradient sums."""
 
     def _exchange(self, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
@@ -127,32 +125,6 @@ def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = N
     for layer in sync_batchnorm_layers(wrapped):
         layer.bind(channel, sync_point(layer.sync_name))
     return wrapped
-
-
-def add_latency(channel: Channel, seconds: float) -> None:
-    """Makes every round take as long as it takes here between idle ranks, and ``seconds`` more.
-
-    As on a wire: from when the last rank has sent, whether or not a core is free meanwhile.
-
-    Args:
-        channel: whose rounds; its ranks must be idle.
-        seconds: 0 for rounds as they are.
-
-    Collectives:
-        Some rounds. Every rank must call.
-    """
-    channel.delay = 0.0
-    if not seconds or type(channel) is Channel:  # of a model without rounds
-        return
-    durations = []
-    for _ in range(_PROBES):
-        start = time.perf_counter()
-        if isinstance(channel, _Scheme):
-            channel.gather(torch.zeros(8))
-        else:
-            channel.exchange(_PROBE, FORWARD, [torch.zeros(8)])
-        durations.append(time.perf_counter() - start)
-    channel.delay = statistics.median(durations) + seconds
 
 
 def channel_of_model(model: nn.Module) -> Channel:

@@ -15,8 +15,9 @@ from ..comm.recorder import RoundRecords, record_rounds
 from ..graph.coalesce import plan_of
 from ..host import bagua
 from .factory import build
+from .latency import add_latency
 from .measure import RANKS, interleave, run_ranks
-from .schemes import COLORS, VARIANTS, add_latency, build_variant, channel_of_model
+from .schemes import COLORS, VARIANTS, build_variant, channel_of_model
 
 __all__ = ["Options", "bars_of", "draw", "measure", "rows_of", "training_step"]
 

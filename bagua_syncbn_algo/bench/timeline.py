@@ -13,8 +13,9 @@ import torch.distributed as dist
 from ..comm.recorder import record_rounds
 from ..host import bagua
 from .factory import build
+from .latency import add_latency
 from .measure import run_ranks
-from .schemes import add_latency, build_variant, channel_of_model
+from .schemes import build_variant, channel_of_model
 from .steps import Options, loss_of, title_of
 
 __all__ = ["Span", "draw", "record_step", "write_trace"]

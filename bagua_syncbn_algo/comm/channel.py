@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import hashlib
 import time
-from datetime import timedelta
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from .recorder import RoundRecord, active
+from .report import describe_failure, first_difference
 from .wire import (
-    DEFAULT_CAPACITY,
     FAULT,
-    FORWARD,
     FRAME_SHIFT,
     HEADER_BYTES,
     JOIN,
@@ -31,15 +28,14 @@ from .wire import (
     Roster,
     SyncBatchNormError,
     SyncPoint,
-    first_difference,
+    digest,
     sync_point,
 )
 
-__all__ = ["TWO_RANK_STUB", "SINGLE_PROCESS", "Channel"]
+__all__ = ["Channel"]
 
 _FIRST_CAPACITY = 64  # bytes of the very first message, which agrees on the length of all others: header, 3 numbers
 _NOTICE_SECONDS = 10.0  # how long a failing rank waits for the others to receive its error
-_DESCRIBE_SECONDS = 3.0  # how long a failing rank waits for the others to publish where they are
 
 
 class Channel:
@@ -65,9 +61,6 @@ class Channel:
         self._headers: Dict[Tuple[Any, ...], Header] = {}
         self._checks: Deque[HeaderCheck] = collections.deque()
         self._in_flight: Optional[_PendingGather] = None
-        # Seconds from the last rank's sending before which nothing arrives: models a network, for benchmarks on one
-        # machine. From the sending, because a message on a wire needs none of the cores that compute meanwhile.
-        self.delay = 0.0
 
     # -- the collective -------------------------------------------------------------------------------------------
 
@@ -142,13 +135,12 @@ class Channel:
         Collectives:
             One all-gather (more only to say what differs). Every rank must call.
         """
-        lines = text.encode()
-        digest = int.from_bytes(hashlib.blake2b(lines, digest_size=8).digest(), "little") >> 1
-        mine = torch.tensor([digest, len(lines), value], device=self.device)
+        lines, own_digest = text.encode(), digest(text)
+        mine = torch.tensor([own_digest, len(lines), value], device=self.device)
         point = sync_point(occasion)
         self.register(point)
         rows = self.exchange(point, JOIN, [mine])[0].tolist()
-        if any(row[0] != digest for row in rows):
+        if any(row[0] != own_digest for row in rows):
             longest = max(row[1] for row in rows)
             padded = torch.frombuffer(bytearray(lines.ljust(longest + 1)), dtype=torch.uint8).to(self.device)
             texts = self.exchange(point, JOIN, [padded])[0].cpu()
@@ -189,7 +181,7 @@ class Channel:
                 not arrive.
 
         Collectives:
-            One all-gather of ``capacity`` bytes a rank (one for every ``capacity − 40`` bytes of payload, should the
+            One all-gather of ``capacity`` bytes a rank (one for every ``capacity − 32`` bytes of payload, should the
             payload be longer). Every rank must call.
         """
         bodies = self._send(point, phase, 0, [part.contiguous().view(torch.uint8) for part in parts])
@@ -279,8 +271,6 @@ class Channel:
         entry = None
         if record is not None:
             entry = record.launch(point.layers or (point.name,), PHASES[phase], message.numel())
-        if self.delay:
-            message[HEADER_BYTES - 8 : HEADER_BYTES].view(torch.int64).fill_(time.perf_counter_ns())
         self._in_flight = flight = _PendingGather(self, header, point, phase, entry)
         flight.start(message)
         return flight
@@ -292,7 +282,7 @@ class Channel:
         if header is None:
             with torch.inference_mode(False):  # it outlives the block that may be running
                 words = [point.key, phase, flags, length]
-                header = Header(words, torch.tensor([*words, 0]).view(torch.uint8).to(device))
+                header = Header(words, torch.tensor(words).view(torch.uint8).to(device))
             if not flags & FAULT:
                 self._headers[key] = header
         return header
@@ -307,64 +297,6 @@ class Channel:
         self._checks.append(check)
         while self._checks and self._checks[0].ready():
             self._checks.popleft().finish(self.rank, self._names)
-
-    def _describe_failure(self, where: str, error: BaseException) -> str:
-        """Says where each rank was when a collective failed, as far as the ranks could still tell."""
-        last = {self.rank: where}
-        # Whatever happens here must not replace the error itself: the store may have lived in the rank that died.
-        with contextlib.suppress(Exception):
-            store = self._store()
-            if store is not None:
-                store.set(f"{self.label}/{self.rank}", where)
-                deadline = time.monotonic() + _DESCRIBE_SECONDS
-                for rank in set(range(self.world_size)) - {self.rank}:
-                    key = f"{self.label}/{rank}"
-                    with contextlib.suppress(RuntimeError):  # not there in time
-                        store.wait([key], timedelta(seconds=max(0.05, deadline - time.monotonic())))
-                        last[rank] = store.get(key).decode()
-        known = ", ".join(f"rank {rank} at {place}" for rank, place in sorted(last.items()))
-        silent = [str(rank) for rank in range(self.world_size) if rank not in last]
-        absent = f"; rank {', '.join(silent)} never arrived: it died or runs other code" if silent else ""
-        return (
-            f"expected all {self.world_size} ranks to exchange statistics at {where} (got {known}{absent}); "
-            f"look at that rank's own output first. The collective said: {error}"
-        )
-
-
-class _SingleProcessChannel(Channel):
-    """The null object: one rank, nothing to exchange."""
-
-    local = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.capacity = DEFAULT_CAPACITY
-
-    def join(self, roster: Roster, itemsize: int = 4) -> int:
-        return 0
-
-    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
-        return lambda: [part.unsqueeze(0) for part in parts]
-
-    def fail(self, point: SyncPoint, phase: int, error: BaseException, wait: bool = True) -> None:
-        pass
-
-
-class _TwoRankStub(_SingleProcessChannel):
-    """One rank that plays two: by the arithmetic of several, even where this rank's batch alone is too small for it."""
-
-    local = False
-    trial = True
-
-    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
-        # The other one has two elements more, with other moments; its gradient sums are the same.
-        others = {torch.int64: 2}
-        both = [torch.stack([part, part + (others.get(part.dtype, 1) if phase == FORWARD else 0)]) for part in parts]
-        return lambda: both
-
-
-SINGLE_PROCESS = _SingleProcessChannel()
-TWO_RANK_STUB = _TwoRankStub()
 
 
 class _PendingGather:
@@ -394,7 +326,7 @@ class _PendingGather:
         self._arrival = time.perf_counter()
 
     def wait(self, keep: bool = False) -> Tensor:
-        """Waits, checks the headers and returns the payloads ``(W, capacity − 40)``.
+        """Waits, checks the headers and returns the payloads ``(W, capacity − 32)``.
 
         Args:
             keep: the next flight is about to use the memory of this one.
@@ -436,13 +368,10 @@ class _PendingGather:
                 raise self._error
             self._work.wait()
         except RuntimeError as error:
-            where = f"{self._point.name} ({PHASES[self._phase]})"
-            raise SyncBatchNormError(self._channel._describe_failure(where, error)) from error
-        finish = time.perf_counter() if self._arrival is None else self._arrival
-        if self._channel.delay:
-            assert self._gathered is not None
-            sent = self._gathered[:, HEADER_BYTES - 8 : HEADER_BYTES].view(torch.int64).max().item() / 1e9
-            finish = max(finish, sent + self._channel.delay)
-            time.sleep(max(0.0, finish - time.perf_counter()))
+            where, channel = f"{self._point.name} ({PHASES[self._phase]})", self._channel
+            message = describe_failure(where, error, channel.rank, channel.world_size, channel.label, channel._store())
+            raise SyncBatchNormError(message) from error
         if self._entry is not None:
-            self._entry.wait, self._entry.finish = start, finish
+            finish = time.perf_counter() if self._arrival is None else self._arrival
+            # A benchmark's Work, which models a network, says when the messages have arrived.
+            self._entry.wait, self._entry.finish = start, getattr(self._work, "arrival", finish)

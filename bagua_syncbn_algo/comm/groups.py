@@ -18,7 +18,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 import torch
 import torch.distributed as dist
 
-__all__ = ["default_group", "is_nccl", "member_group", "timeout_of", "yield_core"]
+__all__ = ["default_group", "default_store", "is_nccl", "member_group", "timeout_of", "yield_core"]
 
 _made: Counter[Tuple[int, ...]] = Counter()
 # Held until exit, and let go before the interpreter ends: a gloo group that is destroyed after it aborts the process.
@@ -32,6 +32,11 @@ def default_group() -> Any:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     return dist.distributed_c10d._get_default_group()
+
+
+def default_store() -> Any:
+    """Returns the key-value store of the world's process group, or ``None`` without one."""
+    return None if default_group() is None else dist.distributed_c10d._get_default_store()
 
 
 def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_host: bool = False) -> Any:
@@ -58,7 +63,7 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
     members = tuple(sorted(ranks))
     _made[members] += 1
     name = f"bagua_syncbn/{'_'.join(map(str, members))}/{_made[members]}"
-    store = dist.distributed_c10d.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    store = dist.distributed_c10d.PrefixStore(name, default_store())
     limit = timeout_of(world) if timeout is None else timeout
     rank = members.index(dist.get_rank())
     group: Any
@@ -67,15 +72,15 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
         options._timeout = limit
         group = dist.ProcessGroupNCCL(store, rank, len(members), options)
     else:
-        with _threads_that_give_way():
+        with _yielding_threads():
             group = dist.ProcessGroupGloo(store, rank, len(members), limit)
     _alive.append(group)
     return group
 
 
 @contextlib.contextmanager
-def _threads_that_give_way() -> Iterator[None]:
-    """Makes the threads that start in the block never interrupt another one when they wake.
+def _yielding_threads() -> Iterator[None]:
+    """Lets the threads that start in the block yield: none preempts another thread when it wakes.
 
     While one thread sends, gloo's own thread, woken by what the peer has sent, finds the connection locked, tries again
     at once and goes on trying. With no more cores than ranks it has often interrupted the very sender, which gets to

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import SyncBatchNormConfig
-from .channel import SINGLE_PROCESS, Channel
-from .groups import default_group, is_nccl, member_group, timeout_of
+from .channel import Channel
+from .groups import default_group, default_store, is_nccl, member_group, timeout_of
+from .local import SINGLE_PROCESS
 from .wire import SyncPoint
 
 __all__ = ["BaguaChannel", "TorchChannel", "channel_of", "source_group"]
@@ -204,4 +205,4 @@ def _statistics_group(source: Any) -> Tuple[Any, Optional[Any]]:
         return source, None  # a bare backend, which does not know its global ranks: it is the user's to give
     seconds = SyncBatchNormConfig.from_env().timeout
     limit = timeout_of(source) if seconds is None else timedelta(seconds=seconds)
-    return member_group(ranks, limit), dist.distributed_c10d._get_default_store()
+    return member_group(ranks, limit), default_store()

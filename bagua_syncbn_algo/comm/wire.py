@@ -28,17 +28,15 @@ __all__ = [
     "Roster",
     "SyncBatchNormError",
     "SyncPoint",
-    "first_difference",
+    "digest",
     "sync_point",
 ]
 
 FORWARD, BACKWARD, JOIN = 0, 1, 2
 PHASES = ("forward", "backward", "first use")
 
-# Header of every frame: sync point, phase, flags, payload length in bytes, and when it was sent in nanoseconds (0 but
-# where a network is modelled); int64 each, never converted.
-HEADER_BYTES = 40
-_COMPARED = 4  # of the words: the same on all ranks
+# Header of every message: sync point, phase, flags and payload length in bytes, int64 each, never converted.
+HEADER_BYTES = 32
 FAULT = 1  # flag: the payload is the text of an error on the sending rank
 FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longer than one
 
@@ -59,11 +57,15 @@ class SyncPoint(NamedTuple):
     layers: Tuple[str, ...] = ()  # that share the message; none for one layer, which gave its name
 
 
+def digest(text: str) -> int:
+    """Returns 63 bits of a hash of ``text``: short enough for an int64 message, and the same on every rank."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
 @lru_cache(maxsize=4096)
 def sync_point(name: str, ordinal: int = 0, layers: Tuple[str, ...] = ()) -> SyncPoint:
     """Returns the sync point of a layer's qualified ``name``, or a round's, in the channel's model ``ordinal``."""
-    digest = hashlib.blake2b(f"{ordinal}/{name}".encode(), digest_size=8).digest()
-    return SyncPoint(int.from_bytes(digest, "little") >> 1, name, ordinal, layers)
+    return SyncPoint(digest(f"{ordinal}/{name}"), name, ordinal, layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +129,7 @@ class HeaderCheck:
         if self._event is not None:
             self._event.synchronize()
         mine = self._mine
-        rows: List[List[int]] = self._gathered[:, : 8 * _COMPARED].view(torch.int64).tolist()
+        rows: List[List[int]] = self._gathered[:, :HEADER_BYTES].view(torch.int64).tolist()
         if all(row == mine for row in rows):
             return
         name, phase = self._point.name, PHASES[self._phase]
@@ -152,20 +154,3 @@ class HeaderCheck:
             f"expected statistics of one length at {name} ({phase}) (got {lengths}); "
             "give every rank the same num_features and input dtype"
         )
-
-
-def first_difference(texts: List[str]) -> str:
-    """Returns an error message that names the first line in which the ranks' texts differ."""
-    reference = texts[0].splitlines()
-    for rank, text in enumerate(texts):
-        lines = text.splitlines()
-        for index in range(max(len(reference), len(lines))):
-            ours = reference[index] if index < len(reference) else "nothing"
-            theirs = lines[index] if index < len(lines) else "nothing"
-            if ours != theirs:
-                return (
-                    f"expected the same synchronized layers and rounds on every rank (got {len(reference)} on rank "
-                    f"0, {len(lines)} on rank {rank}; the first difference is number {index}: {ours} on rank 0, "
-                    f"{theirs} on rank {rank}); build and convert the same model on every rank, with the same options"
-                )
-    raise AssertionError("digests differ but texts do not")

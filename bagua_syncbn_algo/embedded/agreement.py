@@ -8,10 +8,11 @@ rank knows that the step is lost, and what the others still wait for.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
 
 import torch
+
+from ..comm.wire import digest
 
 __all__ = ["Agreement", "Report"]
 
@@ -37,7 +38,7 @@ class Agreement:
 
     def __init__(self, group: Any, model: str) -> None:
         self._group = group
-        self._model = int.from_bytes(hashlib.blake2b(model.encode(), digest_size=8).digest(), "little") >> 1
+        self._model = digest(model)
         self._steps = self._ended = 0
 
     def report(self, took_part: bool, broken_off: bool, counts: Sequence[int]) -> Callable[[], List[Report]]:

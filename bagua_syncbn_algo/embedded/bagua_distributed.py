@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import weakref
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -11,6 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 from torch import Tensor, nn
 
+from ..comm.wire import digest
 from ..compat import graph_task, will_run
 from .agreement import Agreement, Report
 from .bucket import BaguaBucket
@@ -121,10 +121,9 @@ class BaguaDistributedDataParallel:
         """
         communicator = self.process_group.get_global_communicator()
         mine = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self._parameters()]
-        digest = int.from_bytes(hashlib.blake2b("\n".join(mine).encode(), digest_size=8).digest(), "little") >> 1
         device = next((p.device for _, p in self._parameters()), torch.device("cpu"))
         digests = torch.empty(communicator.nranks(), dtype=torch.int64, device=device)
-        allgather(torch.tensor([digest], device=device), digests, communicator)
+        allgather(torch.tensor([digest("\n".join(mine))], device=device), digests, communicator)
         differing = [rank for rank, other in enumerate(digests.tolist()) if other != digests[0]]
         if differing:
             rank = differing[0]

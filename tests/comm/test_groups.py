@@ -45,6 +45,6 @@ def test_a_policy_of_the_users_own_stays() -> None:
 def test_a_group_is_made_where_policies_may_not_be_set(mocker: Any) -> None:
     """Catches a container's refusal that ends the program."""
     mocker.patch.object(groups.os, "sched_setscheduler", side_effect=PermissionError("not in this container"))
-    with groups._threads_that_give_way():
+    with groups._yielding_threads():
         made = True
     assert made
