@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .comm.channel import SINGLE_PROCESS, Channel
+from .comm.channel import Channel
+from .comm.local import SINGLE_PROCESS
 from .comm.transport import channel_of, source_group
 from .comm.wire import FORWARD, Roster, SyncPoint, sync_point
 from .compat import uncompiled
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
-from .ops.moments import GlobalMoments, LocalMoments, statistics_dtype
+from .ops.moments import GlobalMoments, LocalMoments, split_channels, statistics_dtype
 from .ops.recompute import RecomputeCache, inside_backward
-from .ops.running_stats import RunningPool
+from .ops.running_stats import RunningPool, Slot
 
 __all__ = ["SyncBatchNorm", "SyncTag", "batch_norm_coalesced"]
 
@@ -108,6 +109,12 @@ class SyncBatchNorm(_BatchNorm):
         return self._point.name if self.tag is None else self.tag.name
 
     @property
+    def device(self) -> Optional[torch.device]:
+        """The device of the parameters or buffers; ``None`` for a layer without any."""
+        own = next((t for t in (self.weight, self.running_mean) if t is not None), None)
+        return None if own is None else own.device
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one of this layer's statistics, by the dtype of its parameters now."""
         doubles = any(t is not None and t.dtype == torch.float64 for t in (self.weight, self.running_mean))
@@ -145,9 +152,9 @@ class SyncBatchNorm(_BatchNorm):
             return SINGLE_PROCESS
         if self._channel is None or self._channel_source is None or self._channel_source() is not source:
             channel = channel_of(self.process_group)
-            own = next((t for t in (self.weight, self.running_mean) if t is not None), None)
-            if device is not None or own is not None:
-                channel.use_device(device or own.device)  # type: ignore[union-attr]
+            device = device or self.device
+            if device is not None:
+                channel.use_device(device)
             if self.tag is None:
                 channel.join(_NO_ROSTER)
                 point = sync_point(channel.anonymous_name(self.num_features))
@@ -223,20 +230,17 @@ class SyncBatchNorm(_BatchNorm):
             return self._local_batch_norm(input, True)  # raises
         dtype = statistics_dtype(input.dtype)
         pooled = update and running.collects
-        if pooled:
-            mean, variance = running.place(self, dtype)
-        else:
-            mean, variance = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind(0)
+        slot = running.place(self, dtype) if pooled else Slot.of(self, dtype, input.device)
         if count == 0:  # must not reach a native kernel
             output = input.clone()
         else:
             # With a momentum of 1 the kernel leaves the batch's own statistics in the buffers that it is given.
             weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
-            output = F.batch_norm(input, mean, variance, weight, bias, True, 1.0, self.eps)
+            output = F.batch_norm(input, slot.mean, slot.variance, weight, bias, True, 1.0, self.eps)
         if pooled:
-            running.add(self, count, mean, variance)
+            running.add(slot, count)
         elif update:  # an empty shard has left zeros
-            local = LocalMoments(count, mean, variance * ((count - 1) / max(count, 1)))
+            local = LocalMoments(count, slot.mean, slot.variance * ((count - 1) / max(count, 1)))
             running.merge(self, self._point, local)
         return output
 
@@ -363,7 +367,7 @@ def _leave_running_statistics(
         if pool is None:
             _update_running_statistics([layer], world)
         elif pool.collects:
-            pool.add(layer, own.elements, own.mean, own.unbiased_variance())
+            pool.add(Slot(layer, own.mean, own.unbiased_variance()), own.elements)
         else:
             pool.merge(layer, layer._point, own)
 
@@ -373,7 +377,7 @@ def _update_running_statistics(layers: Sequence[SyncBatchNorm], merged: GlobalMo
     """Moves the running statistics of layers, each there once, towards the moments of the whole world's batch."""
     features = [layer.num_features for layer in layers]
     unbiased = merged.unbiased_variance()
-    pairs = list(zip(layers, _split(merged.mean, features), _split(unbiased, features)))
+    pairs = list(zip(layers, split_channels(merged.mean, features), split_channels(unbiased, features)))
     kept = [pair for pair in pairs if pair[0].track_running_stats and pair[0].running_mean is not None]
     if not kept:
         return
@@ -390,7 +394,3 @@ def _update_running_statistics(layers: Sequence[SyncBatchNorm], merged: GlobalMo
             else:
                 # The arithmetic is the statistics', the storage the buffer's own: half precision is rounded once.
                 buffer.copy_(torch.lerp(buffer.to(value.dtype), value, weight))
-
-
-def _split(vector: Tensor, features: List[int]) -> Sequence[Tensor]:
-    return (vector,) if len(features) == 1 else vector.split(features)

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bagua_syncbn_algo.bench.measure import interleave, write
-from bagua_syncbn_algo.comm.channel import SINGLE_PROCESS
+from bagua_syncbn_algo.comm.local import SINGLE_PROCESS
 from bagua_syncbn_algo.comm.wire import sync_point
 from bagua_syncbn_algo.ops import moments
 from bagua_syncbn_algo.ops.functional import Member, sync_batch_norm

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..comm.channel import Channel
 from ..comm.groups import yield_core
+from ..comm.report import reporting_errors
 from ..comm.wire import BACKWARD, FORWARD, SyncPoint
 from .deferred import DeferredGrad, OverlapCandidates, refuse_second_derivative
 from .moments import (
@@ -29,6 +30,7 @@ from .moments import (
     memory_format,
     merge_moments,
     normalize,
+    split_channels,
     statistics_dtype,
 )
 from .recompute import RecomputeCache, SavedStatistics, recomputation_owners
@@ -96,7 +98,7 @@ def sync_batch_norm(
         return overlap_with.defer(late, inputs[0].device, point.name)
 
     # None of these tensors requires a gradient: the inputs are detached.
-    with _told(channel, point, FORWARD):
+    with reporting_errors(channel, point, FORWARD):
         # An error before the exchange must reach the ranks that already wait in it.
         local = [_local(input) for input in inputs]
         saved = None if cache is None else cache.match(local)
@@ -105,17 +107,18 @@ def sync_batch_norm(
         if owners:
             saved = SavedStatistics(local, merged)
         if update is not None:
-            with _told(channel, point, FORWARD):  # with the caller's gradient mode, which decides about pooling
+            # In the caller's gradient mode, which decides whether running statistics are pooled.
+            with reporting_errors(channel, point, FORWARD):
                 update(local, merged)
         # An error from here on reaches the others in the next exchange that they come to.
-        told: ContextManager[None] = _told(channel, point, FORWARD)
+        reporting: ContextManager[None] = reporting_errors(channel, point, FORWARD)
     else:
         merged, finish = saved.merged, defer(True)
-        told = contextlib.nullcontext()  # checkpointing ends a recomputation early by an exception from inside
+        reporting = contextlib.nullcontext()  # checkpointing ends a recomputation early by an exception from inside
     if cache is not None and saved is not None:
         cache.save(saved, owners)
     call = _Call(local, merged, [member.eps for member in members], channel, point, saved)
-    with told:
+    with reporting:
         outputs: Tuple[Tensor, ...]
         if finish is None:
             outputs = _SyncBatchNorm.apply(call, *tensors)  # type: ignore[no-untyped-call]
@@ -132,7 +135,7 @@ def _exchange(
     defer: Callable[[], Optional[DeferredGrad]],
 ) -> Tuple[GlobalMoments, Optional[DeferredGrad]]:
     """Merges the moments of all ranks; runs ``defer``, which needs none of them, while they travel."""
-    with _told(channel, point, FORWARD):
+    with reporting_errors(channel, point, FORWARD):
         arrived = launch_moments(local, channel, point, [member.name for member in members])
         finish = defer()
     return arrived(), finish
@@ -211,7 +214,7 @@ def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs
         call.saved.belongs_to(ctx, has_graph=any(needs))
     outputs = []
     for input, weight, bias, local, mean_, invstd_ in zip(
-        inputs, weights, biases, call.local, _split(merged.mean, inputs), _split(invstd, inputs)
+        inputs, weights, biases, call.local, _per_layer(merged.mean, inputs), _per_layer(invstd, inputs)
     ):
         if input.numel() == 0:
             outputs.append(torch.empty_like(input))
@@ -236,13 +239,13 @@ class _BackwardRound:
         mean, invstd, self._elements, *rest = ctx.saved_tensors
         self._count = count = len(rest) // 2
         self._inputs, self._weights, self._bias_dtypes = rest[:count], rest[count:], ctx.bias_dtypes
-        self._means, self._invstds = _split(mean, self._inputs), _split(invstd, self._inputs)
+        self._means, self._invstds = _per_layer(mean, self._inputs), _per_layer(invstd, self._inputs)
         self._grads = [
             None if grad is None else grad.contiguous(memory_format=memory_format(input))
             for grad, input in zip(grads, self._inputs)
         ]
         channel, point = self._call.channel, self._call.point
-        with _told(channel, point, BACKWARD):
+        with reporting_errors(channel, point, BACKWARD):
             self._sums = [self._local_sums(i) for i in range(count)]
         self._arrived: Optional[Callable[[], List[Tensor]]] = None
         if any(needs[::3]):
@@ -278,7 +281,7 @@ class _BackwardRound:
             elements = self._elements if layer_of is None else self._elements[layer_of]
             total = gathered.double().sum(0)
             means_of_all = total[: -self._count].view(2, -1).div_(elements).to(gathered.dtype)
-            mean_dy, mean_dy_xhat = (_split(half, self._inputs) for half in means_of_all.unbind(0))
+            mean_dy, mean_dy_xhat = (_per_layer(half, self._inputs) for half in means_of_all.unbind(0))
             if not all(used):  # only then does the host have to know
                 used = _used_by_any(total[-self._count :])
             for i in range(self._count):
@@ -377,25 +380,7 @@ def _eps_of(call: _Call, like: Tensor) -> Any:
     return _constant(tuple(call.eps), like.dtype, like.device)[layer_of]
 
 
-def _split(vector: Tensor, inputs: Sequence[Tensor]) -> List[Tensor]:
-    """Cuts one vector for all layers into the layers' own, each in its statistics' dtype."""
-    if len(inputs) == 1:
-        return [vector]
-    pieces = vector.split([input.shape[1] for input in inputs])
+def _per_layer(vector: Tensor, inputs: Sequence[Tensor]) -> List[Tensor]:
+    """Splits a vector of shape ``(ΣC,)`` into one of shape ``(C,)`` a layer, in the dtype of the layer's statistics."""
+    pieces = split_channels(vector, [input.shape[1] for input in inputs])
     return [cast(piece, statistics_dtype(input.dtype)) for piece, input in zip(pieces, inputs)]
-
-
-class _told:  # noqa: N801  # a context manager; contextlib's costs a microsecond, four times a layer
-    """Tells the other ranks of an error in the block before it is raised here."""
-
-    __slots__ = ("_channel", "_phase", "_point")
-
-    def __init__(self, channel: Channel, point: SyncPoint, phase: int) -> None:
-        self._channel, self._point, self._phase = channel, point, phase
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
-        if isinstance(error, Exception):
-            self._channel.fail(self._point, self._phase, error)

@@ -3,12 +3,17 @@
 Legend: ``N`` batch, ``C`` channels (dimension 1 of the input), ``W`` ranks. Nothing here communicates. Every function
 takes a non-empty *dense* input (see :func:`dense`); an empty shard must never reach a native kernel, some of which
 divide by its size and end the process.
+
+On CUDA the functions call the fused kernels under ``torch.nn.SyncBatchNorm``, which take half-precision input with
+float32 statistics. Everywhere else they call ATen's operators. Their elementwise steps work in place on one fresh
+tensor: at these sizes the page faults of a second allocation cost more than a pass over memory. They never fold the
+mean into an additive term (x·a − mean·a), which would lose as many digits as the mean has over the standard deviation.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import List, NamedTuple, Optional, Tuple, Type, Union
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -19,11 +24,13 @@ __all__ = [
     "cast",
     "dense",
     "gradient_sums",
+    "has_fused_kernels",
     "input_gradient",
     "local_moments",
     "memory_format",
     "merge_moments",
     "normalize",
+    "split_channels",
     "statistics_dtype",
 ]
 
@@ -92,6 +99,11 @@ def dense(input: Tensor) -> Tensor:
     return input.contiguous(memory_format=memory_format(input))
 
 
+def has_fused_kernels(input: Tensor) -> bool:
+    """Whether PyTorch has fused batch normalization kernels for the input's device."""
+    return input.is_cuda
+
+
 def local_moments(input: Tensor) -> LocalMoments:
     """Computes count, mean and biased variance per channel.
 
@@ -103,7 +115,35 @@ def local_moments(input: Tensor) -> LocalMoments:
     Returns:
         Moments in :func:`statistics_dtype`.
     """
-    return _kernels(input).local_moments(input)
+    if has_fused_kernels(input):
+        # Not batch_norm_stats, whose invstd is 0, not infinite, where variance and eps are 0: a constant channel.
+        mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
+        return LocalMoments(input.numel() // input.shape[1], mean, variance)
+    channels = input.shape[1]
+    count = input.numel() // channels
+    input = cast(input, statistics_dtype(input.dtype))
+    if memory_format(input) != torch.contiguous_format:
+        mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
+        return LocalMoments(count, mean, variance)
+    shift = input.mean([d for d in range(input.dim()) if d != 1])
+    centred = torch.sub(input, _per_channel(shift, input))
+    # ATen has no vectorized sum of squares per channel; its backward kernel, given the centred input for both the
+    # gradient and the input and a mean of zero, returns Σc² and Σc in one pass, summed in double precision.
+    _, squares, residual = _BATCH_NORM_BACKWARD(
+        centred,
+        centred,
+        None,
+        None,
+        None,
+        _filled(0.0, channels, input.dtype, input.device),
+        _filled(1.0, channels, input.dtype, input.device),
+        True,
+        0.0,
+        [False, True, True],
+    )
+    error = residual / count  # the float32 mean's own rounding error
+    variance = (squares / count).addcmul_(error, error, value=-1).clamp_(min=0)
+    return LocalMoments(count, shift + error, variance, centred, shift)
 
 
 def merge_moments(counts: Tensor, means: Tensor, variances: Tensor, layer_of: Optional[Tensor] = None) -> GlobalMoments:
@@ -155,7 +195,15 @@ def normalize(
     dtype = mean.dtype
     weight = None if weight is None else cast(weight, dtype)
     bias = None if bias is None else cast(bias, dtype)
-    return _kernels(input).normalize(input, local, mean, invstd, weight, bias)
+    if has_fused_kernels(input):
+        return torch.batch_norm_elemt(input, weight, bias, mean, invstd, 0.0)
+    scale = invstd if weight is None else invstd * weight
+    if local.centred is None or local.shift is None:
+        output, offset = torch.sub(input, _per_channel(mean, input)), bias
+    else:
+        output, offset = local.centred, (local.shift - mean) * scale
+        offset = offset if bias is None else offset + bias
+    return cast(_scale_and_shift_(output, scale, offset), input.dtype)
 
 
 def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
@@ -169,7 +217,22 @@ def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tens
         mean: shape ``(C,)``, statistics dtype.
         invstd: shape ``(C,)``, statistics dtype.
     """
-    return _kernels(input).gradient_sums(grad_output, input, mean, invstd)
+    if has_fused_kernels(input):
+        dy, dy_xmu, _, _ = torch.batch_norm_backward_reduce(grad_output, input, mean, invstd, None, True, False, False)
+        return dy, dy_xmu * invstd
+    _, dy_xhat, dy = _BATCH_NORM_BACKWARD(
+        cast(grad_output, mean.dtype),
+        cast(input, mean.dtype),
+        None,
+        None,
+        None,
+        mean,
+        invstd,
+        True,
+        0.0,
+        [False, True, True],
+    )
+    return dy, dy_xhat
 
 
 def input_gradient(
@@ -196,12 +259,28 @@ def input_gradient(
         mean_dy_xhat: shape ``(C,)``: the mean of ``dy · x̂`` over the elements of all ranks.
     """
     weight = None if weight is None else cast(weight, mean.dtype)
-    return _kernels(input).input_gradient(grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat)
+    if has_fused_kernels(input):
+        # The kernel divides both sums by an int32 count, which a wide cluster overflows: it is given means and 1.
+        one = torch.ones(1, dtype=torch.int32, device=input.device)
+        return torch.batch_norm_backward_elemt(
+            grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one
+        )
+    scale = invstd if weight is None else invstd * weight
+    gradient = torch.sub(input, _per_channel(mean, input))
+    minus = scale.neg()
+    _scale_and_shift_(gradient, (minus * invstd).mul_(mean_dy_xhat), minus.mul_(mean_dy))
+    gradient.addcmul_(cast(grad_output, mean.dtype), _per_channel(scale, input))
+    return cast(gradient, input.dtype)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As ``tensor.to(dtype)``, which takes a microsecond to find that there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def split_channels(vector: Tensor, features: Sequence[int]) -> Sequence[Tensor]:
+    """Returns the parts ``(C,)`` of each layer in a vector ``(ΣC,)``."""
+    return (vector,) if len(features) == 1 else vector.split(features)
 
 
 @lru_cache(maxsize=256)
@@ -225,135 +304,3 @@ def _scale_and_shift_(tensor: Tensor, scale: Tensor, offset: Optional[Tensor]) -
         return tensor.mul_(scale).add_(offset)
     # One pass for two; channels-first the same operator is not vectorized, and slower than both above.
     return torch.addcmul(offset, tensor, scale, out=tensor)
-
-
-class _CpuKernels:
-    """Also right, if not fast, on any other device that runs ATen's operators."""
-
-    # Elementwise steps work in place on one fresh tensor: at these sizes the page faults of a second allocation cost
-    # more than a pass over memory. They also never fold the mean into an additive term (x·a − mean·a), which would
-    # lose as many digits as the mean has over the standard deviation.
-
-    @staticmethod
-    def local_moments(input: Tensor) -> LocalMoments:
-        channels = input.shape[1]
-        count = input.numel() // channels
-        input = cast(input, statistics_dtype(input.dtype))
-        if memory_format(input) != torch.contiguous_format:
-            mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
-            return LocalMoments(count, mean, variance)
-        shift = input.mean([d for d in range(input.dim()) if d != 1])
-        centred = torch.sub(input, _per_channel(shift, input))
-        # ATen has no vectorized sum of squares per channel; its backward kernel, given the centred input for both the
-        # gradient and the input and a mean of zero, returns Σc² and Σc in one pass, summed in double precision.
-        _, squares, residual = _BATCH_NORM_BACKWARD(
-            centred,
-            centred,
-            None,
-            None,
-            None,
-            _filled(0.0, channels, input.dtype, input.device),
-            _filled(1.0, channels, input.dtype, input.device),
-            True,
-            0.0,
-            [False, True, True],
-        )
-        error = residual / count  # the float32 mean's own rounding error
-        variance = (squares / count).addcmul_(error, error, value=-1).clamp_(min=0)
-        return LocalMoments(count, shift + error, variance, centred, shift)
-
-    @staticmethod
-    def normalize(
-        input: Tensor,
-        local: LocalMoments,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Optional[Tensor],
-        bias: Optional[Tensor],
-    ) -> Tensor:
-        scale = invstd if weight is None else invstd * weight
-        if local.centred is None or local.shift is None:
-            output, offset = torch.sub(input, _per_channel(mean, input)), bias
-        else:
-            output, offset = local.centred, (local.shift - mean) * scale
-            offset = offset if bias is None else offset + bias
-        return cast(_scale_and_shift_(output, scale, offset), input.dtype)
-
-    @staticmethod
-    def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
-        _, dy_xhat, dy = _BATCH_NORM_BACKWARD(
-            cast(grad_output, mean.dtype),
-            cast(input, mean.dtype),
-            None,
-            None,
-            None,
-            mean,
-            invstd,
-            True,
-            0.0,
-            [False, True, True],
-        )
-        return dy, dy_xhat
-
-    @staticmethod
-    def input_gradient(
-        grad_output: Tensor,
-        input: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Optional[Tensor],
-        mean_dy: Tensor,
-        mean_dy_xhat: Tensor,
-    ) -> Tensor:
-        scale = invstd if weight is None else invstd * weight
-        gradient = torch.sub(input, _per_channel(mean, input))
-        minus = scale.neg()
-        _scale_and_shift_(gradient, (minus * invstd).mul_(mean_dy_xhat), minus.mul_(mean_dy))
-        gradient.addcmul_(cast(grad_output, mean.dtype), _per_channel(scale, input))
-        return cast(gradient, input.dtype)
-
-
-class _CudaKernels:
-    """The fused kernels under ``torch.nn.SyncBatchNorm``; they take half-precision input with float32 statistics."""
-
-    @staticmethod
-    def local_moments(input: Tensor) -> LocalMoments:
-        # Not batch_norm_stats, whose invstd is 0, not infinite, where variance and eps are 0: a constant channel.
-        mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
-        return LocalMoments(input.numel() // input.shape[1], mean, variance)
-
-    @staticmethod
-    def normalize(
-        input: Tensor,
-        local: LocalMoments,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Optional[Tensor],
-        bias: Optional[Tensor],
-    ) -> Tensor:
-        return torch.batch_norm_elemt(input, weight, bias, mean, invstd, 0.0)
-
-    @staticmethod
-    def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
-        dy, dy_xmu, _, _ = torch.batch_norm_backward_reduce(grad_output, input, mean, invstd, None, True, False, False)
-        return dy, dy_xmu * invstd
-
-    @staticmethod
-    def input_gradient(
-        grad_output: Tensor,
-        input: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Optional[Tensor],
-        mean_dy: Tensor,
-        mean_dy_xhat: Tensor,
-    ) -> Tensor:
-        # The kernel divides both sums by an int32 count, which a wide cluster overflows: it is given means and 1.
-        one = torch.ones(1, dtype=torch.int32, device=input.device)
-        return torch.batch_norm_backward_elemt(
-            grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one
-        )
-
-
-def _kernels(input: Tensor) -> Union[Type[_CpuKernels], Type[_CudaKernels]]:
-    return _CudaKernels if input.is_cuda else _CpuKernels

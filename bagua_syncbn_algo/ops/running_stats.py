@@ -7,7 +7,7 @@ update.
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..comm.wire import SyncPoint
 from .functional import launch_moments
 from .moments import LocalMoments, merge_moments
 
-__all__ = ["RunningPool"]
+__all__ = ["RunningPool", "Slot"]
 
 
 class _FirstSums(NamedTuple):
@@ -26,6 +26,21 @@ class _FirstSums(NamedTuple):
     counts: Tensor  # (ΣC,): this rank's elements
     means: Tensor  # (ΣC,)
     variances: Tensor  # (ΣC,)
+
+
+class Slot(NamedTuple):
+    """Mean and unbiased variance of one training forward of a layer, each ``(C,)``, for :meth:`RunningPool.add`."""
+
+    layer: Any
+    mean: Tensor
+    variance: Tensor
+    in_pool: bool = False  # whether the tensors are the pool's own memory
+
+    @classmethod
+    def of(cls, layer: Any, dtype: torch.dtype, device: torch.device) -> Slot:
+        """Returns a slot of zeros that belongs to no pool."""
+        mean, variance = torch.zeros(2, layer.num_features, dtype=dtype, device=device).unbind(0)
+        return cls(layer, mean, variance)
 
 
 class RunningPool:
@@ -69,29 +84,28 @@ class RunningPool:
         """Whether moments of a forward wait for a backward, :meth:`add`; else :meth:`merge` takes them at once."""
         return self.trains and torch.is_grad_enabled()
 
-    def place(self, layer: Any, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
-        """Returns where a kernel may leave the mean and variance of a forward that :meth:`add` is told of next."""
+    def place(self, layer: Any, dtype: torch.dtype) -> Slot:
+        """Returns a slot of zeros to which a kernel may write; pass it to :meth:`add` afterwards."""
         index = self._index[id(layer)]
         if self._elements[index] == 0 and dtype == self._dtype:
-            return self._places[index]
-        mean, variance = torch.zeros(2, layer.num_features, dtype=dtype, device=self._device).unbind(0)
-        return mean, variance
+            mean, variance = self._places[index]
+            return Slot(layer, mean, variance, in_pool=True)
+        return Slot.of(layer, dtype, self._device)
 
     @torch.no_grad()
-    def add(self, layer: Any, elements: int, mean: Tensor, variance: Tensor) -> None:
-        """Takes the local moments of one training forward of ``layer``; several before a launch are pooled.
+    def add(self, slot: Slot, elements: int) -> None:
+        """Takes the local moments of one training forward; several of a layer before a launch are pooled.
 
         Args:
-            layer: one of the pool's.
+            slot: the moments, variance unbiased, as BatchNorm kernels compute it.
             elements: per channel; 0 for an empty shard.
-            mean: shape ``(C,)``.
-            variance: shape ``(C,)``, unbiased, as BatchNorm kernels leave it.
         """
-        index = self._index[id(layer)]
+        index = self._index[id(slot.layer)]
         earlier = self._elements[index]
         self._elements[index] += elements
-        if elements == 0 or mean is self._places[index][0]:
+        if elements == 0 or slot.in_pool:
             return
+        mean, variance = slot.mean, slot.variance
         own_mean, own_variance = self._views[index]
         if earlier:
             counts = torch.tensor([[earlier], [elements]], device=self._device)

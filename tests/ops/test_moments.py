@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bagua_syncbn_algo.comm.channel import SINGLE_PROCESS
+from bagua_syncbn_algo.comm.local import SINGLE_PROCESS
 from bagua_syncbn_algo.comm.wire import sync_point
 from bagua_syncbn_algo.ops import moments
 from bagua_syncbn_algo.ops.functional import Member, sync_batch_norm
@@ -133,7 +133,7 @@ def cuda_kernels(mocker: Any) -> Any:
     mocker.patch.object(torch, "batch_norm_elemt", _elemt)
     mocker.patch.object(torch, "batch_norm_backward_reduce", _backward_reduce)
     mocker.patch.object(torch, "batch_norm_backward_elemt", _backward_elemt)
-    return lambda: mocker.patch.object(moments, "_kernels", lambda input: moments._CudaKernels)
+    return lambda: mocker.patch.object(moments, "has_fused_kernels", lambda input: True)
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -220,7 +220,7 @@ def test_variance_survives_a_large_mean(world: int, layout: torch.memory_format)
 
 def sync_single(x: Tensor) -> Tensor:
     """The project's own arithmetic on one rank, where the layer would use the native kernel."""
-    from bagua_syncbn_algo.comm.channel import SINGLE_PROCESS
+    from bagua_syncbn_algo.comm.local import SINGLE_PROCESS
     from bagua_syncbn_algo.comm.wire import sync_point
     from bagua_syncbn_algo.ops.functional import Member, sync_batch_norm
 
