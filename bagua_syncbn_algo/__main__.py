@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, List, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 from .bench.factory import build
 from .convert import convert_sync_batchnorm
 from .graph.coalesce import coalesce
-from .graph.plan import SyncPlan
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
@@ -49,7 +48,7 @@ def _plan(options: argparse.Namespace) -> None:
     prediction = found.predict(options.ranks, options.latency, options.bandwidth)
     if options.json is not None:
         options.json.write_text(found.to_json() + "\n")
-    for line in table(found):
+    for line in found.table():
         print(line)
     print(
         f"modelled communication a step on {options.ranks} ranks: upstream Bagua's SyncBatchNorm "
@@ -58,28 +57,6 @@ def _plan(options: argparse.Namespace) -> None:
     )
     print(f"backward rounds that overlap with weight gradients: {found.rounds_overlapped}")
     print(found.summary())
-
-
-def table(plan: SyncPlan) -> List[str]:
-    """Returns the plan as lines of text: a round each, then what is not coalesced or not overlapped with."""
-    rows = [("round", "region", "level", "layers", "bytes", "members", "overlapped with")]
-    prefix = f"{plan.model}."
-
-    def names(layers: Sequence[str]) -> str:
-        text = ", ".join(name[len(prefix) :] if name.startswith(prefix) else name for name in layers)
-        return text if len(text) <= 60 else f"{text[:57]}..."
-
-    for number, planned in enumerate(plan.rounds, start=1):
-        cells = (number, planned.region or plan.model, planned.level or "-", len(planned.layers), planned.payload())
-        rows.append((*map(str, cells), names(planned.layers), names(planned.overlapped_with)))  # type: ignore[arg-type]
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    lines = [
-        "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths[:5])), row[5].ljust(widths[5]), row[6]])
-        for row in rows
-    ]
-    skipped = [f"not coalesced: {name} {reason}" for name, reason in plan.skipped]
-    unsplit = [f"not overlapped with: {name} {reason}" for name, reason in plan.unsplit]
-    return [*map(str.rstrip, lines), *skipped, *unsplit]
 
 
 # -- bench and timeline ------------------------------------------------------------------------------------------------

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from .comm.channel import SINGLE_PROCESS, Channel
+from .comm.channel import Channel
+from .comm.groups import default_store
+from .comm.local import SINGLE_PROCESS
 from .comm.recorder import RoundRecord, active
 from .comm.transport import BaguaChannel
 from .comm.wire import BACKWARD, FORWARD, Roster, sync_point
 from .config import SyncBatchNormConfig, check_normalize_over
-from .convert import convert_sync_batchnorm, tag_sync_batchnorm, unconverted_layers
+from .convert import convert_sync_batchnorm, tag_sync_batchnorm, warn_unconverted
 from .graph.coalesce import plan_of
 from .host import bagua, statistics_group, streams
 from .layer import SyncBatchNorm
@@ -237,12 +237,12 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
             self._make_groups()
         module = bagua_ddp.module
         layers = tag_sync_batchnorm(module)
-        _warn_about(module, layers)
+        warn_unconverted(module, layers)
         device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         roster = layers[0].tag.roster if layers and layers[0].tag is not None else Roster()
         itemsize = max((layer.itemsize for layer in layers), default=4)
         communicator = self._world_group.get_global_communicator()
-        world = BaguaChannel(communicator, streams(), device, _default_store())
+        world = BaguaChannel(communicator, streams(), device, default_store())
         # Also where this rank has no layers: another rank may, and both must learn of it.
         ordinal = world.join(roster, itemsize)
         _broadcast_buffers(layers, communicator)
@@ -255,7 +255,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         if self._ranks_per_group == 1:
             channel = SINGLE_PROCESS
         elif self._group is not self._world_group:
-            channel = BaguaChannel(self._group.get_global_communicator(), streams(), device, _default_store())
+            channel = BaguaChannel(self._group.get_global_communicator(), streams(), device, default_store())
             channel.label = f"bagua_syncbn/{','.join(map(str, self._group.ranks))}"
             channel.join(roster, itemsize)
             self._channels.append((channel, self._group.ranks))
@@ -271,10 +271,10 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
             for planned in plan_of(module).rounds:
                 # One bucket for every message that will be sent: a layer's own, or its round's.
                 if planned.layers[0] in own:
-                    tensor = _message(own[planned.layers[0]], channel.capacity, device)
-                    channel.add_bucket(
-                        sync_point(planned.name, ordinal), _message_bucket(tensor, planned.name, bagua_ddp)
-                    )
+                    where = own[planned.layers[0]].device or device
+                    message = torch.zeros(channel.capacity, dtype=torch.uint8, device=where)
+                    bucket = _message_bucket(message, planned.name, bagua_ddp)
+                    channel.add_bucket(sync_point(planned.name, ordinal), bucket)
         logger.info(
             "synchronizing %d layers of %s over %d ranks, running statistics over %d",
             len(layers),
@@ -356,33 +356,12 @@ def enable_sync_batchnorm(
     return model, SyncBatchNormAlgorithm(algorithm, normalize_over=config.normalize_over, timeout=config.timeout)
 
 
-def _warn_about(module: nn.Module, layers: List[SyncBatchNorm]) -> None:
-    left = unconverted_layers(module)
-    if left:
-        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        warnings.warn(
-            f"expected every BatchNorm of {type(module).__name__} to be converted (got {shown}, which normalize over "
-            "one rank); call convert_sync_batchnorm(model) before with_bagua",
-            stacklevel=3,
-        )
-    elif not layers:
-        warnings.warn(
-            f"expected SyncBatchNorm layers in {type(module).__name__} (got none); SyncBatchNormAlgorithm changes "
-            "nothing here: build the model with BatchNorm and call convert_sync_batchnorm(model) before with_bagua",
-            stacklevel=3,
-        )
-
-
 def _broadcast_buffers(layers: List[SyncBatchNorm], communicator: Any) -> None:
     """Gives every rank rank 0's running statistics: Bagua broadcasts parameters, never buffers."""
     for layer in layers:
         for buffer in layer._buffers.values():
             if buffer is not None:
                 bagua.communication.broadcast(buffer, src=0, comm=communicator)
-
-
-def _message(layer: SyncBatchNorm, capacity: int, default: torch.device) -> Tensor:
-    return torch.zeros(capacity, dtype=torch.uint8, device=_device_of(layer, default))
 
 
 def _message_bucket(message: Any, round_name: str, bagua_ddp: Any) -> Any:
@@ -412,17 +391,6 @@ def _loses_step(algorithm: Any) -> bool:
     """Whether ranks under this algorithm run different numbers of steps."""
     asynchronous = GlobalAlgorithmRegistry.get("async") if "async" in GlobalAlgorithmRegistry else None
     return isinstance(asynchronous, type) and isinstance(algorithm, asynchronous)
-
-
-def _device_of(layer: SyncBatchNorm, default: torch.device) -> torch.device:
-    for tensor in (layer.weight, layer.running_mean):
-        if tensor is not None:
-            return tensor.device
-    return default
-
-
-def _default_store() -> Optional[Any]:
-    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
 
 
 GlobalAlgorithmRegistry.register(

@@ -13,6 +13,7 @@ import torch
 
 __all__ = [
     "any_autocast",
+    "aten_op_draws",
     "autocast_dtype",
     "current_node",
     "graph_task",
@@ -48,6 +49,22 @@ def sequence_of(node: Any) -> int:
     """Returns the position of an autograd node in program order; 0 in versions that do not tell."""
     number: Optional[Callable[[], int]] = getattr(node, "_sequence_nr", None)
     return 0 if number is None else number()
+
+
+@functools.lru_cache(maxsize=1024)
+def aten_op_draws(name: str) -> Optional[bool]:
+    """Returns whether an ATen operator draws random numbers; ``None`` if there is no operator of this name.
+
+    Before torch 1.13, which is the first to tag its operators, never ``True``.
+    """
+    try:
+        packet = getattr(torch.ops.aten, name)
+    except (AttributeError, RuntimeError):
+        return None
+    tag = getattr(getattr(torch, "Tag", None), "nondeterministic_seeded", None)
+    if tag is None:
+        return False
+    return any(tag in getattr(packet, overload).tags for overload in packet.overloads())
 
 
 def autocast_dtype(device: str) -> Optional[torch.dtype]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
@@ -15,6 +16,7 @@ from .comm.wire import Roster
 from .config import SyncBatchNormConfig
 from .graph.coalesce import coalesce as coalesce_rounds
 from .graph.coalesce import plan_of, uncoalesce
+from .graph.plan import text_table
 from .layer import SyncBatchNorm, SyncTag
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "tag_sync_batchnorm",
     "tag_table",
     "unconverted_layers",
+    "warn_unconverted",
 ]
 
 
@@ -211,6 +214,24 @@ def unconverted_layers(module: nn.Module) -> List[str]:
     ]
 
 
+def warn_unconverted(module: nn.Module, layers: List[SyncBatchNorm]) -> None:
+    """Warns where ``module`` has BatchNorm layers that are not converted, or none that are."""
+    left = unconverted_layers(module)
+    if left:
+        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+        warnings.warn(
+            f"expected every BatchNorm of {type(module).__name__} to be converted (got {shown}, which normalize over "
+            "one rank); call convert_sync_batchnorm(model) before with_bagua",
+            stacklevel=3,
+        )
+    elif not layers:
+        warnings.warn(
+            f"expected SyncBatchNorm layers in {type(module).__name__} (got none); SyncBatchNormAlgorithm changes "
+            "nothing here: build the model with BatchNorm and call convert_sync_batchnorm(model) before with_bagua",
+            stacklevel=3,
+        )
+
+
 def tag_table(module: nn.Module) -> str:
     """Returns a table of the tagged layers of ``module``, a line each: order, name, features, ranks."""
     rows = [("order", "layer", "features", "normalizes over")]
@@ -218,14 +239,7 @@ def tag_table(module: nn.Module) -> str:
         if layer.tag is not None:
             ranks = "all ranks" if layer.tag.group is None else "ranks " + ", ".join(map(str, layer.tag.group))
             rows.append((str(layer.tag.order), layer.tag.name, str(layer.num_features), ranks))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            (cell.ljust(width) if column in (1, 3) else cell.rjust(width))
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(text_table(rows, left_aligned=(1, 3)))
 
 
 def _batch_norms(module: nn.Module) -> Iterator[Tuple[str, _BatchNorm]]:

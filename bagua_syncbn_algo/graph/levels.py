@@ -159,10 +159,10 @@ def regroup(
         module: where the graph's paths lead.
         levels: of the graph.
         candidates: for each level those whose weight gradients its backward round overlaps with.
-        call: gives what runs a level: a function of the layers, the inputs and the candidates' modules that returns the
-            outputs and, last, what :func:`apply_split` takes for its candidates.
+        call: returns the function that runs a level. The function takes the layers, the inputs and the candidates'
+            modules; it returns the outputs, and the :class:`DeferrableLayers` that :func:`apply_split` takes.
     """
-    follows: Dict[fx.Node, Tuple[fx.Node, int]] = {}  # what its round returned last, and its place there
+    split_with: Dict[fx.Node, Tuple[fx.Node, int]] = {}  # the DeferrableLayers of its round, and its index there
     before = dependencies(graph, module)
     position = {node: index for index, node in enumerate(graph.nodes)}
     done: Set[fx.Node] = set()
@@ -170,8 +170,8 @@ def regroup(
     new = fx.Graph()
 
     def copy(node: fx.Node) -> None:
-        if node in follows:
-            arguments = (new.get_attr(str(node.target)), copies[node.all_input_nodes[0]], *follows[node])
+        if node in split_with:
+            arguments = (new.get_attr(str(node.target)), copies[node.all_input_nodes[0]], *split_with[node])
             copies[node] = new.call_function(apply_split, arguments)
         else:
             copies[node] = new.node_copy(node, lambda earlier: copies[earlier])
@@ -201,20 +201,21 @@ def regroup(
         inputs = tuple(copies[node.all_input_nodes[-1]] for node in nodes)
         modules = tuple(new.get_attr(candidate.path) for candidate in overlap_with)
         together = new.call_function(call(level), (layers, inputs, modules))
+        outputs = new.call_function(_item, (together, 0))
         for index, node in enumerate(nodes):
-            copies[node] = new.call_function(_item, (together, index))
+            copies[node] = new.call_function(_item, (outputs, index))
             done.add(node)
         if overlap_with:
-            last = new.call_function(_item, (together, len(nodes)))
-            follows.update((candidate.node, (last, place)) for place, candidate in enumerate(overlap_with))
+            deferrable = new.call_function(_item, (together, 1))
+            split_with.update((candidate.node, (deferrable, place)) for place, candidate in enumerate(overlap_with))
     for node in graph.nodes:
         if node not in done:
             copy(node)
     return new
 
 
-def _item(outputs: Sequence[Any], index: int) -> Any:
-    return outputs[index]
+def _item(values: Sequence[Any], index: int) -> Any:
+    return values[index]
 
 
 def _layer_path(node: fx.Node, module: nn.Module) -> Any:

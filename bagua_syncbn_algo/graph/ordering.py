@@ -6,14 +6,41 @@ from typing import Any, Dict, List
 
 from torch import fx, nn
 
+from ..compat import aten_op_draws
 from ..layer import SyncBatchNorm
 from .tracing import IN_PLACE_OPERATORS, normalize_standalone
 
 __all__ = ["Groups", "attribute_of", "dependencies"]
 
-_RANDOM = (
-    *("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel", "uniform"),
-    *("exponential", "fractional", "attention", "lstm", "gru", "rnn"),
+# Functions and methods that draw random numbers, where PyTorch does not tag an operator of the name so.
+_RANDOM_FUNCTIONS = frozenset(
+    (
+        *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "random_", "uniform_"),
+        *("bernoulli", "bernoulli_", "binomial", "cauchy_", "exponential_", "geometric_", "log_normal_"),
+        *("multinomial", "normal", "normal_", "poisson", "gumbel_softmax", "rrelu", "rrelu_"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "dropout_"),
+        *("feature_dropout", "native_dropout", "alpha_dropout_", "feature_dropout_", "feature_alpha_dropout_"),
+        *("fractional_max_pool2d", "fractional_max_pool2d_with_indices"),
+        *("fractional_max_pool3d", "fractional_max_pool3d_with_indices"),
+        *("scaled_dot_product_attention", "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+    )
+)
+_RANDOM_MODULES = (
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+    nn.RNNBase,
+)
+# Functions of torch.nn.functional and torch that are no ATen operator and have no effect besides their value.
+_COMPOSITE_FUNCTIONS = frozenset(
+    (
+        *("adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices", "adaptive_max_pool3d_with_indices"),
+        *("affine_grid", "cross_entropy", "fold", "gaussian_nll_loss", "grid_sample", "interpolate"),
+        *("local_response_norm", "logsigmoid", "lp_pool1d", "lp_pool2d", "lp_pool3d", "max_unpool1d"),
+        *("multilabel_soft_margin_loss", "normalize", "softmin", "softsign", "tanhshrink"),
+        *("upsample", "upsample_bilinear", "upsample_nearest", "unique", "unravel_index", "is_tensor"),
+    )
 )
 # Operators that always return memory of their own; whatever is not here may return a view of what it is given.
 _FRESH_MODULES = (
@@ -60,21 +87,26 @@ def dependencies(graph: fx.Graph, module: nn.Module) -> Dict[fx.Node, List[fx.No
 
 
 def _is_effect(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node draws random numbers or does what a graph cannot show: such nodes keep their order."""
-    name = str(getattr(node.target, "__name__", node.target)).lower().replace("normalize", "")
+    """Whether a node draws random numbers or may have an effect that the graph does not show.
+
+    Such nodes keep their order. A function that is not known to be free of effects is taken to have one.
+    """
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
         if isinstance(part, SyncBatchNorm):
             return False
-        plain = type(part).__module__.startswith("torch.nn")
-        return (
-            not plain or "dropout" in type(part).__name__.lower() or isinstance(part, nn.RReLU) or _has_children(part)
-        )
-    if node.op == "call_function" and node.target is not normalize_standalone:
-        home = str(getattr(node.target, "__module__", None) or "torch")
-        ours = home.split(".")[0] in ("torch", "_operator", "builtins", "math")
-        return not ours or any(word in name for word in _RANDOM)
-    return node.op == "call_method" and any(word in name for word in _RANDOM)
+        own_class = not type(part).__module__.startswith("torch.nn.")
+        return own_class or isinstance(part, _RANDOM_MODULES) or _has_children(part)
+    name = str(getattr(node.target, "__name__", node.target))
+    draws = name in _RANDOM_FUNCTIONS or aten_op_draws(name)
+    if node.op == "call_method":
+        return bool(draws)
+    if node.op != "call_function" or node.target is normalize_standalone:
+        return False
+    home = str(getattr(node.target, "__module__", None) or "torch").split(".")[0]
+    if home in ("_operator", "builtins", "math"):
+        return False
+    return home != "torch" or bool(draws) or (draws is None and name not in _COMPOSITE_FUNCTIONS)
 
 
 def _has_children(part: nn.Module) -> bool:

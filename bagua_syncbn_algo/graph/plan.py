@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..comm.wire import HEADER_BYTES
 
-__all__ = ["PlannedRound", "Prediction", "SyncPlan"]
+__all__ = ["PlannedRound", "Prediction", "SyncPlan", "text_table"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,22 @@ class SyncPlan:
         """Returns the plan in one line."""
         return f"layers {self.layers}, rounds forward {self.rounds_forward}, backward {self.rounds_backward}"
 
+    def table(self) -> List[str]:
+        """Returns the plan as lines of text: one for each round, then what is not coalesced or not split and why."""
+        rows: List[Sequence[Any]] = [("round", "region", "level", "layers", "bytes", "members", "overlapped with")]
+        prefix = f"{self.model}."
+
+        def names(layers: Sequence[str]) -> str:
+            text = ", ".join(name[len(prefix) :] if name.startswith(prefix) else name for name in layers)
+            return text if len(text) <= 60 else f"{text[:57]}..."
+
+        for number, planned in enumerate(self.rounds, start=1):
+            cells = (number, planned.region or self.model, planned.level or "-", len(planned.layers), planned.payload())
+            rows.append((*cells, names(planned.layers), names(planned.overlapped_with)))
+        skipped = [f"not coalesced: {name} {reason}" for name, reason in self.skipped]
+        unsplit = [f"not overlapped with: {name} {reason}" for name, reason in self.unsplit]
+        return [*text_table(rows, left_aligned=(5, 6)), *skipped, *unsplit]
+
     def to_json(self) -> str:
         """Returns the plan as text that :meth:`from_json` reads."""
         return json.dumps(asdict(self), indent=1)
@@ -173,6 +189,19 @@ class SyncPlan:
             raise ValueError(
                 f"expected a plan as SyncPlan.to_json writes it (got {text[:60]!r}, {error}); write it again"
             ) from error
+
+
+def text_table(rows: Sequence[Sequence[Any]], left_aligned: Sequence[int] = ()) -> List[str]:
+    """Returns rows of cells as lines of text; columns are right-aligned except for the indices in ``left_aligned``."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left_aligned else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in cells
+    ]
 
 
 def _frozen(value: Any) -> Any:

@@ -263,39 +263,24 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if path in self.opaque:
             return self.create_proxy("call_module", path, args, kwargs)
-        last = next(iter(reversed(self.graph.nodes)), None)
-        stack, calls = dict(self._stack()), dict(getattr(self, "num_calls", {}))
+        state = _TraceState(self)
         here = StateWatch(m)
-        swallowed = len(self.swallowed)
         try:
             result = super().call_module(m, forward, args, kwargs)
             reason = here.difference()
-            if reason is None and len(self.swallowed) > swallowed:
-                reason = self.swallowed[swallowed]
+            if reason is None and len(self.swallowed) > state.swallowed:
+                reason = self.swallowed[state.swallowed]
         except Exception as error:
             reason = self.reason(error)
         if reason is None:
             return result
-        # This forward is given up, and what it left behind; in the graph around it, it is one step.
+        # In the graph around it, a forward that cannot be traced is one step.
         here.restore()
-        del self.swallowed[swallowed:]
-        while True:
-            node = next(iter(reversed(self.graph.nodes)), None)
-            if node is last or node is None:
-                break
-            self.graph.erase_node(node)
-        self._stack().clear()
-        self._stack().update(stack)
-        if hasattr(self, "num_calls"):
-            self.num_calls = calls
+        state.restore()
         for inner in [name for name in self.opaque if name.startswith(f"{path}.")]:
             del self.opaque[inner]
         self.opaque[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
-
-    def _stack(self) -> Dict[str, Any]:
-        stack: Dict[str, Any] = self.__dict__.setdefault("module_stack", OrderedDict())
-        return stack
 
     # -- what it looks for ------------------------------------------------------------------------------------------
 
@@ -355,6 +340,38 @@ class _Tracer(fx.Tracer):
             stack.enter_context(_replaced(torch.autograd.Function, "apply", classmethod(apply)))
             stack.enter_context(_replaced(SyncBatchNorm, "forward", normalize))
             yield
+
+
+class _TraceState:
+    """The state of a tracer before it traces a submodule, to which it returns if that fails."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        self._tracer = tracer
+        self._last = self._last_node()
+        self._stack = dict(self._module_stack())
+        self._calls = dict(getattr(tracer, "num_calls", {}))
+        self.swallowed = len(tracer.swallowed)
+
+    def restore(self) -> None:
+        """Erases the nodes, module stack, call counts and reasons that were added since."""
+        tracer = self._tracer
+        node = self._last_node()
+        while node is not None and node is not self._last:
+            tracer.graph.erase_node(node)
+            node = self._last_node()
+        stack = self._module_stack()
+        stack.clear()
+        stack.update(self._stack)
+        if hasattr(tracer, "num_calls"):
+            tracer.num_calls = self._calls
+        del tracer.swallowed[self.swallowed :]
+
+    def _last_node(self) -> Optional[fx.Node]:
+        return next(iter(reversed(self._tracer.graph.nodes)), None)
+
+    def _module_stack(self) -> Dict[str, Any]:
+        stack: Dict[str, Any] = self._tracer.__dict__.setdefault("module_stack", OrderedDict())
+        return stack
 
 
 @contextlib.contextmanager

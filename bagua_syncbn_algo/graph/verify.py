@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..comm.channel import TWO_RANK_STUB
+from ..comm.local import TWO_RANK_STUB
 from ..layer import SyncBatchNorm
 from .module_state import clean_copy, random_states_kept
 from .tracing import CallPattern

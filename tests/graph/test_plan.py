@@ -1,4 +1,4 @@
-"""The plan: counts, text, the cost model."""
+"""Tests of the plan: counts, text, the cost model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bagua_syncbn_algo.__main__ import main
 
 
 def test_counts_and_one_line() -> None:
-    """Catches layers counted once that are applied thrice."""
+    """Catches a layer that is applied three times and counted once."""
     plan = plan_of(convert_sync_batchnorm(Pyramid(4)))
     assert plan.summary() == "layers 13, rounds forward 7, backward 7"
     assert plan.rounds[0].name == "Pyramid.backbone.0.1"
@@ -23,7 +23,7 @@ def test_counts_and_one_line() -> None:
 
 
 def test_backward_rounds_only_where_an_input_needs_a_gradient() -> None:
-    """Catches a frozen stem that is said to communicate in backward."""
+    """Catches a backward round planned for a frozen stem."""
     model = Inception(4, blocks=1)
     model.stem.requires_grad_(False)
     plan = plan_of(convert_sync_batchnorm(model))
@@ -31,7 +31,7 @@ def test_backward_rounds_only_where_an_input_needs_a_gradient() -> None:
 
 
 def test_json_round_trip_and_its_error() -> None:
-    """Catches a field that is lost on the way."""
+    """Catches a field that the JSON text loses."""
     model = Pyramid(4)
     model.tower.register_forward_hook(lambda *unused: None)
     plan = plan_of(convert_sync_batchnorm(model))
@@ -42,15 +42,15 @@ def test_json_round_trip_and_its_error() -> None:
 
 
 def test_predictions_by_hand() -> None:
-    """Catches a factor in the cost model: two rounds of 1 and 2 layers, 4 ranks, no bandwidth cost, then only that."""
+    """Catches a wrong factor in the cost model: rounds of 1 and 2 layers, 4 ranks, latency alone, bandwidth alone."""
     plan = SyncPlan("M", (PlannedRound("", 1, ("a",), (8,)), PlannedRound("", 2, ("b", "c"), (8, 8), backward=False)))
     latency = plan.predict(4, 1e-3, 1e30)
     assert latency.planned == pytest.approx(3 * 2e-3)  # 2 forward, 1 backward, 2 hops each
     assert latency.per_layer == pytest.approx(4 * 2e-3)
     assert latency.upstream == pytest.approx(3 * 3 * 2e-3 + 2 * 4e-3)
     size = plan.predict(4, 0.0, 1.0)
-    assert size.planned == pytest.approx(3 * 3 * (40 + 16 + 2 * 4 * 16))
-    assert size.per_layer == pytest.approx(4 * 3 * (40 + 8 + 2 * 4 * 8))
+    assert size.planned == pytest.approx(3 * 3 * (32 + 16 + 2 * 4 * 16))
+    assert size.per_layer == pytest.approx(4 * 3 * (32 + 8 + 2 * 4 * 8))
     assert size.upstream == pytest.approx(3 * 3 * (4 + 2 * 32) + 2 * 2 * 3 / 4 * 32)
     assert plan.predict(4, 1e-3, 1e30, reduce_latency=0.0).upstream == pytest.approx(3 * 3 * 2e-3)
     packed = plan.predict(4, 0.0, 1e30, overhead=1.0)
@@ -63,7 +63,7 @@ def test_predictions_by_hand() -> None:
 
 
 def test_the_command_line(capsys: Any, tmp_path: Path) -> None:
-    """Catches a table without its last line, and a file that no plan can be read from."""
+    """Catches a table without its last line, and a file from which no plan can be read."""
     main(["plan", "models:Pyramid", "--json", str(tmp_path / "plan.json")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "layers 13, rounds forward 7, backward 7"
@@ -86,7 +86,7 @@ def test_the_command_line(capsys: Any, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_on_the_command_line(arguments: Any, message: str) -> None:
-    """Catches a traceback where a word was wrong."""
+    """Catches a traceback in place of a message about a wrong argument."""
     with pytest.raises(SystemExit) as caught:
         main(["plan", *arguments])
     assert message in str(caught.value)

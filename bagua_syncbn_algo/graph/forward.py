@@ -1,0 +1,281 @@
+"""The training forward that :func:`~bagua_syncbn_algo.graph.coalesce.coalesce` installs on a module.
+
+The module keeps its class and its submodules. The installed object stands in the module's ``__dict__`` under
+``forward``. In training it runs the regrouped graph on the module itself, so that a replaced head or a new weight is
+used. In evaluation, and wherever the graph does not describe the call, the class's own forward runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+import weakref
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..compat import uncompiled
+from ..layer import SyncBatchNorm, batch_norm_coalesced
+from ..ops.recompute import RecomputeCache, inside_backward
+from .guards import Guard, has_global_hooks
+from .levels import Level, SplitCandidate, levels_of, regroup, split_candidates_of
+from .module_state import UntraceableError
+from .plan import PlannedRound, SyncPlan
+from .split_backward import DeferrableLayer, DeferrableLayers
+from .tracing import CallPattern, trace
+from .verify import FAILED, PASSED, check_equivalence
+
+__all__ = ["CoalescedForward"]
+
+_MOST_VARIANTS = 32  # graphs of one module, by modes and calls; after these the module runs layer by layer
+_MOST_TRIALS = 3  # of a graph, on batches with which no rank can run the forward as written
+
+
+class CoalescedForward:
+    """The training forward of one module, with one round of statistics for each level of its layers.
+
+    Args:
+        module: the module whose forward this is.
+        path: path of ``module`` in the model; ``""`` for the model itself.
+        model: class name of the model, with which the names of layers begin.
+        overlap: whether backward rounds overlap with weight gradients.
+    """
+
+    regroups = True  # distinguishes it from a forward that other code has put on a module
+
+    def __init__(self, module: nn.Module, path: str, model: str, overlap: bool = True) -> None:
+        # Weakly: the module holds this object, and must be freed when its user releases it.
+        self._module = weakref.ref(module)
+        self.path, self.model, self.overlap = path, model, overlap
+        self.rounds: Tuple[PlannedRound, ...] = ()
+        self._variants: List[_Variant] = []
+        self._warned = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.module.training:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return _train(self, args, kwargs)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose forward this is."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the module, for errors."""
+        return f"{self.model}.{self.path}" if self.path else self.model
+
+    # -- attributes of a bound method, which other tools read -----------------------------------------------------
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__func__.__get__(self.module))
+
+    @property
+    def __func__(self) -> Any:
+        return type(self.module).forward
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.module
+
+    @property
+    def __code__(self) -> Any:
+        return self.__func__.__code__
+
+    @property
+    def __name__(self) -> str:
+        return "forward"
+
+    # -- graphs ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, pattern: CallPattern) -> _Variant:
+        """Traces and regroups the forward for calls of ``pattern`` in the current modes of the module's parts."""
+        variant = _Variant(Guard(self.module), pattern)
+        try:
+            traced = trace(self.module, pattern)
+            levels = levels_of(traced.graph, self.module, list(traced.uncoalesced))
+            candidates: List[List[SplitCandidate]] = [[] for _ in levels]
+            if self.overlap:
+                candidates, variant.unsplit = split_candidates_of(traced.graph, self.module, levels)
+            variant.opaque, variant.uncoalesced = traced.opaque, traced.uncoalesced
+            variant.add_rounds(self, levels, candidates)
+            if any(len(level.members) > 1 or overlap_with for level, overlap_with in zip(levels, candidates)):
+                graph = regroup(traced.graph, self.module, levels, candidates, variant.call_of)
+                # On the traced replica: GraphModule looks up the paths of the graph and keeps the modules.
+                generated = type(fx.GraphModule(traced.replica, graph)).forward
+                variant.run = _Regrouped(generated, traced.outputs)
+        except UntraceableError as error:
+            variant.failure = str(error)
+        except Exception as error:  # a graph that fx cannot handle costs rounds; it does not end the training
+            variant.failure = f"cannot be regrouped ({type(error).__name__}: {error})"
+        self._variants.append(variant)
+        return variant
+
+    def verify(self, variant: _Variant, tensors: Sequence[Tensor]) -> None:
+        """Compares the regrouped forward with the original on this process; a difference disables the graph."""
+        if variant.run is None:
+            return
+        verdict, difference = check_equivalence(self.module, variant.run, variant.pattern, tensors, self.name)
+        if verdict == FAILED:
+            self._disable(variant, f"its regrouped forward differs ({difference})")
+        variant.verified = verdict == PASSED
+
+    def agree(self, variant: _Variant, layer: SyncBatchNorm, tensors: Sequence[Tensor]) -> bool:
+        """Compares the regrouped forward with the original on the first training batch of every rank.
+
+        Returns:
+            Whether the regrouped forward can run: it passed on at least one rank and failed on none.
+
+        Collectives:
+            One round over the ranks of ``layer``. Every rank must call.
+        """
+        assert variant.run is not None
+        verdict, difference = check_equivalence(self.module, variant.run, variant.pattern, tensors, self.name)
+        rounds = "\n".join(words for words, _ in SyncPlan(self.model, tuple(variant.rounds)).agreement())
+        subject = f"the check of {self.name}'s first training batch"
+        verdicts = layer._bound_channel().agree(subject, rounds, verdict)
+        if FAILED in verdicts:
+            what = difference or f"rank {verdicts.index(FAILED)} reports the difference"
+            self._disable(variant, f"its regrouped forward differs ({what})")
+            return False
+        variant.trials += 1
+        variant.verified = PASSED in verdicts
+        if not variant.verified and variant.trials == _MOST_TRIALS:
+            self._disable(variant, f"no rank could run a copy of it by itself in {_MOST_TRIALS} batches")
+        return variant.verified
+
+    def variant(self, pattern: CallPattern) -> Optional[_Variant]:
+        """Returns the graph for a call; the first call of a kind makes it. ``None`` if there are too many."""
+        for variant in self._variants:
+            if variant.pattern == pattern and variant.guard.holds():
+                return variant
+        self._variants = [variant for variant in self._variants if not variant.guard.is_dead]
+        if len(self._variants) >= _MOST_VARIANTS:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"expected at most {_MOST_VARIANTS} kinds of training forward of {self.name} (got more: other "
+                    "modes, hooks, submodules or arguments that are not tensors); the module runs layer by layer from "
+                    "now on",
+                    stacklevel=2,
+                )
+            return None
+        return self.prepare(pattern)
+
+    def _disable(self, variant: _Variant, reason: str) -> None:
+        variant.run, variant.failure = None, reason
+        warnings.warn(
+            f"expected the regrouped forward of {self.name} to compute what the original computes (got: {reason}); "
+            "the module runs layer by layer: exact, but with more rounds",
+            stacklevel=2,
+        )
+
+    # -- copies make their graphs when they first run -------------------------------------------------------------
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "_variants": [], "_module": self.module}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state, _module=weakref.ref(state["_module"]))
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> CoalescedForward:
+        replica = CoalescedForward(copy.deepcopy(self.module, memo), self.path, self.model, self.overlap)
+        replica.rounds = self.rounds
+        return replica
+
+
+@uncompiled
+def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any]) -> Any:
+    module = forward.module
+    original = type(module).forward
+    layer = next((part for part in module.modules() if isinstance(part, SyncBatchNorm)), None)
+    if layer is None or layer._bound_channel().local or has_global_hooks():
+        return original(module, *args, **kwargs)
+    pattern, tensors = CallPattern.of(args, kwargs)
+    variant = None if pattern is None else forward.variant(pattern)
+    if variant is None or variant.run is None:
+        return original(module, *args, **kwargs)
+    if not variant.verified and (inside_backward() or not forward.agree(variant, layer, tensors)):
+        return original(module, *args, **kwargs)
+    return variant.run(module, *tensors)
+
+
+class _Regrouped:
+    """A regrouped graph as a function of the module and the call's values."""
+
+    def __init__(self, generated: Callable[..., Any], outputs: Any) -> None:
+        self._generated, self._outputs = generated, outputs
+
+    def __call__(self, module: nn.Module, *values: Any) -> Any:
+        return pytree.tree_unflatten(list(self._generated(module, *values)), self._outputs)
+
+
+class _Variant:
+    """The graph for one combination of modes and one kind of call."""
+
+    def __init__(self, guard: Guard, pattern: CallPattern) -> None:
+        self.guard, self.pattern = guard, pattern
+        self.run: Optional[Callable[..., Any]] = None  # of the module and the call's tensors; None: the original runs
+        self.failure: Optional[str] = None  # why the module cannot be regrouped
+        self.verified = False
+        self.trials = 0
+        self.rounds: List[PlannedRound] = []
+        self.opaque: Dict[str, str] = {}  # paths of submodules that are one step in the graph, with the reason
+        self.uncoalesced: Dict[str, str] = {}
+        self.unsplit: Dict[str, str] = {}
+        self._calls: Dict[Tuple[str, ...], _LevelCall] = {}  # by the members' paths
+
+    def add_rounds(
+        self, forward: CoalescedForward, levels: Sequence[Level], candidates: Sequence[Sequence[SplitCandidate]]
+    ) -> None:
+        """Adds one planned round, and the function that runs it, for each of ``levels``."""
+        for level, overlap_with in zip(levels, candidates):
+            names = tuple(f"{forward.name}.{member.path}" for member in level.members)
+            features = tuple(member.layer.num_features for member in level.members)
+            backward = any(member.backward for member in level.members)
+            overlapped_with = tuple(f"{forward.name}.{candidate.path}" for candidate in overlap_with)
+            planned = PlannedRound(forward.path, level.number, names, features, backward, overlapped_with)
+            self.rounds.append(planned)
+            self._calls[_key(level)] = _LevelCall(planned, [candidate.shared for candidate in overlap_with])
+
+    def call_of(self, level: Level) -> _LevelCall:
+        """Returns the function that runs ``level``."""
+        return self._calls[_key(level)]
+
+
+def _key(level: Level) -> Tuple[str, ...]:
+    return (str(level.number), *(member.path for member in level.members))
+
+
+class _LevelCall:
+    """Runs the layers of a level together. Generated code calls it."""
+
+    def __init__(self, planned: PlannedRound, shared: Sequence[bool]) -> None:
+        self._cache = RecomputeCache()
+        self._name = planned.name if len(planned.layers) > 1 else None  # a single layer has a name of its own
+        self._candidates = [DeferrableLayer(*each) for each in zip(planned.overlapped_with, shared)]
+        self.__name__, self.__module__ = "batch_norm_coalesced", __name__
+
+    def __call__(
+        self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], modules: Sequence[nn.Module]
+    ) -> Tuple[Tuple[Tensor, ...], DeferrableLayers]:
+        deferrable = DeferrableLayers(self._candidates, modules)
+        cache = None if self._name is None else self._cache
+        outputs = batch_norm_coalesced(layers, inputs, self._name, cache, deferrable if modules else None)
+        if any(layer._forward_hooks for layer in layers):
+            outputs = tuple(_run_hooks(*each) for each in zip(layers, inputs, outputs))
+        return outputs, deferrable
+
+
+def _run_hooks(layer: SyncBatchNorm, input: Tensor, output: Tensor) -> Tensor:
+    for key, hook in layer._forward_hooks.items():
+        with_kwargs = key in getattr(layer, "_forward_hooks_with_kwargs", {})
+        replaced = hook(layer, (input,), {}, output) if with_kwargs else hook(layer, (input,), output)
+        output = output if replaced is None else replaced
+    return output
