@@ -1,7 +1,7 @@
 """``bagua_core`` for machines without CUDA: the names of upstream's native module, over the embedded host's core.
 
-Put on the path where upstream's own compiled module would be. Communicators meet through the default store that
-upstream's ``init_process_group`` has filled, under the unique id that upstream hands to NCCL.
+On the import path this module takes the place of upstream's compiled one. Communicators connect through the default
+store of upstream's ``init_process_group``, under the unique id that upstream passes to NCCL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["BaguaBucketPy", "BaguaCommBackendPy", "BaguaSingleCommunicatorPy", "
 
 
 class BaguaSingleCommunicatorPy(_Communicator):
-    """With upstream's constructor."""
+    """A communicator with upstream's constructor."""
 
     def __init__(self, rank: int, nranks: int, device_id: int, stream_ptr: int, nccl_unique_id_str: str) -> None:
         from bagua.torch_api import communication
@@ -32,9 +32,9 @@ class BaguaSingleCommunicatorPy(_Communicator):
 
     @staticmethod
     def generate_nccl_unique_id_str() -> str:
-        """Returns a name that no other communicator has."""
+        """Returns a unique name for a communicator."""
         return uuid.uuid4().hex
 
     def barrier(self) -> Any:
-        """Waits until every rank of the communicator is here."""
+        """Waits until every rank of the communicator has called it."""
         return self._group.barrier().wait()

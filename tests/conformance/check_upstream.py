@@ -1,7 +1,7 @@
-"""The plugin on upstream Bagua's own Python layer (0.9.2, unmodified), against the embedded host and against no plugin.
+"""Checks of the plugin on upstream Bagua's Python layer (0.9.2, unmodified), against the embedded host and no plugin.
 
-Run by ``make conformance``, in an environment that holds upstream's wheel. Its native core is the embedded host's, so
-what this shows is that the plugin and upstream's Python understand each other; not streams, NCCL or compression.
+Run by ``make conformance`` in an environment with upstream's wheel. The native core is the embedded host's. So the
+checks cover the calls between the plugin and upstream's Python code, and neither streams, NCCL nor compression.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LIMIT = 120  # seconds for all ranks of a run
 def run(
     folder: Path, host: str, algorithm: str, mode: str, world: int = 2, steps: int = 6, **env: str
 ) -> tuple[List[Dict[str, Any]], str]:
-    """Trains on ``world`` ranks; returns what each ended with, and what they printed."""
+    """Trains on ``world`` ranks; returns the final state of each rank, and the output of all."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -44,7 +44,7 @@ def run(
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, str(HERE / "train.py"), host, algorithm, mode, str(steps), str(out)]
-        # In a session of its own: upstream's autotune server outlives its rank and would hold the log open.
+        # In a new session, to kill as one: upstream's autotune server outlives its rank and would keep the log open.
         processes.append(
             subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
@@ -79,7 +79,7 @@ def same(left: List[Dict[str, Any]], right: List[Dict[str, Any]]) -> None:
 @pytest.mark.parametrize("mode", ["world", "rank", "2"])
 @pytest.mark.parametrize("algorithm", ["gradient_allreduce", "bytegrad"])
 def check_equals_the_embedded_host(tmp_path: Path, algorithm: str, mode: str, world: int) -> None:
-    """Catches a call that upstream understands differently. Bytegrad is exact here: its compression is emulated so."""
+    """Catches a call with another meaning upstream. Bytegrad is exact here: its emulation does not compress."""
     upstream = trained(tmp_path, "upstream", algorithm, mode, world=world)
     embedded = trained(tmp_path, "embedded", "gradient_allreduce", mode, world=world)
     same(upstream, embedded)
@@ -92,7 +92,7 @@ def check_equals_the_embedded_host(tmp_path: Path, algorithm: str, mode: str, wo
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("algorithm", ["qadam", "decentralized"])
 def check_leaves_the_inner_algorithm_alone(tmp_path: Path, algorithm: str, world: int) -> None:
-    """Catches a plugin that disturbs what it wraps: without it the layers exchange over torch.distributed."""
+    """Catches a plugin that changes its inner algorithm. Without it the layers exchange over torch.distributed."""
     wrapped = trained(tmp_path, "upstream", algorithm, "world", world=world)
     same(wrapped, trained(tmp_path, "upstream", algorithm, "bare", world=world))
     running = [name for name in wrapped[0]["state"] if "running" in name]
@@ -103,7 +103,7 @@ def check_leaves_the_inner_algorithm_alone(tmp_path: Path, algorithm: str, world
 
 @pytest.mark.parametrize("algorithm", ["qadam", "decentralized"])
 def check_world_statistics_where_ranks_normalize_alone(tmp_path: Path, algorithm: str) -> None:
-    """Catches running statistics that differ between ranks under an algorithm that marks nothing in backward."""
+    """Catches running statistics that differ between ranks under an algorithm that marks no tensor in backward."""
     first, second = trained(tmp_path, "upstream", algorithm, "rank")
     for name, value in first["state"].items():
         if "running" in name:
@@ -112,7 +112,7 @@ def check_world_statistics_where_ranks_normalize_alone(tmp_path: Path, algorithm
 
 
 def check_asynchronous_averaging_is_refused(tmp_path: Path) -> None:
-    """Catches ranks that run different numbers of steps and meet in each other's statistics."""
+    """Catches ranks that run different numbers of steps and exchange statistics of different steps."""
     ranks, log = run(tmp_path, "upstream", "async", "world")
     assert not ranks
     assert "expected an inner algorithm that keeps ranks in step (got AsyncModelAverageAlgorithm" in log
@@ -120,7 +120,7 @@ def check_asynchronous_averaging_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["world", "rank"])
 def check_autotune_rebuckets_without_harm(tmp_path: Path, mode: str) -> None:
-    """Catches statistics among the tensors that the autotuner moves between buckets; it asks every 100 steps."""
+    """Catches statistics among the tensors that the autotuner moves between buckets; it is asked every 100 steps."""
     settings = {
         "BAGUA_AUTOTUNE": "1",
         "BAGUA_AUTOTUNE_WARMUP_TIME_S": "0",

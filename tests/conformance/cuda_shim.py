@@ -1,7 +1,7 @@
-"""What upstream Bagua's Python layer uses of CUDA, on a machine without it: streams and events that do nothing.
+"""The CUDA API that upstream Bagua's Python layer uses, for machines without CUDA: streams and events that do nothing.
 
-The CPU executes in program order, so an event is always reached and a stream never behind. Real streams, real events
-and NCCL are what this cannot show.
+The CPU executes in program order, so an event is always reached and a stream never has pending work. The shim cannot
+test real streams, real events or NCCL.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import time
 from typing import Any, Iterator, Optional
 
 import torch
-import torch._dynamo  # looks at torch.cuda when it is imported: must see the real one
+import torch._dynamo  # reads torch.cuda at import, so the import comes before the shim
 
 
 class Event:
-    """Reached as soon as it is recorded."""
+    """An event that is reached as soon as it is recorded."""
 
     cuda_event = 0
 
@@ -40,7 +40,7 @@ class Event:
 
 
 class Stream:
-    """Never behind."""
+    """A stream that never has pending work."""
 
     cuda_stream = 0
 
@@ -95,7 +95,7 @@ def to_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 class _TorchForCpuChecks:
-    """``torch``, but its CPU device equals no tensor's: upstream asserts that its tensors are elsewhere."""
+    """``torch`` with a CPU device that equals no tensor's: upstream asserts that its tensors are not on the CPU."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -106,7 +106,7 @@ class _TorchForCpuChecks:
 
 
 def install() -> None:
-    """Puts the shim into ``torch``; then imports upstream and mends its CPU checks."""
+    """Installs the shim in ``torch``; then imports upstream and bypasses its checks for CPU tensors."""
     for name, value in {
         "Event": Event,
         "Stream": Stream,

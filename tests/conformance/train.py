@@ -1,6 +1,6 @@
-"""One rank of a conformance run: the same user code on either host; writes what it ended with.
+"""One rank of a conformance run: the same user code on either host; saves its final state.
 
-Usage: ``python train.py HOST ALGORITHM MODE STEPS OUT``, with a launcher's environment.
+Usage: ``python train.py HOST ALGORITHM MODE STEPS OUT``, in a launcher's environment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Fork(nn.Module):
-    """Two ways side by side, whose statistics share a round."""
+    """Two parallel branches whose statistics share a round."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Fork(nn.Module):
 
 
 def build() -> nn.Module:
-    torch.manual_seed(int(os.environ["RANK"]))  # rank 0's parameters must win
+    torch.manual_seed(int(os.environ["RANK"]))  # with_bagua must broadcast rank 0's parameters
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, bias=False),
         nn.BatchNorm2d(4),
@@ -71,7 +71,7 @@ def main(host: str, name: str, mode: str, steps: int, out: str) -> None:
     rank = bagua.get_rank()
     model: Any = convert_sync_batchnorm(build())
     inner, optimizer = algorithm_of(bagua, name, model)
-    # "bare" leaves the plugin out: the layers then exchange over torch.distributed, as under plain DDP
+    # "bare" is without the plugin: the layers then exchange over torch.distributed, as under plain DDP
     algorithm = (
         inner
         if mode == "bare"
@@ -100,4 +100,4 @@ def main(host: str, name: str, mode: str, steps: int, out: str) -> None:
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
     sys.stdout.flush()
-    os._exit(0)  # upstream leaves an autotune server and threads behind
+    os._exit(0)  # upstream leaves an autotune server and threads running

@@ -1,7 +1,8 @@
-"""The plugin beside upstream Bagua's published wheel with its real native module, on a machine without CUDA.
+"""Checks of the plugin with upstream Bagua's published wheel and its native module, on a machine without CUDA.
 
-There it imports, registers and reifies; the first native backend or communicator would end the process, so nothing here
-trains: ``tests/conformance`` does that, over an emulated core. Run by ``make contract`` on Python 3.9 and torch 1.12.
+Without CUDA the plugin imports, registers and reifies, but the first native backend or communicator ends the process.
+So nothing trains here; ``tests/conformance`` trains over an emulated core. Run by ``make contract`` on Python 3.9 and
+torch 1.12.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ upstream = bagua.torch_api.algorithms
 
 
 class ProcessGroup:
-    """Described, not made: a real one makes a CUDA stream."""
+    """A stand-in: a real process group creates a CUDA stream."""
 
     ranks = (0, 1)
 
@@ -31,13 +32,13 @@ def hooks(kind: type) -> List[str]:
 
 
 def check_the_native_module_is_the_real_one() -> None:
-    """Catches a check against an emulation, which would agree with whatever we believe."""
+    """Catches a check against an emulation, which would only repeat this project's assumptions."""
     assert bagua_core.bagua_core.__file__.endswith(".so")
     assert torch.__version__.startswith("1.12")
 
 
 def check_the_host_is_upstream() -> None:
-    """Catches a fall back to the embedded host, with which all that follows would show nothing."""
+    """Catches a fallback to the embedded host, with which the other checks would show nothing."""
     assert host.is_upstream and bagua_syncbn_algo.bagua is bagua.torch_api
     assert issubclass(SyncBatchNormAlgorithm, upstream.Algorithm)
     assert issubclass(SyncBatchNormAlgorithmImpl, upstream.AlgorithmImpl)
@@ -45,7 +46,7 @@ def check_the_host_is_upstream() -> None:
 
 @pytest.mark.parametrize("inner", ["gradient_allreduce", "bytegrad", "decentralized", "low_precision_decentralized"])
 def check_by_name_and_reified(inner: str) -> None:
-    """Catches a registry entry that upstream's registry cannot serve, and a constructor that needs a device."""
+    """Catches a registry entry that upstream's registry cannot use, and a constructor that needs a device."""
     algorithm = upstream.Algorithm.init("sync_batchnorm", inner=inner, hierarchical=False)
     live = algorithm.reify(ProcessGroup())
     assert isinstance(live, SyncBatchNormAlgorithmImpl)
@@ -54,15 +55,15 @@ def check_by_name_and_reified(inner: str) -> None:
 
 
 def check_async_is_refused() -> None:
-    """Catches upstream's asynchronous algorithm under another name than the one that is refused."""
+    """Catches upstream's asynchronous algorithm under a name other than the refused one."""
     with pytest.raises(ValueError, match="keeps ranks in step"):
         SyncBatchNormAlgorithm("async")
 
 
 @pytest.mark.parametrize("name", hooks(upstream.AlgorithmImpl))
 def check_hook_signatures(name: str) -> None:
-    """Catches a hook that upstream calls with other arguments, or that we do not pass on to the inner algorithm."""
-    assert name in vars(SyncBatchNormAlgorithmImpl), "every hook of upstream's is wrapped"
+    """Catches a hook that upstream calls with other arguments, or that the plugin does not pass on."""
+    assert name in vars(SyncBatchNormAlgorithmImpl), "every upstream hook is wrapped"
     theirs: Any = inspect.signature(getattr(upstream.AlgorithmImpl, name))
     ours: Any = inspect.signature(getattr(SyncBatchNormAlgorithmImpl, name))
     assert list(theirs.parameters) == list(ours.parameters)
@@ -83,10 +84,10 @@ def check_hook_signatures(name: str) -> None:
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
 def check_what_the_plugin_calls(function: Any, parameters: List[str]) -> None:
-    """Catches a call that only the embedded host understands."""
+    """Catches a call that only the embedded host accepts."""
     assert list(inspect.signature(function).parameters)[: len(parameters)] == parameters
 
 
 def check_with_bagua_is_upstreams() -> None:
-    """Catches our own with_bagua laid over upstream's."""
+    """Catches an embedded with_bagua that replaces upstream's."""
     assert torch.nn.Module.with_bagua.__module__.startswith("bagua.")

@@ -1,4 +1,4 @@
-"""The embedded host: Bagua's API over torch.distributed, against torch's own DistributedDataParallel."""
+"""Tests of the embedded host, Bagua's API over torch.distributed, against torch's DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def gradient_allreduce(**options: Any) -> Any:
 
 
 def ulps(a: Tensor, b: Tensor) -> int:
-    """The largest distance in units in the last place."""
+    """Returns the largest distance in units in the last place."""
     order = [t.detach().contiguous().view(torch.int32).long() for t in (a, b)]
     order = [torch.where(t < 0, -(2**31) - t, t) for t in order]
     return int((order[0] - order[1]).abs().max())
@@ -50,7 +50,7 @@ def _five_steps(rank: int, optimizer_name: str, set_to_none: bool) -> Any:
         "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         "adam": lambda p: torch.optim.Adam(p, lr=0.01),
     }[optimizer_name]
-    ours, theirs = net(seed=rank), net(seed=0)  # ours must take rank 0's parameters by itself
+    ours, theirs = net(seed=rank), net(seed=0)  # with_bagua must broadcast rank 0's parameters
     our_optimizer, their_optimizer = make(ours.parameters()), make(theirs.parameters())
     ours.with_bagua([our_optimizer], gradient_allreduce())
     ddp = nn.parallel.DistributedDataParallel(theirs)
@@ -67,7 +67,7 @@ def _five_steps(rank: int, optimizer_name: str, set_to_none: bool) -> Any:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_five_steps_equal_ddp(optimizer: str, set_to_none: bool) -> None:
-    """Catches gradients summed for averaged, parameters not broadcast, a gradient outside of its bucket's memory."""
+    """Catches gradients summed instead of averaged, parameters not broadcast, a gradient outside its bucket."""
     for distance, buckets in run_processes(
         2, _five_steps, optimizer, set_to_none, env={"BAGUA_DEFAULT_BUCKET_SIZE": "600"}
     ):
@@ -79,7 +79,7 @@ def test_five_steps_equal_ddp(optimizer: str, set_to_none: bool) -> None:
 
 
 class Recorder(bagua.algorithms.AlgorithmImpl):  # type: ignore[misc, name-defined]
-    """Averages gradients, and writes down the order of its hooks."""
+    """Averages gradients and records the order of its hooks."""
 
     def __init__(self, process_group: Any) -> None:
         super().__init__(process_group)
@@ -142,7 +142,7 @@ class Checkpointed(nn.Module):
 
 
 class RootParameter(nn.Module):
-    """A parameter on the root, one that is never used, and one that is only used where asked."""
+    """A root module with a parameter, a parameter that is never used, and a submodule that is used on request."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,12 +188,12 @@ def _semantics(rank: int) -> Any:
     report["reduce_inplace"] = out.item()
     report["object"] = bagua.communication.broadcast_object({"rank": rank}, src=1)
     bagua.barrier()
-    alone = bagua.communication.new_group([1])
+    single = bagua.communication.new_group([1])
     t = torch.tensor([7.0])
-    bagua.allreduce_inplace(t, comm=alone.get_global_communicator())  # on rank 0, no member, does nothing
+    bagua.allreduce_inplace(t, comm=single.get_global_communicator())  # no effect on rank 0, which is not a member
     report["outside"] = t.item()
     pair = bagua.communication.new_group()
-    report["group"] = (alone.ranks, pair.ranks, pair.get_global_communicator().nranks())
+    report["group"] = (single.ranks, pair.ranks, pair.get_global_communicator().nranks())
     try:
         bagua.communication.new_group([0, 2])
     except ValueError as error:
@@ -203,7 +203,7 @@ def _semantics(rank: int) -> Any:
     except RuntimeError as error:
         report["twice"] = str(error)
 
-    # hooks in order, evaluation without them, a no-op autograd.grad
+    # the order of hooks; evaluation runs no hooks; autograd.grad communicates nothing
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.with_bagua([optimizer], RecorderAlgorithm())
@@ -248,8 +248,8 @@ def _semantics(rank: int) -> Any:
     model.bagua_ddp.require_backward_grad_sync = True
     model(xs[1]).pow(2).sum().backward()
     report["accumulated"] = model[0].weight.grad.clone()
-    twin = copy.deepcopy(model)
-    twin(xs[0])
+    replica = copy.deepcopy(model)
+    replica(xs[0])
     report["copy counts"] = model.bagua_ddp.bagua_train_step_counter
     report["dist"] = dist.is_initialized()
     return report
@@ -278,7 +278,7 @@ def test_collectives(semantics: Any) -> None:
 
 @pytest.mark.multirank
 def test_hooks_run_in_upstreams_order(semantics: Any) -> None:
-    """Catches a hook that is missing, doubled, or at another place than an algorithm written for upstream expects."""
+    """Catches a hook that is missing, runs twice, or runs at another point than algorithms for upstream expect."""
     for report in semantics:
         events = report["events"]
         assert events[:2] == ["init_tensors", "tensors_to_buckets"]
@@ -286,7 +286,7 @@ def test_hooks_run_in_upstreams_order(semantics: Any) -> None:
         step = events[events.index("need_reset") :]
         assert step[:2] == ["need_reset", "forward 1"] and step[-2:] == ["post_backward", "post_step"]
         gradients = [event.split()[1] for event in step[2:-2]]
-        assert [name[0] for name in gradients] == ["4", "4", "2", "2", "0", "0"]  # as backward reaches the layers
+        assert [name[0] for name in gradients] == ["4", "4", "2", "2", "0", "0"]  # the order of backward
         assert sorted(gradients) == sorted(name for name, _ in net().named_parameters())
 
 
@@ -299,7 +299,7 @@ def test_no_hooks_where_nothing_trains(semantics: Any) -> None:
 
 @pytest.mark.multirank
 def test_wrapping_again(semantics: Any) -> None:
-    """Catches two algorithms at work after a second `with_bagua`: gradients averaged twice, or never."""
+    """Catches two active algorithms after a second `with_bagua`: gradients averaged twice, or not at all."""
     reference = net()
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
     x = torch.cat([batch(0, rank)[0] for rank in range(2)])
@@ -316,11 +316,11 @@ def test_wrapping_again(semantics: Any) -> None:
 
 @pytest.mark.multirank
 def test_unused_parameters_do_not_stall(semantics: Any) -> None:
-    """Catches a bucket that waits for a gradient that never comes: upstream then sends nothing and raises nothing."""
+    """Catches a bucket that waits for a gradient never computed: upstream then sends nothing and raises nothing."""
     weight = semantics[0]["root weight"]
     for report in semantics:
         w, unused, sometimes = report["root"]
-        # rank 0: Σ over 2 samples of column sums of the linear; rank 1 (inputs of 2): 2 · 2
+        # rank 0: column sums of the linear layer, summed over 2 samples; rank 1, with inputs of 2: 2 · 2
         torch.testing.assert_close(w, 2 * weight.sum(0) + 4)
         assert torch.equal(unused, torch.zeros(2))
         torch.testing.assert_close(sometimes, torch.full((3, 3), 2.0))
@@ -328,7 +328,7 @@ def test_unused_parameters_do_not_stall(semantics: Any) -> None:
 
 @pytest.mark.multirank
 def test_several_backwards(semantics: Any) -> None:
-    """Catches a backward that nobody waits for, and accumulation that averages what is still local."""
+    """Catches a backward whose communication is not waited for, and gradients averaged without gradient sync."""
     reference = net()
     losses = []
     for step in range(2):
@@ -344,12 +344,12 @@ def test_several_backwards(semantics: Any) -> None:
     torch.testing.assert_close((semantics[0]["local"] + semantics[1]["local"]) / 2, first)
 
 
-# -- where gradients lie ----------------------------------------------------------------------------------------------
+# -- the memory of gradients ------------------------------------------------------------------------------------------
 
 
-def _moving(rank: int, tells: bool) -> Any:
-    """Five backwards of one model; ``tells``: whether PyTorch tells who uses a memory."""
-    if not tells:
+def _moving(rank: int, has_use_count: bool) -> Any:
+    """Runs five backwards of one model, with or without PyTorch's count of the users of a storage."""
+    if not has_use_count:
         torch._C._storage_Use_Count = None  # type: ignore[attr-defined]
     bagua.init_process_group()
     model = net()
@@ -385,17 +385,17 @@ def _expected(step: int) -> Any:
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("tells", [True, False])
-def test_new_gradients_move_into_their_bucket(tells: bool) -> None:
-    """Catches gradients copied there and back at every step after ``zero_grad(set_to_none=True)``.
+@pytest.mark.parametrize("has_use_count", [True, False])
+def test_new_gradients_move_into_their_bucket(has_use_count: bool) -> None:
+    """Catches gradients copied to their bucket and back at every step after ``zero_grad(set_to_none=True)``.
 
-    And what moving could break: a gradient of an earlier step that the user has kept is overwritten by the next one, or
-    a tensor that the user has made the gradient is left local.
+    Also catches errors of moving gradients: the next step overwrites an earlier gradient that the user has kept, or a
+    tensor that the user has set as the gradient stays local.
     """
-    reports = run_processes(2, _moving, tells, env={"BAGUA_DEFAULT_BUCKET_SIZE": "600"})
+    reports = run_processes(2, _moving, has_use_count, env={"BAGUA_DEFAULT_BUCKET_SIZE": "600"})
     for same_place, together, unharmed, kept, following, own in reports:
         assert len(together) > 2 and all(together)
-        assert same_place or not tells
+        assert same_place or not has_use_count
         assert unharmed
         torch.testing.assert_close(kept, list(_expected(0)))
         torch.testing.assert_close(following, list(_expected(1)))
@@ -415,14 +415,14 @@ def _not_flat(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_gradients_stay_where_they_are_without_flattening() -> None:
-    """Catches a gradient that moves although ``do_flatten=False`` asks it not to."""
+    """Catches a gradient that moves in spite of ``do_flatten=False``."""
     for stays, gradients in run_processes(2, _not_flat):
         assert stays
         torch.testing.assert_close(gradients, list(_expected(0)))
 
 
 class _WithoutSetter(bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithmImpl):  # type: ignore[misc, name-defined]
-    """Registers gradients by a getter alone."""
+    """Registers gradients with a getter closure only."""
 
     def init_tensors(self, bagua_ddp: Any) -> Any:
         tensors = super().init_tensors(bagua_ddp)
@@ -447,7 +447,7 @@ def _without_setter(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_gradients_registered_without_a_setter() -> None:
-    """Catches a gradient that can only move by a closure that the algorithm has not given."""
+    """Catches a bucket that moves gradients through a setter closure which the algorithm has not registered."""
     for gradients in run_processes(2, _without_setter, env={"BAGUA_DEFAULT_BUCKET_SIZE": "600"}):
         torch.testing.assert_close(gradients, list(_expected(0)))
 
@@ -468,7 +468,7 @@ def _checkpointing(rank: int, reentrant: bool) -> Any:
 @pytest.mark.multirank
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_waits_for_all_gradients(reentrant: bool) -> None:
-    """Catches the end of a reentrant inner backward taken for the end: gradients before it would stay local."""
+    """Catches the end of an inner reentrant backward taken for the outer end: earlier layers' gradients stay local."""
     torch.manual_seed(0)
     reference = Checkpointed(reentrant)
     x = torch.cat([batch(0, rank)[0] for rank in range(2)])
@@ -504,7 +504,7 @@ def _starting_state(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_parameters_and_optimizer_state_come_from_rank_0() -> None:
-    """Catches frozen parameters, learning rates or moments that differ from rank to rank for the whole training."""
+    """Catches frozen parameters, learning rates or moments that differ between ranks throughout training."""
     (p0, state0, same0, bias0), (p1, state1, same1, bias1) = run_processes(2, _starting_state)
     for index, (a, b) in enumerate(zip(p0, p1)):
         assert torch.equal(a, b) == (index != 5), index  # 5 is the ignored bias
@@ -546,7 +546,7 @@ def _errors(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_errors_say_what_was_expected() -> None:
-    """Catches errors that surface as an AttributeError, an assertion or a hang."""
+    """Catches wrong usage that surfaces as an AttributeError, an assertion or a hang."""
     (texts,) = run_processes(1, _errors, env={"BAGUA_DEFAULT_BUCKET_SIZE": "1"})
     for name, start in {
         "not initialised": "RuntimeError: expected an initialised process group (got none)",
@@ -585,7 +585,7 @@ def _broken_backward(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_a_step_after_a_broken_backward() -> None:
-    """Catches a queue that is left in the middle by an exception: the next step would send the wrong buckets."""
+    """Catches a bucket queue that an exception leaves half-processed: the next step would send the wrong buckets."""
     reference = net()
     x = torch.cat([batch(0, rank)[0] for rank in range(2)])
     (reference(x).sum() / 2).backward()
@@ -594,9 +594,9 @@ def test_a_step_after_a_broken_backward() -> None:
 
 
 def test_a_worker_that_cannot_use_its_device_says_so(mocker: Any) -> None:
-    """Catches a communication thread that dies on an error before its first bucket: the step would hang.
+    """Catches a communication thread that ends on an error before its first bucket: the step would hang.
 
-    The device is the tensors', which exists where a launcher shows each rank one GPU; the local rank may not.
+    The thread must use the tensors' device. The local rank may be no valid device where each rank sees only one GPU.
     """
     from bagua_syncbn_algo.embedded.core import BaguaBucketPy, BaguaCommBackendPy
 
@@ -642,7 +642,7 @@ def _frozen_and_thawed(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_parameters_frozen_and_thawed_after_with_bagua() -> None:
-    """Catches a bucket that waits for a frozen parameter (then no gradient is sent), or a thawed one left local."""
+    """Catches a bucket that waits for a frozen parameter (then no gradient is sent), or an unfrozen one left local."""
     for seen in run_processes(2, _frozen_and_thawed):
         assert all(all(step) for step in seen), seen
 
@@ -651,19 +651,19 @@ def _copies(rank: int) -> Any:
     bagua.init_process_group()
     model = net()
     model.with_bagua([], gradient_allreduce())
-    twin = copy.deepcopy(model)
-    twin.with_bagua([], gradient_allreduce())
+    replica = copy.deepcopy(model)
+    replica.with_bagua([], gradient_allreduce())
     gradients = []
-    for each in (model, twin):
+    for each in (model, replica):
         each(batch(0, rank)[0]).sum().backward()
         gradients.append(each[0].weight.grad.clone())
     scripted = torch.jit.script(nn.Linear(2, 2))(torch.ones(1, 2)).shape
-    return gradients, model.bagua_module_name != twin.bagua_module_name, scripted
+    return gradients, model.bagua_module_name != replica.bagua_module_name, scripted
 
 
 @pytest.mark.multirank
 def test_a_copy_is_wrapped_by_itself() -> None:
-    """Catches a wrapped copy (a teacher's) that takes the hooks and buckets of the model it was copied from."""
+    """Catches a wrapped copy (such as a teacher model) that uses the hooks and buckets of the original."""
     reference = net()
     (reference(torch.cat([batch(0, rank)[0] for rank in range(2)])).sum() / 2).backward()
     for gradients, own_name, scripted in run_processes(2, _copies):
@@ -682,7 +682,7 @@ def _different_models(rank: int) -> None:
 
 @pytest.mark.multirank
 def test_different_models_are_refused_before_anything_is_sent() -> None:
-    """Catches a broadcast of lengths that differ, which ends the process in gloo, or hangs."""
+    """Catches a broadcast of different lengths, with which gloo ends the process or hangs."""
     for text in run_processes(2, _different_models, errors=True):
         assert "expected the same parameters on every rank (got 6 on rank 0, 8 on rank 1" in text
         assert "parameter 6: no such parameter on rank 0, 5.weight (2, 3) torch.float32 on rank 1" in text
@@ -702,7 +702,7 @@ def _two_worlds(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_two_groups_train_two_models_at_once() -> None:
-    """Catches groups that are made at the same time under one name, and wired to each other's ranks."""
+    """Catches groups created at the same time under one name, which connect to each other's ranks."""
     assert run_processes(4, _two_worlds) == [0.5, 0.5, 2.5, 2.5]
 
 
@@ -716,7 +716,7 @@ def _gone(rank: int) -> Any:
         model(batch(0, rank)[0]).sum().backward()
         weights.append(weakref.ref(model[0].weight))
         del model
-    for _ in range(3):  # native nodes hide circles: what one pass frees lets the next see more
+    for _ in range(3):  # gc cannot see reference cycles through native nodes: each pass can expose more
         gc.collect()
     deadline = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < deadline:
@@ -728,5 +728,5 @@ def _gone(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_nothing_outlives_a_model() -> None:
-    """Catches models and threads kept alive by the host, and groups that survive their destruction."""
+    """Catches models and threads that the host keeps alive, and groups that outlive destroy_process_group."""
     assert run_processes(2, _gone) == [(0, 0, False)] * 2

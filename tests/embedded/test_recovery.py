@@ -1,4 +1,4 @@
-"""Exceptions in a step that are caught: the step is lost on every rank, the ranks agree, and training goes on."""
+"""Tests of caught exceptions in a step: every rank loses the step, the ranks agree, and training continues."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ WORLD = 4
 
 
 PLACES = ["between two layers", "after the layers", "early in backward", "late in backward", "in normalization"]
-_broken: List[str] = []  # the place in this process where an exception is to be raised, if there is one
+_broken: List[str] = []  # the place in this process that raises an exception; empty for none
 
 
 def break_at(place: str, h: Tensor) -> Tensor:
-    """Raises an exception here or in the backward of ``h``, if the place is the chosen one."""
+    """Raises an exception, here or in the backward of ``h``, if the chosen place is at this call."""
 
     def explode(_: Any = None) -> None:
         raise ZeroDivisionError(f"made up, {place}")
@@ -35,7 +35,7 @@ def break_at(place: str, h: Tensor) -> Tensor:
     return h
 
 
-torch.fx.wrap("break_at")  # one step of a traced graph, in which an attribute would be a constant
+torch.fx.wrap("break_at")  # traced as one call: a read of `_broken` would be traced as a constant
 
 
 class Breaks(nn.Module):
@@ -91,7 +91,7 @@ def _train(rank: int, place: str, mode: Any, coalesce: bool) -> Any:
 
 
 def _reference(steps: List[int]) -> Any:
-    """The same in one process, without the step that is lost."""
+    """Trains the same model on ``steps`` in one process, on the batches of all ranks."""
     torch.manual_seed(0)
     model = Breaks().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -107,9 +107,9 @@ def _reference(steps: List[int]) -> Any:
 @pytest.mark.parametrize("mode", ["world", 2, "rank"])
 @pytest.mark.parametrize("coalesce", [True, False])
 def test_training_goes_on_after_an_exception(place: str, mode: Any, coalesce: bool) -> None:
-    """Catches buckets of different steps that are summed, parameters that drift apart, a batch that one rank counts."""
+    """Catches a sum over buckets of different steps, parameters that differ, a batch counted on one rank only."""
     if place == "in normalization" and mode == "rank":
-        return  # there PyTorch's own kernel normalizes
+        return  # PyTorch's own kernel normalizes in this mode
     results = run_processes(WORLD, _train, place, mode, coalesce)
     errors, states, counts = zip(*results)
     assert all(
@@ -128,7 +128,7 @@ def test_training_goes_on_after_an_exception(place: str, mode: Any, coalesce: bo
 
 
 def _step_after_caught(rank: int) -> Any:
-    """Rank 1 catches its exception and calls optimizer.step all the same."""
+    """Catches an exception on rank 1 and calls optimizer.step nevertheless."""
     bagua.init_process_group()
     torch.manual_seed(0)
     model: Any = convert_sync_batchnorm(Breaks())
@@ -146,14 +146,14 @@ def _step_after_caught(rank: int) -> Any:
     if rank == 1:
         _broken.clear()
         with torch.no_grad():
-            model.eval()(shard(0, rank).float())  # any forward tells the other ranks
+            model.eval()(shard(0, rank).float())  # any forward reports the exception to the other ranks
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
     return str(caught.value), refused
 
 
 @pytest.mark.multirank
 def test_no_rank_steps_on_incomplete_gradients() -> None:
-    """Catches an optimizer that moves the parameters of one rank by the gradients of a backward that was broken off."""
+    """Catches an optimizer step with the incomplete gradients of a backward that an exception broke off."""
     (other, nothing), (own, refused) = run_processes(2, _step_after_caught)
     assert "expected backward to end on every rank (got an exception in the step of rank 1)" in other
     assert own.startswith("made up") and nothing == ""
@@ -161,7 +161,7 @@ def test_no_rank_steps_on_incomplete_gradients() -> None:
 
 
 def _error_after_the_step(rank: int) -> List[str]:
-    """An error in one rank's own code at the very end of its backward, when the other ranks have gone on."""
+    """Raises an error in rank 1's own code at the very end of its backward, after the other rank has continued."""
     bagua.init_process_group()
     torch.manual_seed(0)
     model: Any = Breaks()
@@ -195,7 +195,7 @@ def _error_after_the_step(rank: int) -> List[str]:
 
 @pytest.mark.multirank
 def test_ranks_that_disagree_on_a_step_are_refused_until_wrapped_again() -> None:
-    """Catches ranks that go on with different parameters after an error that only one of them has seen."""
+    """Catches ranks that continue with different parameters after an error on only one of them."""
     for rank, errors in enumerate(run_processes(2, _error_after_the_step)):
         assert errors[0] == "" and errors[3] == ""
         assert errors[1] == ("made up" if rank else "")
@@ -203,7 +203,7 @@ def test_ranks_that_disagree_on_a_step_are_refused_until_wrapped_again() -> None
 
 
 def _plain_autograd(rank: int) -> None:
-    """An exception in torch.autograd.grad for something else concerns no other rank."""
+    """Raises an exception in an unrelated torch.autograd.grad on rank 1, then trains on both ranks."""
     bagua.init_process_group()
     model: Any = Breaks().double()
     model.with_bagua([], bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm())
@@ -219,12 +219,12 @@ def _plain_autograd(rank: int) -> None:
 
 @pytest.mark.multirank
 def test_an_exception_in_an_unrelated_gradient_costs_nothing() -> None:
-    """Catches a report on a backward of which the other ranks know nothing: they would lose their step."""
+    """Catches a report on a backward that exists on one rank only: the other ranks would lose their step."""
     run_processes(2, _plain_autograd)
 
 
 def _another_model_first(rank: int) -> Any:
-    """After the exception rank 1 goes on with another model of the same group."""
+    """Continues with another model of the same group after an exception on rank 1."""
     bagua.init_process_group()
     torch.manual_seed(0)
     one: Any = Breaks()
@@ -242,7 +242,7 @@ def _another_model_first(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_another_model_of_the_group_does_not_meet_the_lost_step() -> None:
-    """Catches buckets of one model that are summed with another model's after an exception."""
+    """Catches a sum over the buckets of two models after an exception."""
     (two, one), (two_1, one_1) = run_processes(2, _another_model_first)
     assert all(torch.equal(a, b) for a, b in zip(two, two_1))
     assert all(gradient is None for gradient in one + one_1)
@@ -264,12 +264,12 @@ def _one_rank(rank: int, place: str) -> None:
 @pytest.mark.multirank
 @pytest.mark.parametrize("place", ["between two layers", "late in backward"])
 def test_one_rank_goes_on_as_well(place: str) -> None:
-    """Catches a recovery that looks for other ranks' reports where there are none."""
+    """Catches a recovery that expects reports of other ranks where there is one rank only."""
     run_processes(1, _one_rank, place)
 
 
 def _lost_steps(rank: int, broken_step: int, twice: bool) -> int:
-    """Returns how many of four steps this rank loses, where rank 1 breaks off one late in backward."""
+    """Returns how many of four steps this rank loses when an exception late in backward breaks off one on rank 1."""
     bagua.init_process_group()
     torch.manual_seed(0)
     model: Any = convert_sync_batchnorm(Breaks().double())
@@ -290,12 +290,12 @@ def _lost_steps(rank: int, broken_step: int, twice: bool) -> int:
 
 @pytest.mark.multirank
 def test_recovery_where_graphs_are_walked_twice() -> None:
-    """Catches a failing rank that counts rounds, comes to none, and tells nobody: the others would wait for it."""
+    """Catches a failing rank that counts no open rounds and sends no report: the other ranks would wait for it."""
     assert run_processes(2, _lost_steps, 2, True) == [1, 1]
 
 
 def _late_checks(rank: int) -> int:
-    """Header checks end in the post-backward hook, as on CUDA with the host ahead of the device."""
+    """Ends header checks in the post-backward hook, as on CUDA where the host is ahead of the device."""
     from bagua_syncbn_algo.comm import channel, wire
 
     def check(self: Any, gathered: Tensor, header: Any, point: Any, phase: int) -> None:
@@ -307,5 +307,5 @@ def _late_checks(rank: int) -> int:
 
 @pytest.mark.multirank
 def test_recovery_where_header_checks_come_late() -> None:
-    """Catches an error found after this rank's report: the report of the failing rank is then never read."""
+    """Catches an error found after this rank's report, after which nothing reads the failing rank's report."""
     assert run_processes(2, _late_checks) == [1, 1]

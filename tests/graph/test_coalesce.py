@@ -1,4 +1,4 @@
-"""Coalescing: rounds, exactness against layer by layer, and the user's module as it was."""
+"""Tests of coalescing: rounds, exactness against layer by layer, and the user's module left as it was."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from bagua_syncbn_algo import (
     revert_sync_batchnorm,
     sync_batchnorm_layers,
 )
-from bagua_syncbn_algo.graph import coalesce as coalesce_module
+from bagua_syncbn_algo.graph import forward as forward_module
 from bagua_syncbn_algo.graph.verify import UNDECIDED
 
-# Built here: ranks are threads, and one that draws random numbers while another traces would be taken for the model.
+# Built here: ranks are threads, and a trace takes another thread's random draws for draws of the model.
 ONE_BLOCK, TWO_BLOCKS = models.Inception(4, blocks=1), models.Inception(4, blocks=2)
-# What the structure of each model says: see the models' own text.
+# Layers and levels of each model, by the structure that its docstring describes.
 LEVELS = {"ResNet": (20, 17), "Inception": (55, 19), "HighResolution": (136, 38), "Pyramid": (13, 7), "Dense": (6, 6)}
 
 
@@ -63,9 +63,10 @@ def coalesced_and_not(model: nn.Module, group: Any, **options: Any) -> Tuple[nn.
 
 
 def same(first: nn.Module, second: nn.Module, tolerance: float) -> None:
-    """Gradients and buffers of both: the gradient's difference relative to its norm; tensor by tensor ten times that.
+    """Compares buffers, the gradient relative to its norm, and each gradient tensor with ten times the tolerance.
 
-    By tensor the largest value counts, and a tenth of the largest of all: some gradients are zero but for rounding.
+    The difference of a tensor is relative to its largest value, but at least to a tenth of the largest value of all
+    tensors: some gradients are zero up to rounding.
     """
     largest = max(float(p.grad.abs().max()) for p in second.parameters() if p.grad is not None)
     difference = norm = 0.0
@@ -88,9 +89,9 @@ def same(first: nn.Module, second: nn.Module, tolerance: float) -> None:
 @pytest.mark.parametrize("name", list(LEVELS))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_as_many_rounds_as_levels_and_the_same_gradients(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Catches a level too many, and gradients or running statistics that regrouping has changed.
+    """Catches an extra level, and gradients or running statistics that regrouping changes.
 
-    Both run the same kernels on the same numbers; branches' gradients may be added up in another order.
+    Both models run the same kernels on the same numbers. Gradients of branches may be summed in another order.
     """
     batches = images(dtype)
     model = build(name, dtype)
@@ -108,18 +109,18 @@ def test_as_many_rounds_as_levels_and_the_same_gradients(name: str, dtype: torch
             with torch.no_grad():
                 for p, q in zip(ours.parameters(), theirs.parameters()):
                     p -= 0.01 * p.grad  # type: ignore[operator]
-                    q.copy_(p)  # from the same place again: a difference in the last bit would grow with the steps
+                    q.copy_(p)  # equal again: a difference in the last bit would grow over the steps
         return counts, plan_of(ours)
 
     for counts, plan in run_threads(2, body):
         layers, levels = LEVELS[name]
         assert (plan.layers, plan.rounds_forward, plan.rounds_backward) == (layers, levels, levels)
-        # Both share one channel: the differences are each model's own.
+        # Both models share one channel: the difference of its counter belongs to the model that has just run.
         assert counts[2:] == [2 * levels, 2 * layers] * 2
 
 
 class Branches(nn.Module):
-    """Branches of other channels, dtypes, modes; one without gradient, one whose output nobody uses."""
+    """Branches that differ in channels, dtype and mode; one has no gradient, and one has an unused output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class Branches(nn.Module):
 @pytest.mark.multirank
 @pytest.mark.parametrize("frozen", [False, True])
 def test_unlike_branches_share_a_round(frozen: bool) -> None:
-    """Catches a message that assumes one dtype or eps, gradients for unused outputs, and a frozen layer's move."""
+    """Catches a message that assumes one dtype or eps, gradients for unused outputs, and an updated frozen layer."""
     x = [torch.randn(3, 4), torch.randn(2, 4)]
     module = Branches()
 
@@ -171,7 +172,7 @@ class OneUsed(nn.Module):
 
 @pytest.mark.multirank
 def test_an_output_that_only_one_rank_uses_still_gets_its_gradient_everywhere() -> None:
-    """Catches a rank that leaves out its part of another rank's loss: layer by layer that was an error, not a sum."""
+    """Catches a rank that omits its part of another rank's gradient: layer by layer, this use raises an error."""
     x = [torch.randn(4, 3, dtype=torch.float64) for _ in range(2)]
     module = OneUsed().double()
 
@@ -190,7 +191,7 @@ def test_an_output_that_only_one_rank_uses_still_gets_its_gradient_everywhere() 
 @pytest.mark.multirank
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_around_a_coalesced_module(reentrant: bool) -> None:
-    """Catches a recomputed round that is exchanged again, or moves the running statistics twice."""
+    """Catches a recomputed round that is exchanged again, or that updates the running statistics twice."""
     x = images(torch.float64, 16)
 
     class Outer(nn.Module):
@@ -235,7 +236,7 @@ class SharedLayer(nn.Module):
 
 @pytest.mark.multirank
 def test_a_shared_layers_running_statistics_move_in_program_order() -> None:
-    """Catches a moving average that weights the earlier application as if it were the later."""
+    """Catches a moving average that weights the earlier application as the later one."""
     x = [torch.randn(4, 3, dtype=torch.float64) for _ in range(2)]
 
     def body(rank: int, group: Any) -> Any:
@@ -249,7 +250,7 @@ def test_a_shared_layers_running_statistics_move_in_program_order() -> None:
 
 
 class InPlace(nn.Module):
-    """Whose second branch reads what the first is about to change, through a view."""
+    """Two branches that read one view, the first before and the second after its memory changes in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,7 +271,7 @@ class InPlace(nn.Module):
 
 @pytest.mark.multirank
 def test_nothing_is_moved_across_an_in_place_operation() -> None:
-    """Catches a layer that is run before its input has been changed, or after."""
+    """Catches an operation that moves across an in-place change of its input, in either direction."""
     x = [torch.randn(4, 4, dtype=torch.float64) for _ in range(2)]
     module = InPlace().double()
 
@@ -311,7 +312,7 @@ class Fused(nn.Module):
 
 @pytest.mark.multirank
 def test_layers_with_a_fused_activation_share_a_round() -> None:
-    """Catches a subclass that is taken for opaque, or whose activation is lost."""
+    """Catches a subclass that is taken for opaque, or that loses its activation."""
     x = images(torch.float64, 4)
     module = Fused().double()
 
@@ -330,7 +331,7 @@ def test_layers_with_a_fused_activation_share_a_round() -> None:
 
 
 def trained(model: nn.Module, x: Tensor) -> int:
-    """Runs two steps (the first one also checks); returns the rounds of the second."""
+    """Runs two steps, the first with the equivalence check; returns the rounds of the second."""
     total(model(x)).backward()
     before = rounds_of(model)
     total(model(x)).backward()
@@ -338,7 +339,7 @@ def trained(model: nn.Module, x: Tensor) -> int:
 
 
 def test_class_keys_and_parameters_stay() -> None:
-    """Catches a wrapper or a GraphModule in the place of the user's object."""
+    """Catches a wrapper or a GraphModule in place of the user's object."""
     model = build("Inception")
     keys, parameters = list(model.state_dict()), list(model.parameters())
     converted = convert_sync_batchnorm(model)
@@ -351,7 +352,7 @@ def test_class_keys_and_parameters_stay() -> None:
 @pytest.mark.multirank
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_copies_are_still_coalesced(way: str) -> None:
-    """Catches a copy that runs the original's layers, or has lost its plan."""
+    """Catches a copy that runs the original's layers, or that loses its plan."""
     x = images(size=16)
 
     def body(rank: int, group: Any) -> Any:
@@ -385,7 +386,7 @@ def test_copies_are_still_coalesced(way: str) -> None:
 
 @pytest.mark.multirank
 def test_a_head_replaced_after_conversion_is_used_and_evaluation_is_as_written() -> None:
-    """Catches a graph that holds the submodules of the time when it was made."""
+    """Catches a graph that keeps the submodules with which it was traced."""
     x = images(size=16)
     heads = nn.Sequential(nn.Linear(16, 7), nn.BatchNorm1d(7)), nn.Linear(16, 3)
 
@@ -411,7 +412,7 @@ def test_a_head_replaced_after_conversion_is_used_and_evaluation_is_as_written()
 
 @pytest.mark.multirank
 def test_hooks_fire_as_often_as_before() -> None:
-    """Catches hooks that a regrouped forward goes past: on layers, leaves, containers and the model itself."""
+    """Catches hooks that a regrouped forward skips: on layers, leaves, containers and the model itself."""
     x = images(size=16)
 
     def body(rank: int, group: Any) -> Any:
@@ -459,7 +460,7 @@ def test_backward_hooks_of_a_layer_see_its_gradients() -> None:
 
 @pytest.mark.multirank
 def test_modes_of_submodules_and_moves_after_conversion() -> None:
-    """Catches a graph of another mode, and one that keeps tensors of the old dtype."""
+    """Catches a graph traced in other modes, and a graph that keeps tensors of the old dtype."""
     x = images(size=16)
 
     def body(rank: int, group: Any) -> Any:
@@ -483,7 +484,7 @@ def test_modes_of_submodules_and_moves_after_conversion() -> None:
 
 @pytest.mark.multirank
 def test_revert_and_converting_again() -> None:
-    """Catches a reverted model that still has a forward of ours."""
+    """Catches a reverted model that still has the coalesced forward."""
     model = convert_sync_batchnorm(build("Inception"))
     assert "forward" in model.__dict__
     convert_sync_batchnorm(model, coalesce=False)
@@ -494,7 +495,7 @@ def test_revert_and_converting_again() -> None:
 
 
 def test_the_switch(monkeypatch: Any, caplog: Any) -> None:
-    """Catches a variable that is not read, and a conversion that does not say what it did."""
+    """Catches an environment variable that is not read, and a conversion that does not log its result."""
     caplog.set_level(logging.INFO)
     assert "forward" in convert_sync_batchnorm(build("Pyramid")).__dict__
     assert "coalesced Pyramid: layers 13, rounds forward 7, backward 7" in caplog.text
@@ -510,7 +511,7 @@ def test_the_switch(monkeypatch: Any, caplog: Any) -> None:
 
 
 class Flagged(nn.Module):
-    """A plain attribute decides: what no trace can see."""
+    """A module whose plain attribute a trace takes for a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -523,7 +524,7 @@ class Flagged(nn.Module):
 
 @pytest.mark.multirank
 def test_a_graph_that_differs_on_one_rank_is_given_up_on_all() -> None:
-    """Catches a check whose outcome stays on one rank: the others would wait in other rounds."""
+    """Catches a check whose result stays on one rank: the other ranks would wait in other rounds."""
     x = [torch.randn(4, 3) for _ in range(2)]
 
     def body(rank: int, group: Any) -> Any:
@@ -535,7 +536,7 @@ def test_a_graph_that_differs_on_one_rank_is_given_up_on_all() -> None:
         z = reference(torch.cat(x)) * (1 + (1 if rank == 0 else 2) * 1.0)
         torch.testing.assert_close(y, z[4 * rank : 4 * rank + 4], rtol=1e-4, atol=1e-4)
         rounds = trained(model, x[rank])
-        # The remedy for a changed attribute, on every rank.
+        # Converting again on every rank is the remedy for a changed attribute.
         model.factor = 2.0  # type: ignore[assignment]
         convert_sync_batchnorm(model)
         return rounds, trained(model, x[rank])
@@ -545,7 +546,7 @@ def test_a_graph_that_differs_on_one_rank_is_given_up_on_all() -> None:
 
 
 def test_a_difference_is_found_at_conversion_with_example_inputs() -> None:
-    """Catches example inputs that are only traced: the class draws from a counter that no trace sees."""
+    """Catches example inputs that are traced and not compared: no trace sees the counter of this forward."""
     calls = [0]
 
     class Counting(Flagged):
@@ -560,7 +561,7 @@ def test_a_difference_is_found_at_conversion_with_example_inputs() -> None:
 
 @pytest.mark.multirank
 def test_ranks_with_other_plans_are_told_the_first_difference() -> None:
-    """Catches a rank that coalesces alone: its messages would be another's layers."""
+    """Catches a rank that coalesces while others do not: its messages would hold other layers than theirs."""
     x = torch.randn(4, 3)
 
     def body(rank: int, group: Any) -> Any:
@@ -575,7 +576,7 @@ def test_ranks_with_other_plans_are_told_the_first_difference() -> None:
 
 @pytest.mark.multirank
 def test_bad_input_in_a_round_names_the_layer_on_both_ranks() -> None:
-    """Catches a rank that waits in a round which the other has left with an error."""
+    """Catches a rank that waits in a round that the other rank has left with an error."""
     x = torch.randn(4, 3)
 
     def body(rank: int, group: Any) -> Any:
@@ -591,7 +592,7 @@ def test_bad_input_in_a_round_names_the_layer_on_both_ranks() -> None:
 
 @pytest.mark.multirank
 def test_ranks_with_one_image_or_none() -> None:
-    """Catches a check of the first batch that needs what only the whole batch has."""
+    """Catches a check of the first batch that needs values of the whole batch."""
     x = torch.randn(4, 3)
 
     def body(rank: int, group: Any) -> Any:
@@ -605,7 +606,7 @@ def test_ranks_with_one_image_or_none() -> None:
 
 
 class Pooled(nn.Module):
-    """As in DeepLab: one value per channel and image."""
+    """A branch as in DeepLab, with one value per channel and image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -618,7 +619,7 @@ class Pooled(nn.Module):
 
 @pytest.mark.multirank
 def test_one_image_a_rank_pooled_to_one_value() -> None:
-    """Catches a check of the first batch that fails forever, and costs two forwards in every step."""
+    """Catches a check of the first batch that fails at every step and costs two forwards each time."""
     x = [torch.randn(1, 3, 4, 4) for _ in range(2)]
 
     def body(rank: int, group: Any) -> Any:
@@ -630,9 +631,9 @@ def test_one_image_a_rank_pooled_to_one_value() -> None:
 
 @pytest.mark.multirank
 def test_what_cannot_be_checked_stays_as_written(monkeypatch: Any) -> None:
-    """Catches a forward that nobody has compared, and a comparison that is tried for ever."""
+    """Catches a regrouped forward that runs without a comparison, and a comparison that is tried forever."""
     x = torch.randn(4, 3)
-    monkeypatch.setattr(coalesce_module, "check_equivalence", lambda *unused: (UNDECIDED, ""))
+    monkeypatch.setattr(forward_module, "check_equivalence", lambda *unused: (UNDECIDED, ""))
 
     def body(rank: int, group: Any) -> Any:
         model = convert_sync_batchnorm(Flagged(), group)
@@ -665,13 +666,13 @@ def _hosts(rank: int) -> Optional[Dict[str, int]]:
             step(name, model)
     channel = wrapped.bagua_algorithm.channel
     assert len(channel.buckets) == 3  # a registered tensor for each message, and no other
-    assert all(bucket.tensors[0].any() for bucket in channel.buckets), "a registered tensor that never travels"
+    assert all(bucket.tensors[0].any() for bucket in channel.buckets), "a registered tensor that is never sent"
     for p, q in zip(ddp.parameters(), wrapped.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
+    # Each rank normalizes by itself; the only round pools the world's running statistics.
     local: Any = convert_sync_batchnorm(models.Inception(4, blocks=1))
     local.with_bagua([], SyncBatchNormAlgorithm(normalize_over="rank"))
     step("rank", local)
-    # Exact in groups of one's own, with the running statistics of the world.
     compiled = torch.compile(convert_sync_batchnorm(models.Inception(4, blocks=1)), backend="eager")
     for _ in range(2):
         step("compiled", compiled)
@@ -682,7 +683,7 @@ def _hosts(rank: int) -> Optional[Dict[str, int]]:
 
 @pytest.mark.multirank
 def test_under_ddp_under_bagua_and_compiled() -> None:
-    """Catches a host that goes past the regrouped forward, and a compiled model that fails."""
+    """Catches a host that bypasses the regrouped forward, and a compiled model that fails."""
     for counts in run_processes(2, _hosts):
         assert counts == {"ddp": 6, "bagua": 6, "rank": 1, "compiled": 6}
 
@@ -700,7 +701,7 @@ def _groups(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_rounds_in_groups_leave_the_worlds_running_statistics() -> None:
-    """Catches a round that forgets to pool its layers' moments."""
+    """Catches a round that does not pool its layers' moments."""
     results = run_processes(4, _groups)
     for buffers, rounds in results:
         assert rounds == 4
@@ -710,7 +711,7 @@ def test_rounds_in_groups_leave_the_worlds_running_statistics() -> None:
 
 
 def test_layers_of_a_round_are_named() -> None:
-    """Catches a plan whose names lead nowhere."""
+    """Catches a plan with names that no layer has."""
     model = convert_sync_batchnorm(build("Pyramid"))
     names = {layer.sync_name for layer in sync_batchnorm_layers(model)}
     assert {name for planned in plan_of(model).rounds for name in planned.layers} == names

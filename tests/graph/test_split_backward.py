@@ -1,4 +1,4 @@
-"""The overlapped backward round: the order, bitwise the same gradients, and everything that autograd's users do."""
+"""Tests of the overlapped backward round: the order, bitwise equal gradients, and what users do with autograd."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bagua_syncbn_algo import (
     record_rounds,
     sync_batchnorm_layers,
 )
-from bagua_syncbn_algo.comm.channel import TWO_RANK_STUB
+from bagua_syncbn_algo.comm.local import TWO_RANK_STUB
 from bagua_syncbn_algo.comm.wire import BACKWARD, sync_point
 from bagua_syncbn_algo.graph import split_backward as overlap_module
 from bagua_syncbn_algo.graph.split_backward import DeferrableLayer, DeferrableLayers, apply_split, why_unsplittable
@@ -34,12 +34,12 @@ from bagua_syncbn_algo.ops.deferred import DeferredGrad
 
 @pytest.fixture(autouse=True)
 def _split_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models here are small; what is too small to be worth it would not be split."""
+    """Splits every layer: the models here are so small that their layers would not be split otherwise."""
     monkeypatch.setattr(overlap_module, "WORTHWHILE", 0.0)
 
 
 class Alone(type(TWO_RANK_STUB)):  # type: ignore[misc]
-    """A channel of one rank that plays two, and notes what happens."""
+    """A channel of one rank that acts as two and records its events."""
 
     trial = False
 
@@ -135,24 +135,24 @@ LAYERS: Dict[str, Tuple[Callable[[], nn.Module], Tuple[int, ...]]] = {
 def split_and_whole(layer: nn.Module, x: Tensor, context: Callable[[], Any], splits: bool = True) -> List[List[Any]]:
     found = []
     for split in (True, False):
-        twin, leaf = copy.deepcopy(layer), x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        replica, leaf = copy.deepcopy(layer), x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         with context():
             scaled = leaf * 1.0
             if split:
-                followers = DeferrableLayers([DeferrableLayer("layer")], [twin])
-                assert (followers.defer([leaf], x.device, "round") is not None) == splits
-                output = apply_split(twin, scaled, followers, 0)
+                deferrable = DeferrableLayers([DeferrableLayer("layer")], [replica])
+                assert (deferrable.defer([leaf], x.device, "round") is not None) == splits
+                output = apply_split(replica, scaled, deferrable, 0)
             else:
-                output = twin(scaled)
+                output = replica(scaled)
         output.backward(torch.linspace(-1, 1, output.numel()).view_as(output).to(output.dtype))
-        found.append([output, leaf.grad, *gradients(twin)])
+        found.append([output, leaf.grad, *gradients(replica)])
     return found
 
 
 @pytest.mark.parametrize("kind", list(LAYERS))
 @pytest.mark.parametrize("variant", ["float32", "float64", "bfloat16", "channels_last", "autocast", "frozen bias"])
 def test_a_split_layer_is_bitwise_the_same(kind: str, variant: str) -> None:
-    """Catches a geometry argument that is lost, a bias forgotten, a cast in another place than autocast's."""
+    """Catches a lost geometry argument, a lost bias, and a cast where autocast has none."""
     make, shape = LAYERS[kind]
     layer, x = make(), torch.randn(shape)
     if variant in ("float64", "bfloat16"):
@@ -167,7 +167,7 @@ def test_a_split_layer_is_bitwise_the_same(kind: str, variant: str) -> None:
 
 
 def test_a_sequence_that_is_not_contiguous_keeps_its_kernel() -> None:
-    """Catches a copy to two dimensions where F.linear multiplies and adds the bias in two steps: other last bits."""
+    """Catches a copy to two dimensions where F.linear adds the bias in a second step: the last bits would differ."""
     layer, x = nn.Linear(64, 48).double(), torch.randn(4, 64, 49).double().transpose(1, 2)
     same(*split_and_whole(layer, x, torch.enable_grad))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -175,7 +175,7 @@ def test_a_sequence_that_is_not_contiguous_keeps_its_kernel() -> None:
 
 
 def test_a_frozen_weight_needs_no_split() -> None:
-    """Catches a deferral without any gradient to defer, which autograd would refuse."""
+    """Catches a deferred gradient without tensors that require one, which autograd would refuse."""
     layer = nn.Conv2d(3, 3, 1).requires_grad_(False)
     same(*split_and_whole(layer, torch.randn(1, 3, 2, 2), torch.enable_grad, splits=False))
 
@@ -201,7 +201,7 @@ def _patched() -> nn.Module:
     return layer
 
 
-# How it is made, why it is not split, and what the plan says of it.
+# By kind: the constructor, why the layer is not split, and the reason in the plan.
 WHOLE: Dict[str, Tuple[Callable[[], nn.Module], str, str]] = {
     "subclass": (lambda: _Subclass(3, 3, 3, padding=1), "is a _Subclass", "calls conv2d as a function"),
     "parametrized": (
@@ -221,7 +221,7 @@ WHOLE: Dict[str, Tuple[Callable[[], nn.Module], str, str]] = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("kind", list(WHOLE))
 def test_what_does_more_than_a_plain_layer_runs_whole_and_is_named(kind: str) -> None:
-    """Catches a split that skips hooks, a parametrization (whose type alone tells it) or a subclass's own forward."""
+    """Catches a split that skips hooks, a parametrization (which only the type shows) or a subclass's own forward."""
     make, reason, said = WHOLE[kind]
     found = []
     x = torch.randn(2, 3, 5, 5)
@@ -240,7 +240,7 @@ def test_what_does_more_than_a_plain_layer_runs_whole_and_is_named(kind: str) ->
 
 
 def test_a_hook_registered_after_conversion_fires() -> None:
-    """Catches a split decided once, at conversion."""
+    """Catches a split that is decided at conversion only."""
     model, _ = alone(Net())
     calls = []
     model.conv2.register_forward_hook(lambda *_: calls.append("forward"))
@@ -253,7 +253,7 @@ def test_a_hook_registered_after_conversion_fires() -> None:
 
 
 def test_the_engine_overlaps_every_round(mocker: MockerFixture) -> None:
-    """Catches nodes created in another order: then a round is waited for before the weight gradient is computed."""
+    """Catches nodes created in another order: backward would wait for a round before the weight gradient."""
     model, channel = alone(Net())
     x = torch.randn(2, 3, 6, 6)
     total(model(x)).backward()
@@ -279,7 +279,7 @@ def test_the_engine_overlaps_every_round(mocker: MockerFixture) -> None:
 
 
 def test_a_round_in_flight_gets_the_core_before_what_it_overlaps_with(mocker: MockerFixture) -> None:
-    """Catches a message that its threads, which give way, send on only when the weight gradient is done."""
+    """Catches a message that the group's yielding threads send only after the weight gradient."""
     model, channel = alone(Net())
     total(model(torch.randn(2, 3, 6, 6))).backward()
     mocker.patch.object(functional_module, "yield_core", lambda: channel.events.append("yield"))
@@ -294,7 +294,7 @@ def test_a_round_in_flight_gets_the_core_before_what_it_overlaps_with(mocker: Mo
 
 
 def test_forward_makes_its_nodes_while_the_statistics_travel(mocker: MockerFixture) -> None:
-    """Catches Python that runs after a wait, where it could run in it, or before the message has had the core."""
+    """Catches Python code that runs after a wait instead of during it, or before the core is yielded to the message."""
     model, channel = alone(Net())
     total(model(torch.randn(2, 3, 6, 6))).backward()
     channel.events.clear()
@@ -311,7 +311,7 @@ def test_forward_makes_its_nodes_while_the_statistics_travel(mocker: MockerFixtu
 
 
 def test_a_recomputed_forward_keeps_the_core(mocker: MockerFixture) -> None:
-    """Catches a core given away, in the middle of backward, for statistics that do not travel a second time."""
+    """Catches a core yielded in the middle of backward for statistics that are not sent a second time."""
     model, channel = alone(Net())
     total(model(torch.randn(2, 3, 6, 6))).backward()
     channel.events.clear()
@@ -325,7 +325,7 @@ def test_a_recomputed_forward_keeps_the_core(mocker: MockerFixture) -> None:
 
 
 def test_plans_name_what_a_round_overlaps_with() -> None:
-    """Catches a plan that does not say what was done."""
+    """Catches a plan that does not name the split layers."""
     plan = plan_of(convert_sync_batchnorm(Net()))
     assert [planned.overlapped_with for planned in plan.rounds] == [("Net.conv2",), ("Net.head",)]
     assert plan.rounds_overlapped == plan.rounds_backward == 2
@@ -334,9 +334,9 @@ def test_plans_name_what_a_round_overlaps_with() -> None:
 
 
 def test_small_layers_are_not_split_twice(monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture) -> None:
-    """Catches 0.1 ms spent on hiding a gradient of 0.01 ms, and a choice that a recomputation makes otherwise.
+    """Catches 0.1 ms spent to overlap a gradient of 0.01 ms, and a decision that differs in a recomputation.
 
-    The first forward shows the sizes. A batch of another size between a forward and its recomputation changes nothing.
+    The first forward decides by its sizes. A later batch of another size, here checkpointed, does not change that.
     """
     monkeypatch.setattr(overlap_module, "WORTHWHILE", 5e6)
     model, _ = alone(Net())
@@ -356,7 +356,7 @@ def test_small_layers_are_not_split_twice(monkeypatch: pytest.MonkeyPatch, mocke
 
 
 def test_parameter_hooks_fire_once_and_in_backward() -> None:
-    """Catches a gradient that is written behind autograd's back, or given in two parts."""
+    """Catches a gradient that is written outside of autograd, or accumulated in two parts."""
     model, _ = alone(Net())
     x = torch.randn(2, 3, 6, 6)
     total(model(x)).backward()
@@ -456,7 +456,7 @@ USES: Dict[str, Callable[[nn.Module, Tensor], None]] = {
 @pytest.mark.parametrize("use", list(USES))
 @pytest.mark.parametrize("build", [Net, Twice])
 def test_the_same_gradients_whatever_the_use(build: Callable[[], nn.Module], use: str) -> None:
-    """Catches a gradient lost, doubled or taken from another pass: bitwise, three steps, against overlap=False."""
+    """Catches a gradient lost, doubled or taken from another pass, bitwise over three steps against overlap=False."""
     start = build()
     ours, theirs = alone(copy.deepcopy(start))[0], alone(copy.deepcopy(start), overlap=False)[0]
     for _ in range(3):
@@ -471,7 +471,7 @@ def test_the_same_gradients_whatever_the_use(build: Callable[[], nn.Module], use
 
 
 def test_a_layers_own_gradients_do_not_wait_for_the_round() -> None:
-    """Catches hooks and gradient buckets that come after a wait, where they could be in it."""
+    """Catches hooks and gradient buckets that run after the wait instead of while the round is in flight."""
     model, channel = alone(Net())
     x = torch.randn(2, 3, 6, 6)
     total(model(x)).backward()
@@ -484,7 +484,7 @@ def test_a_layers_own_gradients_do_not_wait_for_the_round() -> None:
 
 
 def test_gradients_of_a_layers_own_parameters_alone() -> None:
-    """Catches a round that was launched, and that nobody ends because nobody wants the input's gradient."""
+    """Catches a launched round that is never waited for, because the input's gradient is not requested."""
     start, x = Net(), torch.randn(2, 3, 6, 6)
     found = []
     for overlap in (True, False):
@@ -500,7 +500,7 @@ def test_gradients_of_a_layers_own_parameters_alone() -> None:
 
 @pytest.mark.parametrize("frozen", ["conv1", "bn1", "conv2", "bn2", "head"])
 def test_frozen_layers(frozen: str) -> None:
-    """Catches a deferral that waits for a gradient that nobody wants."""
+    """Catches a deferred gradient that waits for a gradient that is not computed."""
     start = Net()
     start.get_submodule(frozen).requires_grad_(False)
     ours, theirs = alone(copy.deepcopy(start))[0], alone(copy.deepcopy(start), overlap=False)[0]
@@ -511,7 +511,7 @@ def test_frozen_layers(frozen: str) -> None:
 
 
 def test_gradients_of_inputs_only_hold_nothing(mocker: MockerFixture) -> None:
-    """Catches activations that wait, as long as the loss lives, for weight gradients that nobody asked for."""
+    """Catches activations held as long as the loss exists, for weight gradients that are not requested."""
     model, _ = alone(Net())
     x = torch.randn(2, 3, 6, 6, requires_grad=True)
     total(model(x)).backward()
@@ -526,11 +526,11 @@ def test_gradients_of_inputs_only_hold_nothing(mocker: MockerFixture) -> None:
     loss = total(model(x))
     torch.autograd.grad(loss, x)
     assert len(made) == 4
-    assert all(deferral._node.compute is None for deferral in made)
+    assert all(deferred_grad._node.compute is None for deferred_grad in made)
 
 
 class Heads(nn.Module):
-    """Two heads behind one layer."""
+    """Two heads after one layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -543,7 +543,7 @@ class Heads(nn.Module):
 
 
 class _FirstOnly(torch.autograd.Function):
-    """Reaches both heads and gives the second one no gradient, as DDP does where it looks for unused parameters."""
+    """Takes both heads and gives the second one no gradient, as DDP does when it looks for unused parameters."""
 
     @staticmethod
     def forward(ctx: Any, one: Tensor, two: Tensor) -> Tensor:
@@ -556,7 +556,7 @@ class _FirstOnly(torch.autograd.Function):
 
 
 def test_a_head_that_no_loss_uses_is_left_alone() -> None:
-    """Catches hooks on weights without a gradient, and zeros where there is none, which momentum would take."""
+    """Catches hooks called without a gradient, and zeros instead of None, by which momentum would move the weight."""
     model, _ = alone(Heads())
     x = torch.randn(2, 3, 6, 6)
     total(model(x)).backward()
@@ -570,7 +570,7 @@ def test_a_head_that_no_loss_uses_is_left_alone() -> None:
 
 
 def test_gradients_of_a_follower_start_no_round() -> None:
-    """Catches a deferred weight gradient that drags the round with it: a rank that asks for it alone would hang."""
+    """Catches a deferred weight gradient that starts the round: a rank that requests it alone would hang."""
     model, channel = alone(Net())
     x = torch.randn(2, 3, 6, 6)
     total(model(x)).backward()
@@ -582,7 +582,7 @@ def test_gradients_of_a_follower_start_no_round() -> None:
 
 
 def test_a_gradient_penalty_is_told_how_to_go_on() -> None:
-    """Catches second derivatives that are silently without the deferred gradients (seen in a prototype)."""
+    """Catches second derivatives that silently omit the deferred gradients (seen in a prototype)."""
     model, _ = alone(Net())
     x = torch.randn(2, 3, 6, 6, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"without create_graph through .*overlap=False\) or BAGUA_SYNCBN_OVERLAP=0"):
@@ -592,7 +592,7 @@ def test_a_gradient_penalty_is_told_how_to_go_on() -> None:
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a switch that the environment cannot turn, and one that promises what cannot be."""
+    """Catches an option that the environment does not set, and one accepted where overlap is impossible."""
     monkeypatch.setenv("BAGUA_SYNCBN_OVERLAP", "0")
     assert plan_of(convert_sync_batchnorm(Net())).rounds_overlapped == 0
     assert plan_of(convert_sync_batchnorm(Net(), overlap=True)).rounds_overlapped == 2
@@ -613,7 +613,7 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", ["ResNet", "Inception", "HighResolution", "Pyramid", "Dense"])
 def test_models_have_bitwise_the_same_gradients(name: str) -> None:
-    """Catches a weight gradient computed from another place's input, and rounds that ranks start in other orders."""
+    """Catches a weight gradient computed from the input of another call, and rounds in another order on a rank."""
     start = getattr(models, name)(4)
     batches = [torch.randn(2 + rank, 3, 32, 32) for rank in range(2)]
 
@@ -628,13 +628,13 @@ def test_models_have_bitwise_the_same_gradients(name: str) -> None:
         return plan_of(ours)
 
     for plan in run_threads(2, body):
-        # The pyramid's shared head is applied three times: in which order its gradients are added up must not change.
+        # The pyramid's shared head is applied three times: the order in which its gradients are summed must not change.
         assert plan.rounds_overlapped == (4 if name == "Pyramid" else plan.rounds_backward) > 0
 
 
 @pytest.fixture
 def faults(mocker: MockerFixture) -> Dict[int, str]:
-    """Of which layer the weight gradient fails, by the rank of the thread: as for want of memory."""
+    """Maps the rank of a thread to the layer whose weight gradient fails, as when memory runs out."""
     layers: Dict[int, str] = {}
     usual = overlap_module._cast
 
@@ -651,7 +651,7 @@ _rank_of_thread = threading.local()
 
 @pytest.mark.multirank
 def test_an_error_in_the_middle_of_backward_on_all_ranks(faults: Dict[int, str]) -> None:
-    """Catches a message that stays in flight: the next step then gets the statistics of this one."""
+    """Catches a message that stays in flight: the next step would get the statistics of this one."""
     start = Net()
     batches = [torch.randn(2, 3, 6, 6) for _ in range(2)]
 
@@ -661,7 +661,7 @@ def test_an_error_in_the_middle_of_backward_on_all_ranks(faults: Dict[int, str])
         theirs = convert_sync_batchnorm(copy.deepcopy(start), group, overlap=False)
         total(ours(batches[rank])).backward()
         total(theirs(batches[rank])).backward()
-        for failing in ("head", "conv2"):  # while the round of bn2, of bn1 is in flight
+        for failing in ("head", "conv2"):  # while the round of bn2, then of bn1, is in flight
             faults[rank] = failing
             with pytest.raises(ZeroDivisionError):
                 total(ours(batches[rank])).backward()
@@ -677,7 +677,7 @@ def test_an_error_in_the_middle_of_backward_on_all_ranks(faults: Dict[int, str])
 
 @pytest.mark.multirank
 def test_an_error_in_the_middle_of_backward_on_one_rank(faults: Dict[int, str]) -> None:
-    """Catches a rank that goes on alone, and one that hangs: all ranks fail, and hear where the others were."""
+    """Catches a rank that continues alone, and one that hangs: every rank must fail and name where the others were."""
     start = Net()
     batches = [torch.randn(2, 3, 6, 6) for _ in range(2)]
 
@@ -700,7 +700,7 @@ def test_an_error_in_the_middle_of_backward_on_one_rank(faults: Dict[int, str]) 
 
 @pytest.mark.multirank
 def test_an_error_while_forward_makes_its_nodes(mocker: MockerFixture) -> None:
-    """Catches a rank that fails with its message under way, and leaves the others to a timeout in the next round."""
+    """Catches a rank that fails with its message in flight, and leaves the others to a timeout in the next round."""
     start = Net()
     batches = [torch.randn(2, 3, 6, 6) for _ in range(2)]
     fails = [False, False]
@@ -744,7 +744,7 @@ def _ddp(rank: int, unused: bool) -> Any:
 @pytest.mark.multirank
 @pytest.mark.parametrize("unused", [False, True])
 def test_distributed_data_parallel(unused: bool) -> None:
-    """Catches a reducer that does not see a deferred gradient, or marks its weight as unused."""
+    """Catches a reducer that misses a deferred gradient, or that marks its weight as unused."""
     same(*run_processes(2, _ddp, unused))
 
 
@@ -773,7 +773,7 @@ def _bagua(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_with_bagua() -> None:
-    """Catches Bagua's hooks that miss a deferred gradient, and rounds whose end nobody noted."""
+    """Catches Bagua hooks that miss a deferred gradient, and rounds whose end is not recorded."""
     same(*run_processes(2, _bagua))
 
 
@@ -788,7 +788,7 @@ def _behind_gradients(rank: int) -> Any:
 
             def init_operations(ddp: Any, bucket: Any) -> None:
                 usual(ddp, bucket)
-                # The first bucket of a step holds the communication thread until the statistics have passed it.
+                # The first bucket of a step blocks the communication thread until all statistics are exchanged.
                 bucket.append_python_op(lambda name: None if released.wait(30) else 1 / 0, group=process_group)
 
             live.init_operations = init_operations
@@ -797,7 +797,7 @@ def _behind_gradients(rank: int) -> Any:
     torch.manual_seed(rank)
     model: Any = convert_sync_batchnorm(Net())
     model.with_bagua([], SyncBatchNormAlgorithm(Slow()))
-    model.conv1.weight.register_hook(lambda grad: released.set())  # the last gradient: all rounds have been
+    model.conv1.weight.register_hook(lambda grad: released.set())  # the last gradient: all rounds have ended
     with record_rounds() as rounds:
         total(model(torch.randn(2, 3, 6, 6))).backward()
     return [(r.layers, r.phase, r.finish is not None) for r in rounds], released.is_set()
@@ -805,7 +805,7 @@ def _behind_gradients(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_statistics_pass_gradients_in_flight() -> None:
-    """Catches statistics on the gradients' group or queue: here they would wait for a bucket that waits for them."""
+    """Catches statistics on the gradients' group or queue: a round would wait for a bucket that waits for the round."""
     for rounds, released in run_processes(2, _behind_gradients):
         assert released
         backward = [(layers, done) for layers, phase, done in rounds if phase == "backward"]

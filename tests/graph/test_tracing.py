@@ -1,4 +1,4 @@
-"""What torch.fx drops or bakes in without a word: each is found, named, and costs nothing but rounds."""
+"""Tests of forwards that torch.fx silently traces wrong: each is found and named, and costs only rounds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bagua_syncbn_algo.graph.tracing import CallPattern, trace
 
 
 class Pair(nn.Module):
-    """Two layers that could share a round, if their forward could be traced."""
+    """Two layers that could share a round if the forward could be traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Double(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * 7  # not what a trace through forward would give
+        return grad * 7  # differs from the gradient of a trace through forward
 
 
 class OwnFunction(Pair):
@@ -139,7 +139,7 @@ class OwnFunction(Pair):
         return self.both(Double.apply(x))
 
 
-captured = Double.apply  # as most do, once for all
+captured = Double.apply  # bound once at import, as in most code
 
 
 class CapturedFunction(Pair):
@@ -255,7 +255,7 @@ REASONS = [
 
 @pytest.mark.parametrize(("build", "reason"), REASONS, ids=[build.__name__ for build, _ in REASONS])
 def test_a_trap_is_named_and_the_module_left(build: Callable[[], nn.Module], reason: str) -> None:
-    """Catches each silent loss: the plan would show one round, and training would go wrong."""
+    """Catches a construct that tracing drops silently: the plan would show one round, and training would be wrong."""
     module = build()
     before = {name: value for name, value in module.__dict__.items() if name != "_modules"}
     random_state, torch_state = random.getstate(), torch.get_rng_state()
@@ -264,14 +264,14 @@ def test_a_trap_is_named_and_the_module_left(build: Callable[[], nn.Module], rea
     ((name, why),) = plan.skipped
     assert name == type(module).__name__
     assert re.search(reason, why), why
-    # Nothing of the attempt remains: no Proxy, no count, no random number used up.
+    # The attempt leaves no Proxy, no changed counter and no consumed random number.
     assert all(module.__dict__[name] is value for name, value in before.items())
     assert not module.memory.any() and not module.seen  # type: ignore[union-attr, operator]
     assert random.getstate() == random_state and torch.equal(torch.get_rng_state(), torch_state)
 
 
 class Around(nn.Module):
-    """A model that could be traced, with a part that cannot."""
+    """A traceable model around a part that may be untraceable."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ class Around(nn.Module):
 @pytest.mark.multirank
 @pytest.mark.parametrize("inner", [NoGrad, Autocast, Checkpoint, Counter, LayerDrop, Branching, OwnFunction])
 def test_around_an_untraceable_part_the_rest_is_regrouped(inner: Type[nn.Module]) -> None:
-    """Catches one bad part that costs the whole model its rounds, or is run in another way than layer by layer."""
+    """Catches an untraceable part that keeps the whole model uncoalesced, or that does not run layer by layer."""
     model = Around(inner()).double()
     x = [torch.randn(4, 3, dtype=torch.float64) for _ in range(2)]
 
@@ -310,7 +310,7 @@ def test_around_an_untraceable_part_the_rest_is_regrouped(inner: Type[nn.Module]
 
 
 def test_the_largest_traceable_submodules_of_an_untraceable_model() -> None:
-    """Catches a model given up whole because its outermost forward has a context."""
+    """Catches a model left uncoalesced as a whole because its outermost forward enters a context."""
 
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -332,12 +332,12 @@ def test_the_largest_traceable_submodules_of_an_untraceable_model() -> None:
 
 
 class Faithful(Pair):
-    """What torch.fx by itself would get wrong, and need not."""
+    """Operations that torch.fx alone traces wrong, and that can be traced right."""
 
     def forward(self, x: Tensor, mask: Any = None, scale: float = 1.0) -> Tensor:
         y = x * 1
         other = y
-        y += 1  # in place: `other` sees it
+        y += 1  # in place: `other` changes too
         self.steps.add_(1)  # type: ignore[operator]
         y = self.both(other)
         if mask is not None:
@@ -347,7 +347,7 @@ class Faithful(Pair):
 
 @pytest.mark.multirank
 def test_in_place_arithmetic_buffers_and_arguments_are_traced_as_they_are() -> None:
-    """Catches `+=` out of place, a buffer frozen at its value, and a default argument taken for a tensor."""
+    """Catches `+=` traced out of place, a buffer traced as a constant, and a default argument taken for a tensor."""
     x = [torch.randn(4, 3, dtype=torch.float64) for _ in range(2)]
     mask = torch.rand(4, 1, dtype=torch.float64)
     calls: Any = [((), {}), ((mask,), {}), ((), {"scale": 3.0}), ((None, 1), {}), ((None, True), {})]
@@ -370,7 +370,7 @@ def test_in_place_arithmetic_buffers_and_arguments_are_traced_as_they_are() -> N
 
 
 class Towers(Pair):
-    """Nothing connects them: each may have a backward, and an optimizer, of its own."""
+    """Two unconnected layers: each may have its own backward and its own optimizer."""
 
     def forward(self, x: Tensor, z: Tensor) -> Tuple[Tensor, Tensor]:
         return self.a(x), self.b(z)
@@ -389,7 +389,7 @@ class Clamping(Pair):
 
 
 class Squaring(Pair):
-    """Changes its input, which may be there twice."""
+    """Changes its input in place; both arguments may be the same tensor."""
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         u = self.a(z * 2).sin()
@@ -404,7 +404,7 @@ class Ordered(Pair):
 
 
 class Partly(Pair):
-    """One of two outputs needs no gradient once its layer is frozen."""
+    """One of three outputs requires no gradient once its layer is frozen."""
 
     def forward(self, x: Tensor) -> Any:
         return [self.a(x), self.b(x), self.a(x) + self.b(x)]
@@ -417,7 +417,7 @@ class Appended(Pair):
 
 
 def both_ways(model: nn.Module, use: Callable[[nn.Module, int], Any]) -> List[List[Any]]:
-    """Returns what ``use(model, rank)`` returns on two ranks, coalesced and layer by layer, after two steps."""
+    """Returns the results of ``use(model, rank)`` on two ranks, coalesced and layer by layer."""
 
     def body(rank: int, group: Any) -> Any:
         results = []
@@ -431,7 +431,7 @@ def both_ways(model: nn.Module, use: Callable[[nn.Module, int], Any]) -> List[Li
 
 @pytest.mark.multirank
 def test_two_towers_have_backwards_of_their_own() -> None:
-    """Catches a round that ties together what one backward after the other uses."""
+    """Catches a round shared by layers whose backwards are separate."""
     x = torch.randn(4, 3)
 
     def use(model: nn.Module, rank: int) -> Any:
@@ -450,10 +450,10 @@ def test_two_towers_have_backwards_of_their_own() -> None:
 @pytest.mark.multirank
 @pytest.mark.parametrize("kind", ["clamp", "alias", "patched", "number", "ordered", "list", "dtype"])
 def test_the_same_as_layer_by_layer_after_the_first_batch(kind: str) -> None:
-    """Catches what the check of the first batch cannot see, since it comes later or elsewhere.
+    """Catches differences that the check of the first batch cannot find, because they occur later or elsewhere.
 
-    A weight's clamp, one tensor given twice, a forward patched on a submodule, a number that differs between ranks,
-    the class of the output, an argument that is changed, another dtype.
+    The cases are a clamped weight, one tensor passed twice, a forward patched on a submodule, a number that differs
+    between ranks, the class of the output, a changed argument and another dtype.
     """
     x = [torch.randn(4, 3), torch.randn(4, 3)]
     models = {
@@ -501,7 +501,7 @@ def test_the_same_as_layer_by_layer_after_the_first_batch(kind: str) -> None:
 
 @pytest.mark.multirank
 def test_an_output_without_gradient_beside_one_with_it() -> None:
-    """Catches a frozen layer's output that says it needs a gradient, because its neighbour's does."""
+    """Catches a frozen layer's output that requires a gradient because another layer of the round does."""
     x = torch.randn(4, 3)
 
     def use(model: nn.Module, rank: int) -> Any:
@@ -514,7 +514,7 @@ def test_an_output_without_gradient_beside_one_with_it() -> None:
 
 
 def test_a_module_is_gone_when_it_is_let_go() -> None:
-    """Catches a forward that holds its module, and graphs that hold a replaced head."""
+    """Catches a reference cycle between a module and the forward that is installed on it."""
     model = convert_sync_batchnorm(Replaced())
     reference = weakref.ref(model)
     del model
@@ -522,14 +522,14 @@ def test_a_module_is_gone_when_it_is_let_go() -> None:
 
 
 def test_other_tools_see_a_forward() -> None:
-    """Catches a signature of anything, by which trainers drop a data set's columns."""
+    """Catches a ``*args, **kwargs`` signature, with which trainers drop columns of a data set."""
     model = convert_sync_batchnorm(Faithful())
     assert list(inspect.signature(model.forward).parameters) == ["x", "mask", "scale"]
     assert model.forward.__self__ is model and model.forward.__name__ == "forward"
 
 
 def test_too_many_kinds_of_calls_are_given_up() -> None:
-    """Catches a trace for every step where an argument counts the steps."""
+    """Catches a new trace at every step where an argument counts the steps."""
     model = convert_sync_batchnorm(Faithful())
     forward: Any = model.__dict__["forward"]
     with pytest.warns(UserWarning, match="expected at most 32 kinds of training forward of Faithful"):
@@ -540,16 +540,16 @@ def test_too_many_kinds_of_calls_are_given_up() -> None:
 
 
 def test_values_that_no_pattern_holds() -> None:
-    """Catches an object of the user's that is baked in."""
+    """Catches a user's object that is traced as a constant."""
     pattern, tensors = CallPattern.of((torch.ones(2), object()), {})
     assert pattern is None and len(tensors) == 1
-    assert CallPattern.of((1,), {})[0] != CallPattern.of((True,), {})[0]  # 1 == True, but not to a forward
-    assert CallPattern.of((1,), {})[0] == CallPattern.of((2,), {})[0]  # numbers may differ, between ranks too
+    assert CallPattern.of((1,), {})[0] != CallPattern.of((True,), {})[0]  # 1 == True, but a forward may tell them apart
+    assert CallPattern.of((1,), {})[0] == CallPattern.of((2,), {})[0]  # numbers may differ, also between ranks
     assert CallPattern.of((tensors[0], tensors[0]), {})[0] != CallPattern.of((tensors[0], torch.ones(2)), {})[0]
 
 
 def test_a_module_that_cannot_be_copied() -> None:
-    """Catches an error of copy.deepcopy in the user's face."""
+    """Catches an error of copy.deepcopy that reaches the user."""
     module = convert_sync_batchnorm(Pair(), coalesce=False)
     module.lock = threading.Lock()
     pattern, _ = CallPattern.of((torch.ones(2, 3),), {})
