@@ -1,4 +1,4 @@
-"""Writes all results as tables into docs/measured.md: what `make bench` does last."""
+"""Writes all results as tables into docs/measured.md; the last step of `make bench`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def coalescing(rows: Any) -> List[str]:
         [
             row["case"]["model"],
             *(f"{milliseconds(row['spreads'][name])}, {row['rounds'][name]}" for name in names),
-            *(f"{row[key]:.2f}" for key in ("overhead", "overhead_giving_way")),
+            *(f"{ratio:.2f}" for ratio in row["overhead"].values()),
         ]
         for row in rows
     ]
-    ratios = ["overhead, overlapped / upstream", "overlapped / upstream, giving way"]
+    ratios = [f"overhead, overlapped / {name}" for name in rows[0]["overhead"]]
     return table(["model", *(f"{name}: ms, rounds" for name in names), *ratios], body)
 
 
@@ -119,13 +119,15 @@ SECTIONS = {
 
 
 def main() -> None:
-    lines = ["# Measured", "", "Written by `make bench` from `benchmarks/results/`; not by hand.", ""]
+    lines = ["# Measured", "", "`make bench` writes this page from `benchmarks/results/`.", ""]
     for section, title in SECTIONS.items():
         name = section.__name__
         found = json.loads((RESULTS / f"{name}.json").read_text())
         machine = found["machine"]
-        told = f"{machine['processor']}, {machine['cores']} cores, one thread a rank, Python {machine['python']}, "
-        lines += [f"## {title}", "", f"`python benchmarks/{name}.py`; {told}torch {machine['torch']}.", ""]
+        conditions = (
+            f"{machine['processor']}, {machine['cores']} cores, one thread a rank, Python {machine['python']}, "
+        )
+        lines += [f"## {title}", "", f"`python benchmarks/{name}.py`; {conditions}torch {machine['torch']}.", ""]
         lines += [*section(found["rows"]), ""]
     PAGE.write_text("\n".join(lines))
 

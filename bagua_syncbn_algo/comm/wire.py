@@ -40,7 +40,7 @@ HEADER_BYTES = 32
 FAULT = 1  # flag: the payload is the text of an error on the sending rank
 FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longer than one
 
-DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,018 float32 channels
+DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,019 float32 channels
 _LONGEST_CAPACITY = 65536  # bytes; statistics of very wide rounds travel in several messages
 
 

@@ -541,7 +541,7 @@ def test_a_graph_that_differs_on_one_rank_is_given_up_on_all() -> None:
         convert_sync_batchnorm(model)
         return rounds, trained(model, x[rank])
 
-    with pytest.warns(UserWarning, match="expected the regrouped forward of Flagged to do what it does as written"):
+    with pytest.warns(UserWarning, match="expected the regrouped forward of Flagged to compute what the original computes"):
         assert run_threads(2, body) == [(2, 1)] * 2  # forward only: the input needs no gradient
 
 
