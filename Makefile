@@ -1,6 +1,6 @@
-# `make demo` and `make test` need only Python >= 3.9 and make; the rest they install into .venv.
+# `make demo` and `make test` need only Python >= 3.9 and make. They install their dependencies into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Exactly this build of PyTorch is developed against; users may have any from 1.12 on.
+# The version of PyTorch for development. Users need 1.12 or later.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -23,13 +23,13 @@ $(VENV)/.test: $(VENV)/.made setup.cfg
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
-demo: $(VENV)/.demo ## local, synchronized and single-process training on real digits: table and picture
+demo: $(VENV)/.demo ## trains on real digits locally, synchronized and in one process; prints a table, draws a picture
 	$(BIN)/python examples/train_digits.py --compare
 
 test: $(VENV)/.test ## all tests
 	$(BIN)/python -m pytest
 
-# SEED repeats a case: make fuzz CASES=1 SEED=123
+# To repeat one case: make fuzz CASES=1 SEED=123
 CASES ?= 2000
 SEED ?= 0
 
@@ -48,7 +48,7 @@ lint: $(VENV)/.test ## formatting, lint rules, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The allocator keeps what it has: else page faults, more of them for whichever variant it pleases, decide the ratios.
+# The allocator must not return memory to the system: page faults, unevenly distributed over variants, would distort ratios.
 bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
 bench: export MALLOC_TRIM_THRESHOLD_ = 1073741824
 bench: $(VENV)/.test ## all benchmarks; writes benchmarks/results/ and docs/measured.md
@@ -60,7 +60,7 @@ bench: $(VENV)/.test ## all benchmarks; writes benchmarks/results/ and docs/meas
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/tables.py
 
-# Upstream Bagua's Python layer as published, without its native core: tests/conformance/bagua_core.py stands for that.
+# Upstream Bagua's published Python layer. tests/conformance/bagua_core.py replaces its native core.
 CONFORMANCE ?= .venv-conformance
 BAGUA ?= bagua-cuda116==0.9.2
 
@@ -80,12 +80,12 @@ conformance: $(CONFORMANCE)/.made ## the plugin on upstream Bagua's own Python l
 	PYTHONPATH=.:$(CONFORMANCE)/upstream:tests/conformance $(CONFORMANCE)/bin/python -m pytest \
 	    -o python_functions='check_*' -o timeout=300 tests/conformance/check_upstream.py
 
-# Upstream Bagua's published wheel with its native core, on the Python and PyTorch that it was built for. The wheels are
-# large: the environment is kept where other checkouts find it too.
+# Upstream Bagua's published wheel with its native core, on the versions of Python and PyTorch for which it was built. The
+# wheels are large, so all checkouts share one environment.
 CONTRACT ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bagua_syncbn_algo/contract
 PYTHON39 ?= $(shell for p in python3.9 $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.9.*/bin/python; do \
     "$$p" -c "import sys; sys.exit(sys.version_info[:2] != (3, 9))" 2>/dev/null && echo "$$p" && break; done)
-# What of the unit tests can run there: one rank, no embedded host.
+# The unit tests that need one process and no embedded host.
 CONTRACT_TESTS = $(addprefix tests/test_,config.py convert.py host.py layer.py) tests/comm/test_channel.py \
     $(addprefix tests/ops/test_,gradients.py moments.py parity.py)
 
@@ -96,9 +96,9 @@ $(CONTRACT)/.made:
 	    pytest pytest-mock pytest-timeout hypothesis
 	touch $@
 
-contract: $(if $(PYTHON39),$(CONTRACT)/.made) ## the plugin beside upstream Bagua's real wheel (needs Python 3.9)
+contract: $(if $(PYTHON39),$(CONTRACT)/.made) ## the plugin with upstream Bagua's real wheel (needs Python 3.9)
 ifeq ($(PYTHON39),)
-	@echo "expected Python 3.9 for upstream Bagua's wheel (got none); install it, or name it with PYTHON39=" >&2
+	@echo "expected Python 3.9 for upstream Bagua's wheel (got none); install it, or set PYTHON39= to its path" >&2
 	@test -z "$$CI"
 else
 	LD_LIBRARY_PATH=$$(echo $(CONTRACT)/lib/python3.9/site-packages/nvidia/nccl/lib) BAGUA_SYNCBN_HOST=upstream \

@@ -1,4 +1,4 @@
-"""Configuration of Sphinx; ``make docs`` builds the site with warnings as errors."""
+"""Sphinx configuration. ``make docs`` builds the site with warnings as errors."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ autodoc_typehints = "description"
 napoleon_custom_sections = [("Collectives", "notes_style")]
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 nitpicky = True
-# Types of other projects, whose documentation is not read here, and types inside this package that are not public.
+# No references to other projects, whose inventories are not loaded, and to private types of this package.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|collections|typing|datetime|weakref|contextlib)\..*"),
     ("py:.*", r"bagua_syncbn_algo\.(comm|ops|graph|embedded|layer|convert|host|algorithm|config)\..*"),

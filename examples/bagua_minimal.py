@@ -1,4 +1,7 @@
-"""Synchronized BatchNorm as a Bagua algorithm: ``torchrun --nproc_per_node 2 examples/bagua_minimal.py``."""
+"""Synchronized batch normalization as a Bagua algorithm.
+
+Run it with ``torchrun --nproc_per_node 2 examples/bagua_minimal.py``.
+"""
 
 from __future__ import annotations
 

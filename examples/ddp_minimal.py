@@ -1,4 +1,7 @@
-"""Synchronized BatchNorm under DistributedDataParallel: ``torchrun --nproc_per_node 2 examples/ddp_minimal.py``."""
+"""Synchronized batch normalization under DistributedDataParallel.
+
+Run it with ``torchrun --nproc_per_node 2 examples/ddp_minimal.py``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def main() -> None:
     model = convert_sync_batchnorm(model)
     if dist.get_rank() == 0:
         print(plan_of(model).summary())
-    # The running statistics are the same on every rank: DDP need not broadcast them.
+    # The running statistics are the same on every rank, so DDP does not need to broadcast them.
     wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     for step in range(5):

@@ -1,15 +1,15 @@
 """Trains a small residual network on real digits with batch normalization per rank, synchronized, or in one process.
 
-One run on two ranks, switched on by a flag or by the environment alone::
+One run on two ranks, with synchronization enabled by an option or by an environment variable::
 
     python examples/train_digits.py --sync-bn
     BAGUA_SYNCBN=1 python examples/train_digits.py
 
-All kinds of training side by side, with a table and a picture::
+A comparison of all kinds of training, with a table and a picture::
 
     python examples/train_digits.py --compare
 
-Under a launcher (``torchrun --nproc_per_node 2 examples/train_digits.py``) it joins as the rank that it is given.
+Under a launcher (``torchrun --nproc_per_node 2 examples/train_digits.py``), the script runs as the rank in ``RANK``.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from torch.nn import functional as F
 from bagua_syncbn_algo import SyncBatchNormConfig
 
 TRAIN_IMAGES_PER_CLASS = 400  # of 500
-EVALUATIONS = 12  # per run: the points of a curve
+EVALUATIONS = 12  # points of a curve
 COLUMNS = ("local", "local, world statistics", "synchronized", "single process")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to train, and on how many ranks."""
+    """The settings of a run: data, ranks, algorithm and optimization."""
 
-    shards: int  # parts of the data; each gives `batch` images to a step
-    algorithm: Optional[str]  # None: one process takes the batches of all shards, without Bagua
+    shards: int  # parts of the data; each contributes `batch` images to a step
+    algorithm: Optional[str]  # None: one process trains on the batches of all shards, without Bagua
     config: SyncBatchNormConfig
     seeds: Sequence[int]
     steps: int
@@ -55,21 +55,21 @@ class Job:
 
 
 class Result(NamedTuple):
-    """One run, as rank 0 saw it."""
+    """The measurements of rank 0 in one run."""
 
     accuracies: Dict[int, float]  # percent of the test images, by training step
-    each_rank: List[float]  # at the last step, by each rank's own running statistics
+    each_rank: List[float]  # percent at the last step, with each rank's own running statistics
     rounds_per_step: float
     step_milliseconds: float
 
     @property
     def accuracy(self) -> float:
-        """At the last step."""
+        """Percent of the test images at the last step."""
         return list(self.accuracies.values())[-1]
 
 
 class Digits(NamedTuple):
-    """Images and labels; the training images lie in the order of their classes."""
+    """Images and labels. The training images are sorted by class."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -78,7 +78,7 @@ class Digits(NamedTuple):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with batch normalization and a way past them."""
+    """Two convolutions with batch normalization, and a shortcut."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -99,8 +99,8 @@ class ResidualBlock(nn.Module):
 
 
 def build_model(seed: int) -> nn.Module:
-    # SiLU, because at ReLU's kink a difference in the last bit switches a unit: with so few images in a batch even two
-    # single-process runs then drift apart within some hundred steps, and synchronized could not be seen to be equal.
+    # SiLU instead of ReLU, whose kink amplifies rounding differences. With such small batches, even two single-process
+    # runs with ReLU diverge within some hundred steps, which would hide that synchronized training is equal.
     torch.manual_seed(seed)
     stem = nn.Sequential(nn.Conv2d(1, 8, 5, stride=4, padding=2, bias=False), nn.BatchNorm2d(8), nn.SiLU())
     blocks = [ResidualBlock(8, 16, stride=2), ResidualBlock(16, 32, stride=2), ResidualBlock(32, 32, stride=1)]
@@ -121,10 +121,10 @@ def load_digits(device: torch.device) -> Digits:
 
 
 def draw_batches(images: int, job: Job, seed: int) -> Tensor:
-    """Returns the image numbers of all steps as (step, shard, image): the same for every kind of training.
+    """Returns the image indices of all steps, shape ``(step, shard, image)``; the same for every kind of training.
 
-    A shard is a contiguous part of the images. They lie in the order of their classes, as files on a disk often do, so
-    the shards differ: of two, one holds the digits 0 to 4 and the other 5 to 9.
+    A shard is a contiguous part of the images, which are sorted by class. So the shards differ: of two shards, one has
+    the digits 0 to 4 and the other one 5 to 9.
     """
     generator = torch.Generator().manual_seed(seed)
     shards = torch.arange(images).tensor_split(job.shards)
@@ -141,7 +141,11 @@ def evaluate(model: nn.Module, digits: Digits) -> float:
 
 
 def train(job: Job, seed: int, digits: Digits, report: Callable[[Any], None]) -> Result:
-    """Trains one model. Every rank calls; rank 0 evaluates, with its own running statistics, as is usual."""
+    """Trains one model. Rank 0 evaluates with its own running statistics and reports its progress in steps.
+
+    Collectives:
+        Those of training, and one all-gather at the end. Every rank must call.
+    """
     device = digits.train_images.device
     model = build_model(seed).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=job.learning_rate, momentum=0.9)
@@ -177,7 +181,7 @@ def train(job: Job, seed: int, digits: Digits, report: Callable[[Any], None]) ->
     own_accuracy = torch.tensor([evaluate(model, digits)], device=device)
     each_rank = own_accuracy.new_empty(bagua.get_world_size())
     bagua.communication.allgather(own_accuracy, each_rank)
-    # No other algorithm has these two, and one rank needs neither.
+    # Only SyncBatchNormAlgorithm has these attributes; both are None on one rank.
     channel, running = (getattr(model.bagua_algorithm, name, None) for name in ("channel", "running"))
     rounds = (0 if channel is None else channel.rounds / job.steps) + (running is not None)
     return Result(accuracies, each_rank.tolist(), rounds, 1000 * statistics.median(seconds))
@@ -190,8 +194,8 @@ def clock(device: torch.device) -> float:
 
 
 def run_job(job: Job, report: Callable[[Any], None]) -> None:
-    """Trains once per seed as the rank that the environment says; rank 0 reports its steps and results."""
-    torch.set_num_threads(1)  # the ranks share this machine's cores
+    """Trains once per seed, as the rank in the environment. Rank 0 reports its steps and results."""
+    torch.set_num_threads(1)  # the ranks share the cores of the machine
     rank = local_rank = 0
     if job.algorithm is not None:
         from bagua_syncbn_algo import bagua
@@ -200,7 +204,7 @@ def run_job(job: Job, report: Callable[[Any], None]) -> None:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)  # before the process group, which takes the current device
+        torch.cuda.set_device(device)  # before the process group, which uses the current device
     if job.algorithm is not None:
         bagua.init_process_group()
     digits = load_digits(device)
@@ -209,24 +213,24 @@ def run_job(job: Job, report: Callable[[Any], None]) -> None:
         if rank == 0:
             report(result)
     if job.algorithm is not None:
-        bagua.communication.barrier()  # rank 0 evaluates last; nobody leaves before
+        bagua.communication.barrier()  # no rank destroys the group before rank 0 has evaluated
         torch.distributed.destroy_process_group()
 
 
 def run_rank(rank: int, job: Job, port: int, reports: Any) -> None:
-    """Where a rank that this script started begins."""
+    """Runs ``job`` as one of the ranks that :func:`launch` starts."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(WORLD_SIZE=str(job.processes), LOCAL_WORLD_SIZE=str(job.processes))
     run_job(job, reports.put)
 
 
 def launch(job: Job, on_steps: Callable[[int], None]) -> List[Result]:
-    """Starts the ranks of ``job`` and returns its results; if a rank fails, ends all of them and shows its error."""
+    """Starts the ranks of ``job`` and returns their results. If a rank fails, ends the program with its error."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing: Any = torch.multiprocessing
-    # A clean server imports torch once and forks every rank: seconds less for each than a fresh interpreter.
+    # The fork server imports torch once and forks each rank, which saves seconds per rank.
     method = "forkserver"
     reports = multiprocessing.get_context(method).SimpleQueue()
     ranks = multiprocessing.start_processes(
@@ -238,7 +242,7 @@ def launch(job: Job, on_steps: Callable[[int], None]) -> List[Result]:
         try:
             finished = ranks.join(timeout=0.1)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-            sys.exit(f"expected all {job.processes} ranks to finish (got a failure); its error says why:\n{error}")
+            sys.exit(f"expected all {job.processes} ranks to finish (got a failure); see its error:\n{error}")
         while not reports.empty():
             news = reports.get()
             if isinstance(news, Result):
@@ -266,7 +270,7 @@ def train_once(job: Job) -> None:
 
 
 def compare(job: Job, out: Path) -> None:
-    """Trains all kinds on the same images; prints the table and draws the picture."""
+    """Runs all kinds of training on the same images, prints the table and draws the picture."""
     from rich.progress import Progress
 
     local = dataclasses.replace(job.config, enabled=False)
@@ -286,11 +290,11 @@ def compare(job: Job, out: Path) -> None:
             results[column] = launch(dataclasses.replace(job, **change), functools.partial(progress.advance, task))
     print_table(results, job)
     draw(results, job, out / "digits.png")
-    print("\n".join([*finding(results), f"The curves: {out / 'digits.png'}"]))
+    print("\n".join([*finding(results), f"Curves: {out / 'digits.png'}"]))
 
 
 def finding(results: Dict[str, List[Result]]) -> List[str]:
-    """Returns what the results show, in three sentences: judged, not assumed."""
+    """Returns three sentences that summarize the results; their wording depends on the measured values."""
     local, by_rank, synchronized, single = ([result.accuracy for result in results[column]] for column in COLUMNS)
     gap = statistics.mean(single) - statistics.mean(local)
     gain = statistics.mean(by_rank) - statistics.mean(local)
@@ -299,9 +303,9 @@ def finding(results: Dict[str, List[Result]]) -> List[str]:
     return [
         f"Local batch normalization ends {abs(gap):.1f} points {'below' if gap > 0 else 'above'} "
         "a single process on the same images.",
-        f"Evaluated by the whole world's running statistics in place of rank 0's, it gains {gain:+.1f} points.",
-        f"Synchronized, it ends {'within' if inside else 'OUTSIDE'} the range of the single process "
-        f"(seed by seed at most {apart:.1f} points apart).",
+        f"With the running statistics of the whole world instead of rank 0's, it changes by {gain:+.1f} points.",
+        f"Synchronized batch normalization ends {'within' if inside else 'OUTSIDE'} the range of the single process "
+        f"(for the same seed, at most {apart:.1f} points apart).",
     ]
 
 
@@ -311,7 +315,7 @@ def print_table(results: Dict[str, List[Result]], job: Job) -> None:
 
     seeds = ", ".join(map(str, job.seeds))
     table = Table("", title=f"{job.shards} ranks x {job.batch} images a step, {job.steps} steps, seeds {seeds}")
-    names = ["test accuracy, mean", "lowest to highest", "each rank by its own statistics"]
+    names = ["test accuracy, mean", "lowest to highest", "each rank with its own statistics"]
     cells = [[*names, "statistics rounds per step", "median step, this machine"]]
     for column in COLUMNS:
         table.add_column(column, justify="right")
@@ -329,12 +333,12 @@ def print_table(results: Dict[str, List[Result]], job: Job) -> None:
 
 
 def draw(results: Dict[str, List[Result]], job: Job, path: Path) -> None:
-    """Draws test accuracy by training step: mean lines, labelled at their ends, in bands from minimum to maximum."""
+    """Draws test accuracy by training step: labelled lines for the means, bands from minimum to maximum."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    # The synchronized line lies upon the single process's: that one is broad and beneath, so that both are seen.
+    # The lines of synchronized and single-process training coincide, so the latter is wide and drawn first.
     looks = {"single process": ("#A6A6A6", 8), "synchronized": ("#0072B2", 2)}
     looks.update({"local, world statistics": ("#009E73", 2), "local": ("#D55E00", 2)})
     ends: Dict[str, float] = {}
@@ -349,14 +353,14 @@ def draw(results: Dict[str, List[Result]], job: Job, path: Path) -> None:
     bottom, top = axes.get_ylim()
     place = top
     for column in sorted(ends, key=ends.__getitem__, reverse=True):
-        place = min(ends[column], place - (top - bottom) / 18)  # where lines meet, their labels stand in a column
+        place = min(ends[column], place - (top - bottom) / 18)  # labels of close lines are stacked
         color = looks[column][0].replace("#A6A6A6", "#6E6E6E")  # dark enough to read
         text = f"{column} {ends[column]:.1f} %"
         axes.annotate(text, (job.steps, place), (10, 0), textcoords="offset points", color=color, va="center")
     note = f"lines: mean of {len(job.seeds)} seeds; bands: lowest to highest"
     axes.text(0.99, 0.03, note, transform=axes.transAxes, ha="right", color="#6E6E6E")
     figure.suptitle("\n".join(finding(results)), x=0.01, ha="left", fontsize=11)
-    axes.set_xlabel(f"training step ({job.shards} ranks x {job.batch} images, each rank with digits of its own)")
+    axes.set_xlabel(f"training step ({job.shards} ranks x {job.batch} images, each rank with different digits)")
     axes.set_ylabel("test accuracy (%)")
     axes.set_xlim(0, job.steps)
     axes.grid(axis="y", alpha=0.3)
@@ -365,9 +369,9 @@ def draw(results: Dict[str, List[Result]], job: Job, path: Path) -> None:
 
 
 def count(text: str) -> int:
-    """Parses an option that counts something."""
+    """Returns the positive integer in ``text``; the type of an option."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1 (got {text}); give one")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1 (got {text}); pass one")
     return int(text)
 
 
@@ -375,24 +379,24 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--nproc", type=count, default=2, help="ranks (default: 2)")
     parser.add_argument("--algorithm", default="gradient_allreduce", metavar="NAME", help="a registered algorithm")
-    switch = "synchronized batch normalization; without either flag BAGUA_SYNCBN=1 switches it on"
+    switch = "synchronized batch normalization; without this option, BAGUA_SYNCBN=1 enables it"
     parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help=switch)
-    parser.add_argument("--compare", action="store_true", help="all kinds side by side: table, picture")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="without --compare, only the first")
+    parser.add_argument("--compare", action="store_true", help="compare all kinds of training: table, picture")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="only the first without --compare")
     parser.add_argument("--steps", type=count, default=600)
     parser.add_argument("--batch", type=count, default=2, help="images per rank and step (default: 2)")
-    parser.add_argument("--lr", type=float, default=0.003, help="first learning rate; it falls to 0 (default: 0.003)")
+    parser.add_argument("--lr", type=float, default=0.003, help="learning rate, which decays to 0 (default: 0.003)")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the picture (default: demo_out)")
     return parser.parse_args()
 
 
 def check(arguments: argparse.Namespace, launched: bool) -> None:
-    """Ends the program with a message if it cannot do what it was asked for."""
+    """Ends the program with a message if packages, ranks or devices are missing."""
     missing = [name for name in ("matplotlib", "mlxtend", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f'expected the demo\'s packages (got no {", ".join(missing)}); pip install "bagua_syncbn_algo[demo]"')
+        sys.exit(f'expected the demo packages (got no {", ".join(missing)}); pip install "bagua_syncbn_algo[demo]"')
     if arguments.compare and launched:
-        sys.exit("expected --compare without a launcher (got RANK in the environment); it starts ranks of its own")
+        sys.exit("expected --compare to start its own ranks (got RANK in the environment); run it without a launcher")
     if arguments.compare and arguments.nproc < 2:
         sys.exit(f"expected at least 2 ranks to compare (got {arguments.nproc}); pass --nproc 2")
     ranks, devices = arguments.nproc, torch.cuda.device_count()
@@ -406,7 +410,7 @@ def main() -> None:
     check(arguments, launched)
     try:
         config = SyncBatchNormConfig.from_env()
-        # Not at the top: choosing the host reads the environment, and a mistake there is to end here.
+        # Imported here, because the import reads the environment and its errors are handled below.
         from bagua_syncbn_algo import bagua
 
         bagua.algorithms.Algorithm.init(arguments.algorithm)
@@ -415,7 +419,7 @@ def main() -> None:
     except KeyError as error:
         sys.exit(error.args[0])
     except OSError as error:
-        sys.exit(f"expected a folder for the picture (got {error}); pass another --out")
+        sys.exit(f"expected a writable folder for the picture (got {error}); pass another --out")
     except (ImportError, ValueError) as error:
         sys.exit(str(error))
     if arguments.sync_bn is not None:
