@@ -1,8 +1,8 @@
-"""The statistics' own arithmetic, without communication, against nn.BatchNorm2d: forward and backward, one thread.
+"""Time of the statistics' arithmetic without communication, compared with nn.BatchNorm2d: forward and backward.
 
-Columns are ratios of medians to ``nn.BatchNorm2d`` (its forward and backward through autograd): ``kernels`` the tensor
-functions alone (moments, normalization, sums, input gradient), ``function`` the same through autograd and a
-channel of one rank.
+The benchmark runs on one thread. The columns are ratios of medians to ``nn.BatchNorm2d``, which runs through autograd.
+``kernels`` calls only the tensor functions (moments, normalization, sums, input gradient). ``function`` runs them
+through autograd and a channel of one rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bagua_syncbn_algo.comm.wire import sync_point
 from bagua_syncbn_algo.ops import moments
 from bagua_syncbn_algo.ops.functional import Member, sync_batch_norm
 
-# Shape, memory format, and the ratio that the kernels must not exceed.
+# Shape, memory format, and the upper limit of the ratio for `kernels`.
 SIZES = [
     ((4, 64, 32, 32), torch.contiguous_format, 0.90),
     ((4, 256, 16, 16), torch.contiguous_format, 0.90),
@@ -34,9 +34,9 @@ EPS = 1e-5
 
 
 def kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> List[Tensor]:
-    """Forward and backward by the tensor functions, as one rank of one."""
+    """Runs forward and backward by the tensor functions on a single rank."""
     local = moments.local_moments(x)
-    # Where ranks exchange, their moments are merged here: part of the communication, a matter of C and not of x.
+    # Several ranks would merge their moments here. That belongs to the communication and depends on C only.
     invstd = (local.variance + EPS).rsqrt_()
     y = moments.normalize(x, local, local.mean, invstd, weight, bias)
     sum_dy, sum_dy_xhat = moments.gradient_sums(dy, x, local.mean, invstd)
@@ -46,7 +46,7 @@ def kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> List[Tensor]
 
 
 def variants(x: Tensor, dy: Tensor) -> Dict[str, Any]:
-    """Returns the three things to time on one input."""
+    """Returns the three timed variants for one input."""
     native = nn.BatchNorm2d(x.shape[1], eps=EPS)
     weight, bias = native.weight.detach(), native.bias.detach()
     leaf = x.clone().requires_grad_()

@@ -1,6 +1,7 @@
-"""Peak memory of a training step, by rounds a layer, a level, and overlapped: what PyTorch allocates above its start.
+"""Peak memory of a training step with one round a layer, with one round a level, and with overlapped rounds.
 
-Two gloo ranks; the allocator's own events, of rank 0, after the first steps.
+Two gloo ranks train each model. The peak is the memory that PyTorch allocates above the start of the step. It comes
+from the allocator's events on rank 0, after three steps.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ VARIANTS = ("per layer", "coalesced", "overlapped")
 
 
 def peak(step: Any) -> int:
-    """Returns the most bytes that ``step`` held at once, above what was there."""
+    """Returns the peak of the bytes that ``step`` allocates above its start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Models to measure on, written for the benchmarks and the tests."""
+"""Models for the benchmarks and the tests."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class ResNet(nn.Module):
     """A residual network of eighteen layers with in-place activations and additions: 20 BatchNorm layers.
 
     Args:
-        width: channels of the first stage; doubled at each of the three that follow.
-        classes: outputs.
+        width: the channels of the first stage; each of the three later stages doubles the channels.
+        classes: the number of outputs.
     """
 
     def __init__(self, width: int = 64, classes: int = 10) -> None:
@@ -77,12 +77,12 @@ class _InceptionBlock(nn.Module):
 
 
 class Inception(nn.Module):
-    """Blocks of four parallel branches, concatenated, in the manner of GoogLeNet: 6 layers and 2 levels a block.
+    """A network of blocks with four concatenated branches, similar to GoogLeNet: 6 layers and 2 levels a block.
 
     Args:
-        width: channels of a branch.
-        blocks: how many.
-        classes: outputs.
+        width: the channels of a branch.
+        blocks: the number of blocks.
+        classes: the number of outputs.
     """
 
     def __init__(self, width: int = 32, blocks: int = 9, classes: int = 10) -> None:
@@ -110,20 +110,20 @@ class _BasicBlock(nn.Module):
 
 
 class _ExchangeModule(nn.Module):
-    """Parallel branches of falling resolution; at the end every branch takes the sum of all, resampled."""
+    """Parallel branches of decreasing resolution; each output is the sum of all branches, resampled."""
 
     def __init__(self, width: int, branches: int, blocks: int) -> None:
         super().__init__()
         channels = [width << branch for branch in range(branches)]
         self.branches = nn.ModuleList(nn.Sequential(*(_BasicBlock(c) for _ in range(blocks))) for c in channels)
         self.fuse = nn.ModuleList(
-            nn.ModuleList(self._way(channels, source, target) for source in range(branches))
+            nn.ModuleList(self._resample(channels, source, target) for source in range(branches))
             for target in range(branches)
         )
         self.relu = nn.ReLU(inplace=True)
 
     @staticmethod
-    def _way(channels: List[int], source: int, target: int) -> nn.Module:
+    def _resample(channels: List[int], source: int, target: int) -> nn.Module:
         if source == target:
             return nn.Identity()
         if source > target:
@@ -138,22 +138,22 @@ class _ExchangeModule(nn.Module):
     def forward(self, inputs: List[Tensor]) -> List[Tensor]:
         branches = [branch(x) for branch, x in zip(self.branches, inputs)]
         outputs = []
-        for ways in self.fuse:
-            total = ways[0](branches[0])
-            for way, x in zip(list(ways)[1:], branches[1:]):
-                total = total + way(x)
+        for paths in self.fuse:
+            total = paths[0](branches[0])
+            for path, x in zip(list(paths)[1:], branches[1:]):
+                total = total + path(x)
             outputs.append(self.relu(total))
         return outputs
 
 
 class HighResolution(nn.Module):
-    """Two to four branches of different resolution side by side, with exchanges, in the manner of HRNet.
+    """A network of two to four parallel branches of different resolution with exchanges, similar to HRNet.
 
     Args:
-        width: channels of the branch of the highest resolution; doubled at each below.
-        modules: exchange modules with 2, with 3, with 4 branches.
-        blocks: residual blocks in each branch of a module.
-        classes: outputs.
+        width: the channels of the branch with the highest resolution; each lower branch doubles the channels.
+        modules: the number of exchange modules with 2, with 3 and with 4 branches.
+        blocks: the number of residual blocks in each branch of a module.
+        classes: the number of outputs.
     """
 
     def __init__(
@@ -180,12 +180,12 @@ class HighResolution(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """A backbone with lateral ways and one detection head for all levels: its layers are applied at each of them.
+    """A backbone with lateral connections and one detection head, which is applied at every level of the pyramid.
 
     Args:
-        width: channels.
-        depth: layers of the shared head.
-        classes: outputs at every place.
+        width: the channels of every level.
+        depth: the number of layers of the shared head.
+        classes: the number of outputs at every position.
     """
 
     def __init__(self, width: int = 32, depth: int = 2, classes: int = 4) -> None:
@@ -212,12 +212,12 @@ class Pyramid(nn.Module):
 
 
 class Dense(nn.Module):
-    """Each layer sees all before it: nothing is independent, and nothing to be gained.
+    """A network whose layers read all earlier outputs: no layers are independent, so coalescing saves nothing.
 
     Args:
-        width: channels that each layer adds.
-        layers: how many.
-        classes: outputs.
+        width: the channels that each layer adds.
+        layers: the number of layers.
+        classes: the number of outputs.
     """
 
     def __init__(self, width: int = 16, layers: int = 6, classes: int = 10) -> None:

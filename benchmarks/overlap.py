@@ -1,12 +1,14 @@
-"""What hiding the backward rounds saves, beside what could be saved.
+"""Time that overlapped backward rounds save, compared with the time that they could save.
 
-Two gloo ranks, one thread each; steps of one model, interleaved: with one round a level, and the same with backward
-rounds overlapped. Latency is added to every round as a wire's, from when the last rank has sent. ``could`` is the sum
-over rounds of the lesser of the round (as the plain version has it) and the weight gradients that overlap with it,
-measured in steps after the timed ones. Everything is measured twice: in training steps, and in steps that only
-accumulate gradients (``alone``), which exchange statistics and nothing else. On a machine with a core a rank gradient
-communication travels by the cores that compute: it fills some of the waits, so that hiding them saves less, and slows
-what runs beside it. ``busy`` is the share of a core that a rank's process uses in the plain version's training steps.
+Two gloo ranks run with one thread each. Steps of one model are interleaved: with one round a level, and the same with
+overlapped backward rounds. The latency added to every round counts from when the last rank has sent, as on a wire.
+``could`` is the sum over rounds of the smaller of two times, measured in steps after the timed ones: the round without
+overlap, and the weight gradients that overlap with it.
+
+Both training steps and steps that only accumulate gradients (``alone``) are measured; the latter exchange statistics
+only. On a machine with one core a rank, gradient communication runs on the cores that compute. It fills some of the
+waits, so that overlap saves less, and it slows down concurrent computation. ``busy`` is the share of a core that a
+rank's process uses in steps without overlap.
 """
 
 from __future__ import annotations
@@ -37,17 +39,17 @@ RECORDED = 5
 
 
 class Case(NamedTuple):
-    """A width of the residual network, the size of its images, and the milliseconds added to a round."""
+    """The width of the residual network, the size of its images, and the latencies added to a round in ms."""
 
     width: int
     size: int
     latencies: Tuple[float, ...]
-    steps: int  # of either variant and kind
+    steps: int  # timed steps of each variant and kind
 
 
 CASES = (Case(32, 64, (0, 1, 3), 16), Case(64, 64, (0, 1, 3), 16), Case(64, 128, (0, 1), 5))
 BATCH = 4
-# Processes are started anew: how threads and memory happen to lie in one of them matters.
+# Each launch starts new processes, because the placement of threads and memory in a process affects the times.
 LAUNCHES = 3
 
 
@@ -74,7 +76,7 @@ def run_rank(rank: int, cases: Tuple[Case, ...]) -> List[Dict[str, Any]]:
 
 
 def variants_of(model: Any, step: Callable[[], None]) -> Dict[str, Callable[[], None]]:
-    """Returns a step of each variant, on the same parameters: how these lie in memory favours neither."""
+    """Returns a step of each variant on the same parameters, so that their memory layout favours neither."""
     forwards = {}
     for name in VARIANTS:
         coalesce(model, overlap=name == "overlapped")
@@ -88,7 +90,7 @@ def variants_of(model: Any, step: Callable[[], None]) -> Dict[str, Callable[[], 
 
 
 def measured(steps: Dict[str, Callable[[], None]], count: int) -> Dict[str, Any]:
-    """Returns the times of steps of both variants, and what could be saved."""
+    """Returns the step times of both variants, and the time that overlap could save."""
     times = take_times(steps, count, warmup=3)
     plain, overlapped = (recorded(steps[name]) for name in VARIANTS)
     pairs = list(zip(plain["rounds"], overlapped["gradients"]))
@@ -102,21 +104,21 @@ def measured(steps: Dict[str, Callable[[], None]], count: int) -> Dict[str, Any]
 
 
 def recorded(step: Any) -> Dict[str, Any]:
-    """Returns, of some steps, the medians of each backward round and of what it hid behind; and the exposed time.
+    """Returns medians over steps: each backward round, its overlapping gradients, the exposed time, the busy share.
 
-    That is the sum of the rounds' medians too: a rank that the machine holds up in one step makes the other one wait.
+    The exposed time is a sum of medians by round, because a delay of one rank in one step makes the other rank wait.
     """
     gradients: List[Tuple[float, float]] = []
-    usual = overlap_module._CONVOLUTION_BACKWARD
+    original = overlap_module._CONVOLUTION_BACKWARD
 
     def timed(*arguments: Any) -> Any:
         start = time.perf_counter()
-        result = usual(*arguments)
+        result = original(*arguments)
         if arguments[-1][1]:
             gradients.append((start, time.perf_counter() - start))
         return result
 
-    durations, exposed, behind, busy = [], [], [], []
+    durations, exposed, overlapping, busy = [], [], [], []
     overlap_module._CONVOLUTION_BACKWARD = timed
     try:
         for _ in range(RECORDED):
@@ -129,22 +131,22 @@ def recorded(step: Any) -> Dict[str, Any]:
             durations.append([entry.duration for entry in entries])
             exposed.append([entry.exposed for entry in entries])
             ends = [*(entry.launch for entry in entries[1:]), float("inf")]
-            behind.append([sum(t for at, t in gradients if e.launch < at < end) for e, end in zip(entries, ends)])
+            overlapping.append([sum(t for at, t in gradients if e.launch < at < end) for e, end in zip(entries, ends)])
     finally:
-        overlap_module._CONVOLUTION_BACKWARD = usual
+        overlap_module._CONVOLUTION_BACKWARD = original
     return {
         "rounds": [statistics.median(each) for each in zip(*durations)],
-        "gradients": [statistics.median(each) for each in zip(*behind)],
+        "gradients": [statistics.median(each) for each in zip(*overlapping)],
         "busy": statistics.median(busy),
         "exposed": sum(statistics.median(each) for each in zip(*exposed)),
     }
 
 
 def pooled(launches: List[Dict[str, Any]]) -> Dict[str, Any]:
-    """Returns one row of the same case's rows in several launches."""
+    """Returns one row from the rows of one case in several launches."""
     row = {key: launches[0][key] for key in ("width", "size", "latency_ms")}
     kinds = {kind: _pooled([launch[kind] for launch in launches]) for kind in KINDS}
-    # What can overlap is a property of the rounds and the layers: the steps that do nothing else show it best.
+    # The rounds and layers determine this limit; steps without gradient communication measure it best.
     could = kinds["alone"]["could"]
     for kind in kinds.values():
         kind["share"] = kind["saved"] / could
@@ -153,7 +155,7 @@ def pooled(launches: List[Dict[str, Any]]) -> Dict[str, Any]:
 
 def _pooled(launches: List[Dict[str, Any]]) -> Dict[str, Any]:
     spreads = {name: Spread.of([t for each in launches for t in each["times"][name]]) for name in VARIANTS}
-    # Of steps that ran one after the other: a machine that slows down for a while slows both.
+    # Differences of consecutive steps: a temporary slowdown of the machine affects both.
     saved = statistics.median(a - b for each in launches for a, b in zip(*(each["times"][name] for name in VARIANTS)))
     exposed = {name: statistics.median(each["exposed"][name] for each in launches) for name in VARIANTS}
     return {

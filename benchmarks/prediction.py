@@ -1,8 +1,8 @@
-"""The plan's cost model against measured communication, and what it says of 2 to 4096 ranks.
+"""The plan's cost model compared with measured communication, and its predictions for 2 to 4096 ranks.
 
-Measured: the statistics messages of one step of three models, one after the other on two gloo ranks without computation
-between, by each scheme. What the model needs comes from messages measured in the same run: the smallest all-gather and
-all-reduce, bare; the smallest round, packed and checked as all are; and a round of a megabyte.
+Two gloo ranks send the statistics messages of one step of three models, by each scheme, without computation in between.
+The parameters of the cost model are measured in the same run. They come from the smallest bare all-gather and
+all-reduce, from the smallest round with its packing and checks, and from a round of one megabyte.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MODELS: Dict[str, Dict[str, Any]] = {
 }
 SCHEMES = ("upstream", "per_layer", "planned")
 _MEGABYTE = 1 << 20
-_TRAIN = 100  # messages in a row, as a step has them; a fifth of it for large ones
-# Seconds and bytes a second, for the picture: orders of magnitude of links within a node and between nodes.
+_CONSECUTIVE = 100  # messages one after the other, as in a step; a fifth of them for large messages
+# Latency in seconds and bandwidth in bytes a second for the picture: orders of magnitude.
 LINKS = {"within a node (10 µs, 100 GB/s)": (10e-6, 100e9), "between nodes (30 µs, 10 GB/s)": (30e-6, 10e9)}
 
 
 def replay(channel: Channel, plan: SyncPlan, together: bool) -> Callable[[], None]:
-    """Returns what sends one step's messages of ``plan``: a round at once, or every layer by itself."""
+    """Returns a function that sends the messages of one step of ``plan``: one a round (``together``) or one a layer."""
     messages: List[Tuple[List[torch.Tensor], List[torch.Tensor]]] = []
     for planned in plan.rounds:
         for features in [planned.features] if together else [(count,) for count in planned.features]:
@@ -58,7 +58,7 @@ def replay(channel: Channel, plan: SyncPlan, together: bool) -> Callable[[], Non
 def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
     """Measures the messages of all models and schemes."""
     dist.init_process_group("gloo")
-    groups: List[Any] = []  # held: a channel holds its group weakly
+    groups: List[Any] = []  # keeps the groups alive: a channel has a weak reference to its group
 
     def group() -> Any:
         groups.append(dist.new_group()._get_backend(torch.device("cpu")))
@@ -77,18 +77,18 @@ def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
     for size, probe in probes.items():
         probe.capacity = size
         part = torch.zeros(size - HEADER_BYTES, dtype=torch.uint8)
-        count = _TRAIN if size == 64 else _TRAIN // 5
+        count = _CONSECUTIVE if size == 64 else _CONSECUTIVE // 5
         variants[str(size)] = lambda probe=probe, part=part, count=count: [  # type: ignore[misc]
             probe.exchange(sync_point("probe"), FORWARD, [part]) for _ in range(count)
         ]
     bare, sums = OriginalScheme(group()), torch.zeros(8)
     for name, collective in (("gather", bare.gather), ("reduce", bare.reduce)):
         variants[name] = lambda collective=collective: [  # type: ignore[misc]
-            collective(sums) for _ in range(_TRAIN)
+            collective(sums) for _ in range(_CONSECUTIVE)
         ]
     times = {name: spread.median for name, spread in interleave(variants, repeats, warmup=3).items()}
-    latency, reduction, small = (times[name] / _TRAIN for name in ("gather", "reduce", "64"))
-    large = times[str(_MEGABYTE)] / (_TRAIN // 5)
+    latency, reduction, small = (times[name] / _CONSECUTIVE for name in ("gather", "reduce", "64"))
+    large = times[str(_MEGABYTE)] / (_CONSECUTIVE // 5)
     found = {"latency": latency, "reduce_latency": reduction, "overhead": max(0.0, small - latency)}
     found["bandwidth"] = _MEGABYTE / (large - small)
     rows = []
@@ -138,7 +138,7 @@ def main() -> None:
         cells = [f"{1000 * row[key]:.1f}" for key in ("measured", "predicted")]
         table.add_row(row["model"], row["scheme"], *cells, f"{row['predicted'] / row['measured']:.2f}")
     Console(width=100).print(table)
-    names = {"latency": "latency", "reduce_latency": "of an all-reduce", "overhead": "overhead of a round"}
+    names = {"latency": "all-gather latency", "reduce_latency": "all-reduce latency", "overhead": "overhead of a round"}
     print(", ".join(f"{name} {1e6 * found[key]:.0f} µs" for key, name in names.items()), end=", ")
     print(f"bandwidth {found['bandwidth'] / 1e9:.2f} GB/s")
     write(Path(__file__).parent / "results" / "prediction.json", found)

@@ -1,7 +1,7 @@
-"""What world-wide running statistics cost where each rank normalizes alone: against the same model without the plugin.
+"""Cost of world-wide running statistics with normalization per rank, compared with the model without the plugin.
 
-Two gloo ranks, one thread each, a ResNet-18-like model. Steps of both models are interleaved in one run. ``exposed`` is
-the share of the statistics round for which backward's end had to wait, from ``record_rounds()``.
+Two gloo ranks with one thread each train a ResNet-18-like model. Steps of both models are interleaved in one run.
+``exposed`` is the share of the statistics round for which the end of backward waits, from ``record_rounds()``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run_rank(rank: int, options: argparse.Namespace) -> Dict[str, Any]:
     }
     with record_rounds() as rounds:
         spreads = interleave(variants, options.steps, warmup=5)
-    # the plugin's steps only: the bare model has no rounds
+    # without the warm-up steps; the bare model has no rounds
     running = [entry for entry in rounds if entry.phase == "running"][5:]
     return {
         "spreads": spreads,

@@ -1,4 +1,4 @@
-"""Shared set-up: one thread per rank, fixed seeds, and multi-rank tests that may not be skipped."""
+"""Shared fixtures and hooks: one thread per rank, fixed seeds, and failures for skipped multi-rank tests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _multirank: Dict[str, str] = {}
 
 
 @pytest.fixture(autouse=True)
-def _clean_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fixed random numbers, and no configuration from the developer's own environment."""
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seeds the random numbers and removes the package's environment variables."""
     for name in [name for name in os.environ if name.startswith("BAGUA_SYNCBN")]:
         monkeypatch.delenv(name)
     torch.manual_seed(0)
@@ -47,5 +47,5 @@ def pytest_deselected(items: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     passed = sum(state == "passed" for state in _multirank.values())
-    left = sum(state == "did not run" for state in _multirank.values())
-    terminalreporter.write_line(f"multi-rank tests: {passed} passed, {left} did not run")
+    not_run = sum(state == "did not run" for state in _multirank.values())
+    terminalreporter.write_line(f"multi-rank tests: {passed} passed, {not_run} did not run")

@@ -1,9 +1,10 @@
 """Random models and training loops on several ranks, against one process: ``python tests/fuzz.py --cases 2000``.
 
-A case is made from its seed alone: ``--seed N --cases 1`` repeats one. Every rank runs the same random model with its
-own random batches, through the public interface. The reference runs the whole batch in one process, in float64, with a
-normalization layer written from the formulae. A case is wrong if outputs, gradients, parameters or running statistics
-differ by more than rounding, if ranks differ by one bit, or if a rank raises an error or hangs.
+The seed determines a case: ``--seed N --cases 1`` repeats one. Every rank trains the same random model with its own
+random batches, through the public interface. The reference trains on the whole batch in one process, in float64, with a
+normalization layer written from the formulas. A case is wrong if outputs, gradients, parameters or running statistics
+differ from the reference by more than rounding. It is also wrong if parameters or buffers differ between ranks by one
+bit, or if a rank raises an error or hangs.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-TOLERANCE = 1e-8  # relative, and of the largest value of its kind; float64 rounds a million times finer
+TOLERANCE = 1e-8  # relative to the largest value of its kind; float64 rounding is a million times smaller
 CASE_SECONDS = 30.0  # after which a case counts as hung
-CASES_PER_POOL = 60  # every with_bagua keeps descriptors until its process ends
+CASES_PER_POOL = 60  # each with_bagua keeps file descriptors open until its process ends
 
 # -- the random case ---------------------------------------------------------------------------------------------------
 
@@ -44,7 +45,7 @@ HOSTS = ("DDP", "DDP unused", "with_bagua", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """One training forward: by rank the number of samples and the heads that the loss uses."""
+    """One training forward: the number of samples and the heads that the loss uses, by rank."""
 
     rows: Tuple[int, ...]
     used: Tuple[Tuple[bool, ...], ...]
@@ -52,17 +53,17 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Forwards, then the backward of their losses."""
+    """One training step: forwards, then backward for their losses."""
 
     forwards: Tuple[Forward, ...]
-    order: str  # of the backwards: sum (one for all losses), forward, reverse
-    no_grad: bool  # a training forward without gradients comes first
-    breaks: Optional[Tuple[int, str, int]]  # an exception on a rank, in forward or backward, at a stage
+    order: str  # of the backward passes: sum (one for all losses), forward, reverse
+    no_grad: bool  # whether a training forward without gradients comes first
+    breaks: Optional[Tuple[int, str, int]]  # a planned exception: the rank, forward or backward, the stage
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model and a training loop; everything else follows from the seed."""
+    """The options of a model and a training loop; the seed determines the rest."""
 
     seed: int
     world: int
@@ -73,7 +74,7 @@ class Case:
     spatial: Tuple[int, ...]
     heads: int
     stages: int
-    checkpoints: Tuple[Optional[bool], ...]  # by stage: not checkpointed, or use_reentrant
+    checkpoints: Tuple[Optional[bool], ...]  # by stage: use_reentrant, or None without a checkpoint
     frozen: str  # none, some, all
     input_gradient: bool
     repeats: int  # the rank whose batch is the same in every forward; -1 for none
@@ -92,14 +93,16 @@ class Case:
         reentrant = [False] if ddp else [True, False]
         checkpoints = tuple(choose.choice([None, None, *reentrant]) for _ in range(stages))
         omits = host != "DDP" and heads > 1 and choose.random() < 0.6
-        # A parameter has one gradient a backward on both hosts: not with one reentrant checkpoint for each forward.
-        single = ddp or (host == "with_bagua" and True in checkpoints)
-        most = 1 if single else choose.choice([1, 1, 2, 3, 10 if any(c is not None for c in checkpoints) else 4])
+        # Both hosts accept one gradient per parameter and backward; several reentrant checkpoints would produce more.
+        one_forward = ddp or (host == "with_bagua" and True in checkpoints)
+        max_forwards = (
+            1 if one_forward else choose.choice([1, 1, 2, 3, 10 if any(c is not None for c in checkpoints) else 4])
+        )
 
         def forward() -> Forward:
-            low = 2 if group == 1 else 0
+            fewest = 2 if group == 1 else 0
             while True:
-                rows = [choose.choice([low, 1 + low // 2, 2, 3]) for _ in range(world)]
+                rows = [choose.choice([fewest, 1 + fewest // 2, 2, 3]) for _ in range(world)]
                 if group == 1 and choose.random() < 0.2:
                     rows[choose.randrange(world)] = 0
                 sums = [sum(rows[i : i + group]) for i in range(0, world, group)]
@@ -110,7 +113,7 @@ class Case:
             return Forward(tuple(rows), tuple(used))
 
         def step() -> Step:
-            count = choose.randint(1, most)
+            count = choose.randint(1, max_forwards)
             breaks = None
             if host == "with_bagua" and choose.random() < 0.15 and count == 1 and True not in checkpoints:
                 breaks = choose.randrange(world), choose.choice(["forward", "backward"]), choose.randrange(stages)
@@ -131,7 +134,7 @@ class Case:
             heads=heads,
             stages=stages,
             checkpoints=checkpoints,
-            # An exception in a hook of backward needs a backward, and a frozen model may have none.
+            # DDP requires a trainable parameter, and an exception in a backward hook requires a backward.
             frozen=choose.choice(["none", "none", "some", "some" if ddp or breaking else "all"]),
             input_gradient=choose.random() < 0.4,
             repeats=choose.randrange(world) if choose.random() < 0.25 else -1,
@@ -140,7 +143,7 @@ class Case:
 
     @property
     def group(self) -> int:
-        """How many ranks normalize together."""
+        """The number of ranks that normalize together."""
         return int({"world": self.world, "node": 2, "rank": 1}.get(self.normalize_over, self.normalize_over))
 
     def inputs(self, step: int, forward: int) -> List[Tensor]:
@@ -157,19 +160,19 @@ class Case:
 
 # -- the random model --------------------------------------------------------------------------------------------------
 
-_broken: List[Tuple[str, int]] = []  # where this rank raises an exception
+_broken: List[Tuple[str, int]] = []  # forward or backward, and the stage: where this rank raises an exception
 
 
 def break_at(stage: int, h: Tensor) -> Tensor:
-    """Raises an exception behind a stage, in forward or in backward, if one is planned there."""
+    """Raises an exception after a stage, in forward or in backward, if one is planned there."""
 
-    def explode(_: Any = None) -> None:
+    def fail(_: Any = None) -> None:
         raise ZeroDivisionError("planned")
 
     if ("forward", stage) in _broken:
-        explode()
+        fail()
     if ("backward", stage) in _broken and h.requires_grad:
-        h.register_hook(explode)
+        h.register_hook(fail)
     return h
 
 
@@ -177,7 +180,7 @@ torch.fx.wrap("break_at")
 
 
 class Unit(nn.Module):
-    """A convolution or linear layer, normalization, activation."""
+    """A convolution or linear layer, a normalization layer and an activation."""
 
     def __init__(self, choose: random.Random, inputs: int, outputs: int, dim: int) -> None:
         super().__init__()
@@ -209,7 +212,7 @@ def norm(choose: random.Random, features: int, dim: int) -> nn.Module:
 
 
 class Branches(nn.Module):
-    """Paths of different depth, added up."""
+    """Paths of different depth, whose outputs are summed."""
 
     def __init__(self, choose: random.Random, channels: int, dim: int) -> None:
         super().__init__()
@@ -246,7 +249,7 @@ class Stage(nn.Module):
         if self.use_reentrant is None:
             y = self.inner(x)
         elif self.reference:
-            # Under a reentrant checkpoint the first forward has no gradients: statistics are merged at once.
+            # A reentrant checkpoint runs its first forward without gradients, so statistics are merged at once.
             with Reference.merging_at_once(self.use_reentrant):
                 y = self.inner(x)
         else:
@@ -255,7 +258,7 @@ class Stage(nn.Module):
 
 
 class RandomNet(nn.Module):
-    """Stages, then heads that share their input."""
+    """A model of a stem, stages, and heads that share their input."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -280,7 +283,7 @@ class RandomNet(nn.Module):
         for parameter in self.parameters():
             if case.frozen == "all" or (case.frozen == "some" and choose.random() < 0.3):
                 parameter.requires_grad_(False)
-        if case.frozen == "some":  # the last unit is trained, or no rank has a backward
+        if case.frozen == "some":  # one parameter is always trained: without any there is no backward
             self.stem.weighted.weight.requires_grad_(True)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
@@ -291,7 +294,7 @@ class RandomNet(nn.Module):
 
 
 class Sink(torch.autograd.Function):
-    """Ties outputs together, as DistributedDataParallel does: the backward of one then runs that of all."""
+    """A function that joins outputs, as DistributedDataParallel does: backward from one output runs that of all."""
 
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> Tuple[Tensor, ...]:
@@ -304,7 +307,7 @@ class Sink(torch.autograd.Function):
 
 
 class Tied(nn.Module):
-    """A model whose outputs go through a :class:`Sink`."""
+    """A model whose outputs pass through :class:`Sink`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -315,7 +318,7 @@ class Tied(nn.Module):
 
 
 def loss_of(case: Case, outputs: Sequence[Tensor], used: Sequence[bool]) -> Tensor:
-    """Returns one rank's loss; under plain DDP what is not used has a weight of zero."""
+    """Returns the loss of one rank; under plain DDP, an unused output has a weight of zero."""
     terms = []
     for index, (output, uses) in enumerate(zip(outputs, used)):
         if uses or case.host == "DDP":
@@ -328,11 +331,11 @@ def loss_of(case: Case, outputs: Sequence[Tensor], used: Sequence[bool]) -> Tens
 
 
 class Reference(nn.Module):
-    """BatchNorm over the batches of all ranks in one tensor, written from the formulae."""
+    """BatchNorm over the batches of all ranks in one tensor, written from the formulas."""
 
     segments: Sequence[int] = ()  # rows of each group of ranks
-    pools = False  # running statistics move after backward
-    at_once = False
+    pools = False  # whether running statistics are updated after backward
+    at_once = False  # whether they are updated in forward despite `pools`
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -374,7 +377,7 @@ class Reference(nn.Module):
         return torch.cat(parts)
 
     def flush(self) -> None:
-        """Updates by what was pooled."""
+        """Updates the running statistics with the pooled batches."""
         pool, self._pool = self._pool, []
         if pool:
             self._update(torch.cat(pool))
@@ -388,7 +391,7 @@ class Reference(nn.Module):
 
 
 def with_reference_layers(module: nn.Module) -> nn.Module:
-    """Returns ``module`` with its BatchNorm layers replaced, and its checkpoints taken away."""
+    """Returns ``module`` with references in place of its BatchNorm layers, and without checkpoints."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             setattr(module, name, Reference(child))
@@ -399,31 +402,31 @@ def with_reference_layers(module: nn.Module) -> nn.Module:
     return module
 
 
-Found = Dict[str, Optional[numpy.ndarray]]
+Values = Dict[str, Optional[numpy.ndarray]]
 
 
-def expected(case: Case, broken: Sequence[Found]) -> List[Found]:
-    """Returns what all ranks together should find after each step.
+def expected(case: Case, measured: Sequence[Values]) -> List[Values]:
+    """Returns the values of the reference after each step, for all ranks together.
 
     Args:
         case: the case.
-        broken: what a rank found after each step: after one that is lost, its running statistics are taken over, since
-            how far its forward came is a matter of the order of rounds.
+        measured: the values of one rank after each step. The reference copies the buffers from them after a failed
+            step, because the order of the rounds determines how many layers the forward has run.
     """
     model: Any = with_reference_layers(RandomNet(case))
     norms = [part for part in model.modules() if isinstance(part, Reference)]
     pools = case.group < case.world and any(p.requires_grad for p in model.parameters())
-    found: List[Found] = []
+    found: List[Values] = []
     for index, step in enumerate(case.steps):
-        values: Found = {}
+        values: Values = {}
         for layer in norms:
             layer.pools = pools
-        lost = step.breaks is not None
+        failed = step.breaks is not None
         if step.no_grad:
             with torch.no_grad():
                 _run_reference(case, model, norms, index, 0, False)
-        if lost:
-            state = {k: torch.tensor(v) for k, v in broken[index].items() if k.startswith(("buffer ",))}
+        if failed:
+            state = {k: torch.tensor(v) for k, v in measured[index].items() if k.startswith(("buffer ",))}
             for name, buffer in model.named_buffers():
                 buffer.copy_(state[f"buffer {name}"])
             for layer in norms:
@@ -443,7 +446,7 @@ def expected(case: Case, broken: Sequence[Found]) -> List[Found]:
             for forward, leaf in enumerate(leaves):
                 if leaf.grad is not None:
                     values[f"input {forward}"] = leaf.grad.numpy() * case.world
-            _descend(model)
+            _sgd_step(model)
         values.update(state_of(model))
         found.append(values)
     return found
@@ -461,7 +464,7 @@ def _run_reference(case: Case, model: Any, norms: Any, step: int, forward: int, 
     return leaf, torch.stack(losses).sum(), outputs
 
 
-def _descend(model: nn.Module) -> None:
+def _sgd_step(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -469,8 +472,8 @@ def _descend(model: nn.Module) -> None:
                 parameter.grad = None
 
 
-def state_of(model: nn.Module) -> Found:
-    found: Found = {f"parameter {name}": p.detach().numpy().copy() for name, p in model.named_parameters()}
+def state_of(model: nn.Module) -> Values:
+    found: Values = {f"parameter {name}": p.detach().numpy().copy() for name, p in model.named_parameters()}
     found.update({f"buffer {name}": b.numpy().copy() for name, b in model.named_buffers()})
     return found
 
@@ -478,8 +481,8 @@ def state_of(model: nn.Module) -> Found:
 # -- a rank ------------------------------------------------------------------------------------------------------------
 
 
-def run_rank(case: Case, rank: int) -> List[Found]:
-    """Returns what this rank finds after each step."""
+def run_rank(case: Case, rank: int) -> List[Values]:
+    """Returns the values of this rank after each step."""
     from bagua_syncbn_algo import SyncBatchNormAlgorithm, convert_sync_batchnorm
 
     plain = RandomNet(case)
@@ -492,7 +495,7 @@ def run_rank(case: Case, rank: int) -> List[Found]:
         model = DistributedDataParallel(model, find_unused_parameters=case.host == "DDP unused")
     found = []
     for index, step in enumerate(case.steps):
-        values: Found = {}
+        values: Values = {}
         try:
             if step.no_grad:
                 with torch.no_grad():
@@ -503,7 +506,7 @@ def run_rank(case: Case, rank: int) -> List[Found]:
             if step.breaks is None:
                 raise
             _broken.clear()
-            model.bagua_ddp._recover_if_broken_off()  # what the next forward does first
+            model.bagua_ddp._recover_if_broken_off()  # as the next forward would do first
             for parameter in inner.parameters():
                 parameter.grad = None
         else:
@@ -513,13 +516,13 @@ def run_rank(case: Case, rank: int) -> List[Found]:
                         total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                         dist.all_reduce(total)
                         parameter.grad = total / case.world
-            _descend(inner)
+            _sgd_step(inner)
         values.update(state_of(inner))
         found.append(values)
     return found
 
 
-def _train_step(case: Case, model: Any, index: int, rank: int, values: Found) -> None:
+def _train_step(case: Case, model: Any, index: int, rank: int, values: Values) -> None:
     step, leaves, losses = case.steps[index], [], []
     for number, forward in enumerate(step.forwards):
         leaf = case.inputs(index, number)[rank].requires_grad_(case.input_gradient)
@@ -539,33 +542,33 @@ def _train_step(case: Case, model: Any, index: int, rank: int, values: Found) ->
             values[f"input {number}"] = leaf.grad.numpy()
 
 
-# -- mutations: wrong code that the fuzz must notice -------------------------------------------------------------------
+# -- mutations: wrong code that the fuzz program must detect -----------------------------------------------------------
 
 
 def _mutate_dx() -> None:
     """Scales the input gradient by 1 + 1e-6."""
     from bagua_syncbn_algo.ops import functional
 
-    right = functional.input_gradient
-    functional.input_gradient = lambda *arguments: right(*arguments) * (1 + 1e-6)  # type: ignore[assignment]
+    original = functional.input_gradient
+    functional.input_gradient = lambda *arguments: original(*arguments) * (1 + 1e-6)  # type: ignore[assignment]
 
 
 def _mutate_used() -> None:
-    """Ignores, for a lone layer, that another rank uses the output."""
+    """Ignores, for a single layer, that another rank uses the output."""
     from bagua_syncbn_algo.ops import functional
 
-    right = functional._used_by_any
-    functional._used_by_any = lambda ranks: [False] if ranks.numel() == 1 else right(ranks)
+    original = functional._used_by_any
+    functional._used_by_any = lambda ranks: [False] if ranks.numel() == 1 else original(ranks)
 
 
 def _mutate_saved() -> None:
-    """Drops the oldest of several saved statistics."""
+    """Drops the oldest statistics if several are saved."""
     from bagua_syncbn_algo.ops.recompute import RecomputeCache
 
-    right = RecomputeCache.save
+    original = RecomputeCache.save
 
     def save(self: Any, statistics: Any, owners: Any) -> None:
-        right(self, statistics, owners)
+        original(self, statistics, owners)
         everything = self._all()
         if len(everything) > 1:
             for saved in list(self._saved.values()):
@@ -601,7 +604,7 @@ def _worker(rank: int, world: int, port: int, mutation: Optional[str], tasks: An
 
 
 class Pool:
-    """Ranks that run case after case."""
+    """The processes of all ranks, which run cases one after the other."""
 
     def __init__(self, world: int, mutation: Optional[str]) -> None:
         context = mp.get_context("forkserver")
@@ -624,7 +627,7 @@ class Pool:
             tasks.put(seed)
 
     def finish(self, seconds: float) -> Tuple[List[Any], Optional[str]]:
-        """Returns what each rank found, and the errors of those that failed."""
+        """Returns the values of each rank, and the errors of the ranks that failed."""
         found: List[Any] = [None] * self.world
         errors, deadline = [], time.monotonic() + seconds
         for _ in range(self.world):
@@ -651,8 +654,8 @@ class Pool:
                 process.kill()
 
 
-def compare(case: Case, ranks: List[List[Found]]) -> Optional[str]:
-    """Returns what is wrong first, or ``None``."""
+def compare(case: Case, ranks: List[List[Values]]) -> Optional[str]:
+    """Returns the first difference in words, or ``None``."""
     reference = expected(case, ranks[0])
     for index, values in enumerate(reference):
         largest: Dict[str, float] = {}
@@ -684,10 +687,17 @@ def run_cases(
     stop_at_first: bool = False,
     progress: Callable[[Any], Any] = iter,
 ) -> Tuple[int, Dict[int, str]]:
-    """Runs cases until they or the time are over.
+    """Runs cases until all have run or the time is over.
+
+    Args:
+        seeds: the seeds of the cases.
+        mutation: the name of wrong code to run, one of ``MUTATIONS``; ``None`` for none.
+        seconds: the time limit.
+        stop_at_first: whether to stop at the first wrong case.
+        progress: wraps the iteration over the seeds.
 
     Returns:
-        How many ran, and what is wrong by seed.
+        The number of cases that ran, and the problems of wrong cases by seed.
     """
     pools: Dict[int, Pool] = {}
     wrong: Dict[int, str] = {}
@@ -722,9 +732,9 @@ def run_cases(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case")
-    parser.add_argument("--minutes", type=float, default=15, help="at most")
-    parser.add_argument("--mutate", choices=sorted(MUTATIONS), help="run wrong code, and stop where that is noticed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--minutes", type=float, default=15, help="time limit")
+    parser.add_argument("--mutate", choices=sorted(MUTATIONS), help="run wrong code, and stop where a case detects it")
     parser.add_argument("--show", action="store_true", help="print the cases")
     options = parser.parse_args()
     from rich.progress import track
@@ -745,6 +755,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import fuzz  # under its own name, by which the ranks know it
+    import fuzz  # as module `fuzz`, not `__main__`: the ranks import it by this name
 
     fuzz.main()

@@ -1,6 +1,6 @@
-"""Several ranks in one test: as threads (0.1 s, statistics only) or as processes (seconds, everything).
+"""Runs a test function on several ranks: as threads (0.1 s, no default process group) or as processes (seconds).
 
-Both end all ranks within a time limit, and raise the first rank's error.
+Both functions return within a time limit and raise the error of the lowest rank that failed.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ TIMEOUT = 20.0
 def run_threads(
     world: int, body: Callable[..., Any], *args: Any, errors: bool = False, timeout: float = TIMEOUT
 ) -> Any:
-    """Runs ``body(rank, group, *args)`` on ``world`` threads, each with a gloo backend of its own.
+    """Runs ``body(rank, group, *args)`` on ``world`` threads, each with its own gloo backend.
 
-    Random numbers are shared between threads: draw them before.
+    The threads share one random number generator: draw random numbers before the call.
 
     Args:
-        world: number of ranks.
-        body: what a rank does.
-        *args: passed on.
-        errors: return each rank's exception (or ``None``) instead of raising.
-        timeout: of each collective, in seconds.
+        world: the number of ranks.
+        body: the function that each rank runs.
+        *args: further arguments of ``body``.
+        errors: whether to return each rank's exception (or ``None``) instead of raising it.
+        timeout: the limit of each collective, in seconds.
 
     Returns:
-        The ranks' results, in rank order.
+        The results of all ranks, in rank order.
+
+    Raises:
+        AssertionError: if a rank hangs.
     """
     store = dist.HashStore()
     results: List[Any] = [None] * world
@@ -80,17 +83,20 @@ def run_processes(
     """Runs ``body(rank, *args)`` in ``world`` processes with a launcher's environment.
 
     Args:
-        world: number of ranks.
-        body: a function at module level.
-        *args: passed on.
-        env: more environment variables.
-        errors: return each rank's error text (or ``None``) instead of raising.
-        limit: seconds after which all ranks are killed.
+        world: the number of ranks.
+        body: the function that each rank runs, defined at module level.
+        *args: further arguments of ``body``.
+        env: additional environment variables.
+        errors: whether to return each rank's error text (or ``None``) instead of raising it.
+        limit: the seconds after which all ranks are killed.
 
     Returns:
-        The ranks' results, in rank order.
+        The results of all ranks, in rank order.
+
+    Raises:
+        AssertionError: if a rank failed, hung or died.
     """
-    # Forked from a server that has imported torch and done nothing with it: 2 s less a rank than spawning.
+    # Forked from a server process that has only imported torch: 2 s per rank less than spawning.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.checkpoint", "pytest"])
     results = context.SimpleQueue()
@@ -117,7 +123,7 @@ def run_processes(
             if process.is_alive():
                 process.kill()
     for rank in range(world):
-        outcomes.setdefault(rank, (None, f"rank {rank} gave no result: it hung or died"))
+        outcomes.setdefault(rank, (None, f"rank {rank} returned no result: it hung or died"))
     if errors:
         return [outcomes[rank][1] for rank in range(world)]
     failures = [outcomes[rank][1] for rank in range(world) if outcomes[rank][1]]
@@ -143,7 +149,7 @@ def _process_main(
         value = body(rank, *args)
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-    # Bytes, not tensors: those would be shared memory of a process that is about to end.
+    # Pickled to bytes: a queue would pass tensors as shared memory of a process that is about to exit.
     results.put((rank, pickle.dumps(value), failure))
     if dist.is_initialized():
         dist.destroy_process_group()

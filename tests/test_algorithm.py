@@ -1,4 +1,4 @@
-"""SyncBatchNormAlgorithm on the embedded host: binding, delegation, registered messages, start-up, switches."""
+"""Tests of SyncBatchNormAlgorithm on the embedded host: binding, delegation, registered messages, switches."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def loss_of(output: Tensor) -> Tensor:
 
 
 def single_process(steps: int, world: int) -> nn.Module:
-    """The same training in one process on the whole batch: what all ranks together must equal."""
+    """Returns the model that one process trains on the whole batch: the expected result of all ranks."""
     model = net().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(steps):
@@ -72,9 +72,9 @@ def state(model: nn.Module) -> Dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def _main_line(rank: int, build: str) -> Any:
+def _train_wrapped(rank: int, build: str) -> Any:
     bagua.init_process_group()
-    model = convert_sync_batchnorm(net(seed=rank)).double()  # rank 0's parameters must win
+    model = convert_sync_batchnorm(net(seed=rank)).double()  # to be replaced by rank 0's parameters
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if rank == 1:
         model[1].running_mean.fill_(7.0)  # a buffer that differs at the start
@@ -108,13 +108,13 @@ def _main_line(rank: int, build: str) -> Any:
 @pytest.mark.multirank
 @pytest.mark.parametrize(("world", "build"), [(2, "default"), (2, "instance"), (2, "name"), (3, "default")])
 def test_training_equals_one_process_on_the_whole_batch(world: int, build: str) -> None:
-    """Catches anything that makes W ranks train another model than one process; 1e-11 is float64 over four steps.
+    """Catches a difference between training on W ranks and in one process; 1e-11 is float64 rounding in four steps.
 
-    Also catches a message that is registered and never sent, statistics among the gradient buckets (`decentralized`
-    breaks on those), and arguments that do not reach the inner algorithm.
+    Also catches a registered message that is never sent, statistics among the gradient buckets (the `decentralized`
+    algorithm fails on them), and arguments that do not reach the inner algorithm.
     """
     expected = state(single_process(4, world))
-    for report in run_processes(world, _main_line, build):
+    for report in run_processes(world, _train_wrapped, build):
         for name, value in expected.items():
             torch.testing.assert_close(report["state"][name], value, rtol=1e-10, atol=1e-11)
         assert report["rounds"] == 4 * 2 * 2
@@ -131,19 +131,19 @@ def _ddp(rank: int, how: str) -> Any:
     model = convert_sync_batchnorm(net(), process_group=half).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the option's newer name is not in older releases
+        warnings.simplefilter("ignore", FutureWarning)  # older releases lack the replacement of `broadcast_buffers`
         ddp = nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, process_group=half, find_unused_parameters=how == "unused"
         )
     train(model, rank % 2, 4, optimizer, ddp)
-    dist.barrier()  # rank 0 holds the store through which the other pair meets
+    dist.barrier()  # the other pair still uses the store in rank 0's process
     return state(model), model[1]._channel.rounds, model[1].tag.group
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize(("how", "world"), [("world", 2), ("unused", 2), ("group", 4)])
 def test_plain_ddp(how: str, world: int) -> None:
-    """Catches a converted model that trains right only with the algorithm; pairs of four ranks train two models."""
+    """Catches a converted model that trains correctly only with the algorithm; `group`: two pairs train two models."""
     expected = state(single_process(4, 2))
     for rank, (actual, rounds, group) in enumerate(run_processes(world, _ddp, how)):
         for name, value in expected.items():
@@ -164,7 +164,7 @@ def _different_models(rank: int) -> None:
 
 @pytest.mark.multirank
 def test_ranks_with_different_layer_counts_at_with_bagua() -> None:
-    """Catches models that differ between ranks and hang at the first layer that only one of them has."""
+    """Catches ranks with different models that hang at the first layer of only one rank."""
     for text in run_processes(2, _different_models, errors=True):
         assert "expected the same synchronized layers and rounds on every rank (got 2 on rank 0, 3 on rank 1" in text
         assert "number 2: nothing on rank 0, Sequential.9.1 with 2 features on rank 1" in text
@@ -172,48 +172,48 @@ def test_ranks_with_different_layer_counts_at_with_bagua() -> None:
 
 def _warnings(rank: int) -> Any:
     bagua.init_process_group()
-    heard = {}
+    report = {}
 
-    def listen(name: str, model: Any) -> None:
+    def wrap(name: str, model: Any) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model.with_bagua([], SyncBatchNormAlgorithm())
-        heard[name] = [
+        report[name] = [
             str(w.message) for w in caught if "SyncBatchNorm" in str(w.message) or "BatchNorm" in str(w.message)
         ]
 
-    listen("unconverted", net())
-    listen("none", nn.Sequential(nn.Linear(2, 2)))
+    wrap("unconverted", net())
+    wrap("none", nn.Sequential(nn.Linear(2, 2)))
     half = convert_sync_batchnorm(net())
     half.append(nn.BatchNorm1d(2))
-    listen("half", half)
-    listen("all", convert_sync_batchnorm(net()))
+    wrap("half", half)
+    wrap("all", convert_sync_batchnorm(net()))
     by_hand = net(norm=SyncBatchNorm)
-    listen("by hand", by_hand)
-    heard["tags"] = [layer.tag.name for layer in sync_batchnorm_layers(by_hand)]
-    return heard
+    wrap("by hand", by_hand)
+    report["tags"] = [layer.tag.name for layer in sync_batchnorm_layers(by_hand)]
+    return report
 
 
 @pytest.mark.multirank
 def test_warnings_name_what_was_left() -> None:
-    """Catches an algorithm that does nothing and says nothing because convert_sync_batchnorm was forgotten."""
-    for heard in run_processes(2, _warnings):
-        assert "(got 1, 4, which normalize over one rank)" in heard["unconverted"][0]
-        assert "expected SyncBatchNorm layers in Sequential (got none)" in heard["none"][0]
-        assert "(got 9, which normalize over one rank)" in heard["half"][0]
-        assert heard["all"] == [] and heard["by hand"] == []
-        assert heard["tags"] == ["Sequential.1", "Sequential.4"]
+    """Catches a missing warning for an algorithm without effect because convert_sync_batchnorm was not called."""
+    for report in run_processes(2, _warnings):
+        assert "(got 1, 4, which normalize over one rank)" in report["unconverted"][0]
+        assert "expected SyncBatchNorm layers in Sequential (got none)" in report["none"][0]
+        assert "(got 9, which normalize over one rank)" in report["half"][0]
+        assert report["all"] == [] and report["by hand"] == []
+        assert report["tags"] == ["Sequential.1", "Sequential.4"]
 
 
-def _late_rank(rank: int) -> Any:
-    """Statistics must not wait behind gradients, nor a fault on one rank become a hang on the other."""
+def _fail_in_user_code(rank: int) -> Any:
+    """Runs two forwards, the second of which fails in user code on rank 1."""
     bagua.init_process_group()
     model = convert_sync_batchnorm(net())
     model.with_bagua([], SyncBatchNormAlgorithm())
     x = batch(0, rank)
     model(x).sum().backward()
     if rank == 1:
-        x = x[:, :, :2]  # too small for the first convolution: fails in user code, before any exchange
+        x = x[:, :, :2]  # too small for the first convolution: an error before any exchange
     try:
         loss_of(model(x)).backward()
     except SyncBatchNormError as error:
@@ -225,8 +225,8 @@ def _late_rank(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_an_error_in_user_code_on_one_rank_ends_the_others() -> None:
-    """Catches a rank that waits for ever in an exchange for one that has raised and gone."""
-    waiting, own = run_processes(2, _late_rank, env={"BAGUA_SYNCBN_TIMEOUT": "5"}, limit=60)
+    """Catches a rank that waits forever in an exchange for a rank that has raised an exception."""
+    waiting, own = run_processes(2, _fail_in_user_code, env={"BAGUA_SYNCBN_TIMEOUT": "5"}, limit=60)
     assert own.startswith("own: ")
     assert "exchange statistics at Sequential.1 (forward)" in waiting and "rank 1 never arrived" in waiting
 
@@ -243,7 +243,7 @@ def _rewrap(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_wrapping_again_binds_again() -> None:
-    """Catches layers that stay with the first channel, and tensors registered under a name that is taken."""
+    """Catches layers that remain bound to the first channel, and tensors registered under an existing name."""
     expected = state(single_process(4, 2))
     for actual, rounds in run_processes(2, _rewrap):
         assert rounds == 16
@@ -252,7 +252,7 @@ def test_wrapping_again_binds_again() -> None:
 
 
 class CountingImpl(bagua.algorithms.AlgorithmImpl):  # type: ignore[misc, name-defined]
-    """Counts the calls of every hook, resets once, and has something of its own."""
+    """An algorithm that counts the calls of every hook, resets once, and has an additional method."""
 
     def __init__(self, process_group: Any) -> None:
         super().__init__(process_group)
@@ -319,7 +319,7 @@ def _delegation(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_every_hook_and_attribute_is_the_inner_ones() -> None:
-    """Catches a hook that is not passed on, or passed on twice: `need_reset` has effects and is asked once a step."""
+    """Catches a hook that is not forwarded, or forwarded twice: each call of `need_reset` has side effects."""
     for bare, wrapped in run_processes(2, _delegation):
         assert wrapped[0] == bare[0] and wrapped[1] == bare[1] == "aborted"
         assert bare[0]["need_reset"] == 4 and bare[0]["init_tensors"] == 2
@@ -339,7 +339,7 @@ def _flag(rank: int) -> Any:
 @pytest.mark.multirank
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_the_environment_switches_it_on(value: str) -> None:
-    """Catches a flag that changes only the model or only the algorithm, or anything at all when it is off."""
+    """Catches a flag that changes only the model or only the algorithm, and one that has an effect when it is off."""
     first, second = run_processes(2, _flag, env={"BAGUA_SYNCBN": value})
     if value == "1":
         assert first[:2] == ("SyncBatchNorm", "SyncBatchNormAlgorithm")
@@ -349,7 +349,7 @@ def test_the_environment_switches_it_on(value: str) -> None:
 
 
 def test_off_changes_nothing() -> None:
-    """Catches a conversion, or a wrapped algorithm, behind a flag that is off."""
+    """Catches a converted model or a wrapped algorithm although the flag is off."""
     model, algorithm = net(), object()
     layer = model[1]
     assert enable_sync_batchnorm(model, algorithm, SyncBatchNormConfig(enabled=False)) == (model, algorithm)
@@ -370,7 +370,7 @@ def test_off_changes_nothing() -> None:
     ],
 )
 def test_bad_inner_algorithms(arguments: Any, options: Any, error: Any, message: str) -> None:
-    """Catches a wrong inner algorithm that is found only when training starts."""
+    """Catches a wrong inner algorithm that is detected only when training starts."""
     with pytest.raises(error, match=message):
         SyncBatchNormAlgorithm(*arguments, **options)
 
@@ -386,7 +386,7 @@ def _one_rank(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_one_rank_is_plain_batch_norm() -> None:
-    """Catches an algorithm that needs more than one rank to run, as a user tries it first."""
+    """Catches an algorithm that fails on a single rank, where users try it first."""
     (actual,) = run_processes(1, _one_rank)
     for name, value in state(single_process(4, 1)).items():
         assert torch.equal(actual[name], value), name
@@ -403,11 +403,11 @@ def _convert_late(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_convert_after_with_bagua() -> None:
-    """Catches a conversion behind Bagua's back, on a model that really is in with_bagua."""
+    """Catches a conversion that is accepted for a model that with_bagua has wrapped."""
     assert run_processes(1, _convert_late) == ["BatchNorm2d"]
 
 
-def _loads_both_ways(rank: int) -> Any:
+def _load_into_plain(rank: int) -> Any:
     logging.getLogger("bagua_syncbn_algo").setLevel(logging.INFO)
     bagua.init_process_group()
     model = convert_sync_batchnorm(net())
@@ -416,13 +416,13 @@ def _loads_both_ways(rank: int) -> Any:
     saved = model.state_dict()
     plain = net(seed=3)
     plain.load_state_dict(saved)
-    time.sleep(0.1 * rank)  # evaluation needs no partner
+    time.sleep(0.1 * rank)  # evaluation has no collectives
     x = batch(1, 0)
     return torch.equal(plain.eval()(x), model.eval()(x)), list(saved) == list(net().state_dict()), os.getpid()
 
 
 @pytest.mark.multirank
 def test_a_checkpoint_of_a_wrapped_model_loads_into_a_plain_one() -> None:
-    """Catches keys that the wrapping adds."""
-    for same, keys, _ in run_processes(2, _loads_both_ways):
+    """Catches state_dict keys that the wrapping adds."""
+    for same, keys, _ in run_processes(2, _load_into_plain):
         assert same and keys

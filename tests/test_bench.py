@@ -1,4 +1,4 @@
-"""The command line's measurements: on real ranks, with real files; no test looks at how long anything took."""
+"""Tests of the command line's measurements, with real ranks and files; no test sets an upper limit on a duration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bagua_syncbn_algo.comm.wire import BACKWARD, FORWARD, Roster, SyncPoint, sy
 
 
 class Convolutions(nn.Sequential):
-    """Two levels; the second convolution is large enough for a round to overlap with."""
+    """A model of two levels whose second convolution is large enough to overlap with a round."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -41,7 +41,7 @@ INPUT = "4,3,16,16"
 
 @pytest.mark.multirank
 def test_bench_measures_every_variant(tmp_path: Path, capsys: Any) -> None:
-    """Catches a variant that is not what its name says, by its rounds; and a table, file or picture without it."""
+    """Catches a variant with a wrong number of rounds or missing in table or file, and a missing picture."""
     files = ["--json", str(tmp_path / "found.json"), "-o", str(tmp_path / "found.png")]
     main(["bench", MODEL, "--input", INPUT, "--steps", "2", "--latency", "0.5", *files])
     printed = capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_bench_measures_every_variant(tmp_path: Path, capsys: Any) -> None:
     assert list(rounds) == list(VARIANTS)
     for name, each in found["variants"].items():
         assert name in printed and each["low"] <= each["median"] <= each["high"]
-        # A delay on completion is part of every round: two of half a millisecond a phase, at least.
+        # The added latency is part of every round: each phase has at least two rounds of 0.5 ms.
         assert all(phase["duration"] >= 2 * 0.0005 for phase in each["phases"].values())
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
     assert steps.overhead_of(found, "upstream") == 1 and steps.overhead_of(found, "local") == 0
@@ -61,7 +61,7 @@ def test_bench_measures_every_variant(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.multirank
 def test_timeline_shows_overlapped_rounds_and_waits(tmp_path: Path, capsys: Any) -> None:
-    """Catches lanes of one rank only, rounds that are missing, and times of other steps."""
+    """Catches missing lanes of a rank, missing rounds, and times of other steps."""
     picture = tmp_path / "step.png"
     main(["timeline", MODEL, "--input", INPUT, "--latency", "3", "-o", str(picture)])
     assert str(picture.with_suffix(".json")) in capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_timeline_shows_overlapped_rounds_and_waits(tmp_path: Path, capsys: Any)
         expected = {f"Convolutions.{layer} ({phase}" for layer in (1, 4) for phase in ("forward", "backward")}
         assert {name.rsplit(",", 1)[0] for name in rounds} == expected
         backward = next(e for e in mine if e["cat"] == "backward")
-        # What the second convolution's weight gradient overlaps with is a part of its round; both are in backward.
+        # The part of the round that overlaps with the second convolution's weight gradient is within backward.
         overlapped = next(
             e for e in mine if e["cat"] == "overlapped" and e["name"].startswith("Convolutions.1 (backward")
         )
@@ -85,7 +85,7 @@ def test_timeline_shows_overlapped_rounds_and_waits(tmp_path: Path, capsys: Any)
         assert min(e["ts"] for e in mine) >= 0
 
 
-class Slept(Channel):
+class SlowChannel(Channel):
     """A channel whose rounds take 5 ms."""
 
     def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
@@ -95,8 +95,8 @@ class Slept(Channel):
 
 
 def test_latency_is_added_to_what_a_round_takes() -> None:
-    """Catches a stated latency in which the round itself disappears, and one that a second call adds to the first."""
-    channel = Slept()
+    """Catches a latency that excludes the round's own duration, and a second call that adds to the first."""
+    channel = SlowChannel()
     for _ in range(2):
         add_latency(channel, 1.0)
         assert channel._all_gather.latency >= 1.0 + 5e-3  # type: ignore[attr-defined]
@@ -109,14 +109,14 @@ def test_latency_is_added_to_what_a_round_takes() -> None:
 
 @pytest.mark.multirank
 def test_an_added_latency_is_part_of_the_round() -> None:
-    """Catches a delay that the record does not show, or a round that is there before it has passed."""
+    """Catches a delay that the record omits, and a round that ends before its delay is over."""
 
     def body(rank: int, group: Any) -> float:
         channel = TorchChannel(group)
         channel.join(Roster(((A.name, 4),)))
         add_latency(channel, 0.05)
         start = time.perf_counter()
-        if rank == 0:  # one record a process; it sees the other thread's rounds too
+        if rank == 0:  # one record per process, which includes the other thread's rounds
             with record_rounds() as rounds:
                 channel.exchange(A, FORWARD, [torch.zeros(4)])
             assert all(entry.finish is None or entry.duration >= 0.05 for entry in rounds)
@@ -128,8 +128,8 @@ def test_an_added_latency_is_part_of_the_round() -> None:
     assert all(seconds >= 0.05 for seconds in run_threads(2, body))
 
 
-class Wire(Channel):
-    """Two ranks of which the other one sends the same, ``later`` nanoseconds later."""
+class DelayedPeerChannel(Channel):
+    """A channel whose second rank sends the same message as the first, ``later`` nanoseconds later."""
 
     world_size, later = 2, 0
 
@@ -139,22 +139,22 @@ class Wire(Channel):
     def _all_gather(self, message: Tensor) -> Any:
         both = torch.stack([message, message])
         both[1, -8:].view(torch.int64).add_(self.later)
-        return both, SimpleNamespace(wait=lambda: None)  # completes when it is waited for: no core was free before
+        return both, SimpleNamespace(wait=lambda: None)  # completes only in `wait`, as if no core was free before
 
 
 @pytest.mark.parametrize("later", [0, 10**10])
 def test_an_added_latency_is_a_wires(later: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a latency that begins when a rank gets round to receiving, or when it has sent before the last one.
+    """Catches a latency counted from when this rank receives, or from its own message instead of the last rank's.
 
-    The first is what happens to a thread of the transport while a weight gradient is on its only core.
+    A thread of the transport receives late while a weight gradient occupies its only core.
     """
-    channel = Wire()
+    channel = DelayedPeerChannel()
     channel.capacity, channel.later = 64, later
     add_latency(channel, 1e-3)
     slept: List[float] = []
     wait = channel.launch(A, BACKWARD, [torch.ones(4)])
     time.sleep(2e-3)
-    clock = SimpleNamespace(perf_counter=time.perf_counter, sleep=slept.append)  # of this module only
+    clock = SimpleNamespace(perf_counter=time.perf_counter, sleep=slept.append)  # only for that module
     monkeypatch.setattr("bagua_syncbn_algo.bench.latency.time", clock)
     assert wait()[0].tolist() == [[1.0] * 4] * 2
     assert len(slept) == 1 and (slept[0] > 1 if later else slept[0] == 0)
@@ -172,28 +172,28 @@ def test_an_added_latency_is_a_wires(later: int, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_mistakes_are_said_before_ranks_start(arguments: Any, message: str) -> None:
-    """Catches a traceback of two ranks where a word was wrong."""
+    """Catches a wrong argument that is reported by tracebacks of two ranks."""
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert message in str(caught.value)
 
 
 def test_an_input_that_is_no_shape(capsys: Any) -> None:
-    """Catches int()'s own words."""
+    """Catches the error message of `int()`, which does not name the expected format."""
     with pytest.raises(SystemExit):
         main(["bench", MODEL, "--input", "large"])
     assert "expected numbers with commas between them (got large)" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an ImportError after minutes of measuring."""
+    """Catches an ImportError that is raised after minutes of measurements."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install bagua_syncbn_algo\[bench\]"):
         main(["timeline", MODEL])
 
 
 def test_whatever_a_model_returns_is_differentiated() -> None:
-    """Catches an output that only some models have."""
+    """Catches a kind of model output, such as a dict, that the loss does not accept."""
     one, two = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
     loss = steps.loss_of({"a": [one * 2, torch.arange(3)], "b": two * 3})
     assert float(loss) == pytest.approx(4 + 9)
@@ -215,17 +215,17 @@ def _fails(rank: int) -> None:
 
 @pytest.mark.multirank
 def test_ranks_return_what_they_measured() -> None:
-    """Catches a result larger than a pipe holds, for which a rank and its parent wait for each other."""
+    """Catches a deadlock between a rank and its parent for a result that is larger than the pipe's buffer."""
     assert run_ranks(_large) == [0.0] * 100_000
 
 
 @pytest.mark.multirank
 def test_a_rank_that_fails_ends_all() -> None:
-    """Catches a launcher that waits for a rank that waits for a dead one."""
+    """Catches a launcher that waits for a rank which waits for the failed rank."""
     with pytest.raises(Exception, match="this rank has a fault"):
         run_ranks(_fails)
 
 
 def test_spreads_by_hand() -> None:
-    """Catches quartiles in another order."""
+    """Catches quartiles in the wrong order."""
     assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 1.5, 4.5)

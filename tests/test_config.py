@@ -1,4 +1,4 @@
-"""Configuration: the environment's values, good and bad, and where they are read."""
+"""Tests of the configuration: valid and invalid values, from the environment and from the constructor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bagua_syncbn_algo import SyncBatchNormConfig
 
 
 def test_defaults_and_environment() -> None:
-    """Catches a switch that is on without being asked for, and a variable that is not read."""
+    """Catches a switch that an empty environment turns on, and a variable that is not read."""
     assert SyncBatchNormConfig() == SyncBatchNormConfig(enabled=True, host="auto", normalize_over="world", timeout=None)
     assert SyncBatchNormConfig.from_env({}) == SyncBatchNormConfig(enabled=False)
     environ = {"BAGUA_SYNCBN": "1", "BAGUA_SYNCBN_HOST": "embedded", "BAGUA_SYNCBN_TIMEOUT": "2.5", "OTHER": "x"}
@@ -36,7 +36,7 @@ def test_defaults_and_environment() -> None:
     ],
 )
 def test_unknown_values_are_refused(environ: dict[str, str], message: str) -> None:
-    """Catches a typing error in a job script that changes nothing and says nothing."""
+    """Catches a misspelled name or value in a job script that is ignored without an error."""
     with pytest.raises(ValueError, match=message):
         SyncBatchNormConfig.from_env(environ)
 
@@ -51,7 +51,7 @@ def test_unknown_values_are_refused(environ: dict[str, str], message: str) -> No
     ],
 )
 def test_constructor_refuses_too(values: dict[str, object], message: str) -> None:
-    """Catches a configuration in code that the environment would refuse."""
+    """Catches a value that the constructor accepts although the environment refuses it."""
     with pytest.raises(ValueError, match=message):
         SyncBatchNormConfig(**values)  # type: ignore[arg-type]
 

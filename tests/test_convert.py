@@ -1,4 +1,4 @@
-"""The converter: what is replaced, what is kept, what is refused, and the tags."""
+"""Tests of the converter: replaced layers, kept state, refused layers, and tags."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bagua_syncbn_algo import convert as convert_module
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """In timm's style: dropout and activation after the norm."""
+    """A layer in timm's style: dropout and activation follow the normalization."""
 
     def __init__(self, features: int, act: nn.Module, drop: nn.Module) -> None:
         super().__init__(features)
@@ -36,14 +36,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 
 class ActBatchNorm2d(BatchNormAct2d):
-    """Has the same parts, but activates first."""
+    """A layer with the same submodules that activates before it normalizes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.BatchNorm2d.forward(self, self.act(x))
 
 
 class GatedBatchNorm2d(nn.BatchNorm2d):
-    """A forward of its own that nobody knows."""
+    """A layer with its own forward, for which the converter has no rule."""
 
     gate = 2.0
 
@@ -59,7 +59,7 @@ class SyncGatedBatchNorm(SyncBatchNorm):
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As in detection libraries: no BatchNorm by class."""
+    """A frozen layer of detection libraries, which is not derived from BatchNorm."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def model() -> nn.Sequential:
 
 
 def test_keeps_parameters_buffers_and_settings_by_identity() -> None:
-    """Catches copies: an optimizer built before the conversion would train parameters that nobody uses."""
+    """Catches copied parameters: an optimizer built before the conversion would train unused ones."""
     original = model()
     original[1].weight.requires_grad_(False)
     original[1].eval()
@@ -95,7 +95,7 @@ def test_keeps_parameters_buffers_and_settings_by_identity() -> None:
 
 
 def test_optimizer_built_before_stays_valid() -> None:
-    """Catches an optimizer that steps the old layer's parameters."""
+    """Catches an optimizer that updates the replaced layer's parameters instead of the new layer's."""
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     convert_sync_batchnorm(net)
@@ -106,7 +106,7 @@ def test_optimizer_built_before_stays_valid() -> None:
 
 
 def test_hooks_fire_and_can_be_removed() -> None:
-    """Catches hooks that are lost, and handles that refer to the old layer's dictionary."""
+    """Catches lost hooks, and handles that refer to the hook dictionary of the replaced layer."""
     net = model()
     fired = []
     handles = [
@@ -123,7 +123,7 @@ def test_hooks_fire_and_can_be_removed() -> None:
 
 
 def test_a_layer_used_in_several_places_is_converted_once() -> None:
-    """Catches two layers in place of one: their running statistics would part."""
+    """Catches two new layers in place of one: their running statistics would diverge."""
     shared = nn.BatchNorm2d(3)
     net = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
     convert_sync_batchnorm(net)
@@ -133,7 +133,7 @@ def test_a_layer_used_in_several_places_is_converted_once() -> None:
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormNd])
 def test_a_layer_itself_becomes_a_new_layer_and_back(kind: Any) -> None:
-    """Catches a root that is returned unconverted, and a class that is lost on the way back."""
+    """Catches a root module that is not converted, and a revert to another class."""
     layer = kind(3)
     converted = convert_sync_batchnorm(layer)
     assert type(converted) is SyncBatchNorm and converted is not layer and converted.weight is layer.weight
@@ -143,12 +143,12 @@ def test_a_layer_itself_becomes_a_new_layer_and_back(kind: Any) -> None:
 
 
 def test_the_class_method_converts_too() -> None:
-    """Catches a contract of upstream's and PyTorch's layer that is not kept."""
+    """Catches a missing class method, which the layers of upstream and PyTorch have."""
     assert isinstance(SyncBatchNorm.convert_sync_batchnorm(model())[1], SyncBatchNorm)
 
 
 def test_round_trip_through_evaluation() -> None:
-    """Catches a revert that changes results: export and deployment want plain layers."""
+    """Catches a revert that changes results: models are exported and deployed with plain layers."""
     net = model()
     x = torch.randn(2, 3, 4, 4)
     convert_sync_batchnorm(net)(x)
@@ -159,7 +159,7 @@ def test_round_trip_through_evaluation() -> None:
 
 @pytest.mark.multirank
 def test_torch_sync_batchnorm_keeps_its_group() -> None:
-    """Catches a layer over a subset of ranks that silently widens to all."""
+    """Catches a layer over a subset of ranks that silently becomes a layer over all ranks."""
 
     def body(rank: int, group: Any) -> Any:
         net = nn.Sequential(nn.SyncBatchNorm(3, process_group=group), nn.BatchNorm1d(3))
@@ -175,7 +175,7 @@ def test_torch_sync_batchnorm_keeps_its_group() -> None:
 
 @pytest.mark.parametrize("drop", [nn.Identity(), nn.Dropout(0.5)])
 def test_fused_activation_is_kept(drop: nn.Module) -> None:
-    """Catches an activation that vanishes with the layer that held it."""
+    """Catches an activation that is lost with the replaced layer."""
     net = nn.Sequential(BatchNormAct2d(3, nn.ReLU(), drop))
     plain = copy.deepcopy(net).eval()
     state = copy.deepcopy(net.state_dict())
@@ -190,7 +190,7 @@ def test_fused_activation_is_kept(drop: nn.Module) -> None:
 
 @pytest.mark.parametrize("layer", [GatedBatchNorm2d(3), ActBatchNorm2d(3, nn.Sigmoid(), nn.Identity())])
 def test_an_unknown_forward_is_refused_and_nothing_converted(layer: nn.Module) -> None:
-    """Catches a silently stripped forward, and a model left half converted; the parts alone prove no style."""
+    """Catches a custom forward that is dropped, one taken for timm's by its submodules, and a partial conversion."""
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(layer))
     with pytest.raises(TypeError, match=r"got 1\.0, a .*BatchNorm2d with a forward of its own.*register_conversion"):
         convert_sync_batchnorm(net)
@@ -198,7 +198,7 @@ def test_an_unknown_forward_is_refused_and_nothing_converted(layer: nn.Module) -
 
 
 def test_registered_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an extension point that loses the class's own behaviour or state."""
+    """Catches a registered conversion that loses the class's own behaviour or state."""
     monkeypatch.setattr(convert_module, "_conversions", dict(convert_module._conversions))
     register_conversion(GatedBatchNorm2d, SyncGatedBatchNorm)
     net = nn.Sequential(GatedBatchNorm2d(3))
@@ -213,7 +213,7 @@ def test_registered_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_subclass_without_its_own_forward_is_converted() -> None:
-    """Catches refusing (or missing) a class that only adds a check."""
+    """Catches a subclass that only adds a check and is refused or not converted."""
 
     class Checked(nn.BatchNorm2d):
         def _check_input_dim(self, input: Tensor) -> None:
@@ -223,7 +223,7 @@ def test_a_subclass_without_its_own_forward_is_converted() -> None:
 
 
 def test_lazy_layers() -> None:
-    """Catches an unmaterialised layer that is converted without a shape; a materialised one is a BatchNorm."""
+    """Catches an unmaterialised layer that is converted without a shape, and a materialised one that is refused."""
     net = nn.Sequential(nn.LazyBatchNorm2d())
     with pytest.raises(ValueError, match=r"got 0, an unmaterialised LazyBatchNorm2d.*run one batch"):
         convert_sync_batchnorm(net)
@@ -232,7 +232,7 @@ def test_lazy_layers() -> None:
 
 
 def test_others_stay() -> None:
-    """Catches conversion of layers that do not normalize over the batch."""
+    """Catches a conversion of layers that do not normalize over the batch."""
     net = nn.Sequential(nn.InstanceNorm2d(3), FrozenBatchNorm2d(3), nn.GroupNorm(1, 3))
     kinds = [type(layer) for layer in net]
     convert_sync_batchnorm(net)
@@ -250,13 +250,13 @@ def test_checkpoints_load_both_ways() -> None:
 
 
 def test_dtype_and_device_are_kept() -> None:
-    """Catches a new layer built with defaults."""
+    """Catches a new layer with the default dtype or device."""
     layer = convert_sync_batchnorm(nn.BatchNorm2d(3, dtype=torch.float64, device="meta"))
     assert layer.weight.dtype == torch.float64 and layer.weight.device.type == "meta"  # type: ignore[union-attr]
 
 
 def test_tags_and_their_table() -> None:
-    """Catches names, order or groups that differ from the model's."""
+    """Catches tags whose names, order or groups differ from the model's."""
     net = convert_sync_batchnorm(model())
     tags = [layer.tag for layer in sync_batchnorm_layers(net)]
     assert [(tag.name, tag.order, tag.group) for tag in tags if tag] == [
@@ -271,9 +271,9 @@ def test_tags_and_their_table() -> None:
 
 
 def test_convert_after_with_bagua_is_refused() -> None:
-    """Catches layers replaced behind Bagua's back: their hooks and buckets would refer to the old ones."""
+    """Catches layers replaced after with_bagua: the algorithm would remain bound to the old layers."""
     net = model()
-    net.bagua_ddp = object()  # type: ignore[assignment]  # what with_bagua leaves on the module
+    net.bagua_ddp = object()  # type: ignore[assignment]  # the attribute that with_bagua sets
     for change in (convert_sync_batchnorm, revert_sync_batchnorm):
         with pytest.raises(RuntimeError, match="before with_bagua"):
             change(nn.ModuleList([net]))

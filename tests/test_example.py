@@ -1,4 +1,4 @@
-"""The example, run as a user runs it: as a script, in a process of its own."""
+"""Tests of the examples, run as scripts in their own processes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SCRIPT = REPOSITORY / "examples" / "train_digits.py"
 
 
 def run(*arguments: Any, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs the example with ``variables`` in its environment; it is not told that it runs in a test."""
+    """Runs the example as a script, without RANK and WORLD_SIZE of a launcher, and with ``variables``."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), environment.get("PYTHONPATH")]))
-    # Wide enough for the table, and CPUs even where the machine has fewer GPUs than ranks.
+    # COLUMNS fits the table. The ranks use CPUs, because the machine may have fewer GPUs than ranks.
     environment.update(PYTHONPATH=path, OMP_NUM_THREADS="1", COLUMNS="120", CUDA_VISIBLE_DEVICES="", **variables)
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
@@ -27,7 +27,7 @@ def run(*arguments: Any, **variables: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.multirank
 @pytest.mark.timeout(120)
 def test_the_environment_alone_switches_on() -> None:
-    """A flag's default that overrides BAGUA_SYNCBN=1, or layers that stay local although it says "on"."""
+    """Catches a flag's default that overrides BAGUA_SYNCBN=1, and layers that stay local despite the printed "on"."""
     done = run("--steps", 3, BAGUA_SYNCBN="1")
     assert done.returncode == 0, done.stderr
     assert "synchronized batch normalization: on, over the world (2 ranks" in done.stdout
@@ -38,7 +38,7 @@ def test_the_environment_alone_switches_on() -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("span", "rounds"), [("node", 14), ("rank", 1)])
 def test_the_environment_alone_says_over_which_ranks(span: str, rounds: int) -> None:
-    """A variable that is read and then lost on its way to the algorithm."""
+    """Catches a variable that is read but not passed to the algorithm."""
     done = run("--steps", 3, BAGUA_SYNCBN="1", BAGUA_SYNCBN_NORMALIZE_OVER=span)
     assert done.returncode == 0, done.stderr
     assert f"synchronized batch normalization: on, over the {span} (2 ranks" in done.stdout
@@ -48,7 +48,7 @@ def test_the_environment_alone_says_over_which_ranks(span: str, rounds: int) -> 
 @pytest.mark.multirank
 @pytest.mark.timeout(120)
 def test_off_unless_asked_for() -> None:
-    """Synchronizing a user's model without being asked to."""
+    """Catches a model that is synchronized without a flag or variable."""
     done = run("--steps", 3)
     assert done.returncode == 0, done.stderr
     assert "synchronized batch normalization: off (2 ranks" in done.stdout
@@ -58,15 +58,15 @@ def test_off_unless_asked_for() -> None:
 @pytest.mark.multirank
 @pytest.mark.timeout(120)
 def test_joins_the_launcher_that_started_it() -> None:
-    """Starting ranks of its own under torchrun: ranks of ranks, or a meeting that never happens."""
-    done = run("--steps", 3, "--sync-bn", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **_meeting_place())
+    """Catches an example that starts further ranks under torchrun: nested ranks, or a rendezvous that hangs."""
+    done = run("--steps", 3, "--sync-bn", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **_rendezvous())
     assert done.returncode == 0, done.stderr
     assert "synchronized batch normalization: on, over the world (1 ranks" in done.stdout
     assert done.stdout.count("test accuracy") == 1
 
 
 def test_an_unknown_algorithm_is_answered_with_the_known_ones() -> None:
-    """A traceback, or a list of ranks that died, where the name alone was wrong."""
+    """Catches a wrong name that is reported by a traceback or by a list of failed ranks."""
     done = run("--algorithm", "nonsense")
     assert done.returncode != 0
     assert "got 'nonsense'" in done.stderr
@@ -76,7 +76,7 @@ def test_an_unknown_algorithm_is_answered_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("arguments", [("--nproc", 0), ("--compare", "--nproc", 1)])
 def test_too_few_ranks_are_refused(arguments: Any) -> None:
-    """A run that starts nothing and succeeds, or a comparison of one rank with itself."""
+    """Catches a run of zero ranks that succeeds, and a comparison of one rank with itself."""
     done = run(*arguments)
     assert done.returncode != 0
     assert "expected" in done.stderr and "Traceback" not in done.stderr
@@ -85,7 +85,7 @@ def test_too_few_ranks_are_refused(arguments: Any) -> None:
 @pytest.mark.multirank
 @pytest.mark.timeout(120)
 def test_compare_prints_the_table_and_draws_the_picture(tmp_path: Path) -> None:
-    """A comparison that loses a column, measures no rounds, or draws nothing; synchronized that is not the batch's."""
+    """Catches a missing column, round count or picture, and synchronized training unlike a single process."""
     done = run("--compare", "--seeds", 0, "--steps", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     for column in ("local", "local, world statistics", "synchronized", "single process"):
@@ -102,7 +102,7 @@ def _row(output: str, start: str) -> str:
     return next(line for line in output.splitlines() if line.lstrip("│┃ ").startswith(start) and line[0] in "│┃")
 
 
-def _meeting_place() -> Any:
+def _rendezvous() -> Any:
     import socket
 
     with socket.socket() as probe:
@@ -113,7 +113,7 @@ def _meeting_place() -> Any:
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", ["ddp_minimal", "bagua_minimal"])
 def test_minimal_examples(name: str) -> None:
-    """Catches an example that newcomers copy and that does not run, or whose ranks differ."""
+    """Catches a minimal example that does not run, or whose ranks have different statistics."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, str(REPOSITORY / "examples" / f"{name}.py")],

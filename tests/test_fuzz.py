@@ -1,4 +1,4 @@
-"""The fuzz in small: 200 cases are right, and it notices wrong code."""
+"""Tests of the fuzz program: 200 cases pass, and each mutation of the code is detected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHUNK = 50
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("first", range(0, 200, CHUNK))
 def test_random_models_and_loops(first: int) -> None:
-    """Catches wrong numbers in combinations that nobody has thought of; ``make fuzz`` runs ten times as many."""
+    """Catches wrong numbers in random combinations of features; ``make fuzz`` runs ten times as many cases."""
     done, wrong = fuzz.run_cases(range(first, first + CHUNK))
     assert done == CHUNK and not wrong, wrong
 
@@ -21,7 +21,7 @@ def test_random_models_and_loops(first: int) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mutation", sorted(fuzz.MUTATIONS))
 def test_wrong_code_is_noticed(mutation: str) -> None:
-    """Catches a fuzz that cannot fail: a tolerance too wide, or a generator that never comes to the place."""
+    """Catches fuzzing that cannot fail: a tolerance that is too wide, or cases that never run the mutated code."""
     done, wrong = fuzz.run_cases(range(200), mutation, stop_at_first=True)
-    assert len(wrong) == 1, f"not noticed in {done} cases"
+    assert len(wrong) == 1, f"not detected in {done} cases"
     assert "off by" in next(iter(wrong.values()))

@@ -1,4 +1,4 @@
-"""Which Bagua runs: upstream where it can, else the embedded host; the switch and its errors."""
+"""Tests of the choice of host: upstream Bagua where it can run, else the embedded host; the switch and its errors."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def run(code: str, env: Dict[str, str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_embedded_by_choice_and_by_default() -> None:
-    """Catches a machine without upstream Bagua on which nothing runs."""
+    """Catches an import that fails on a machine without upstream Bagua."""
     for choice in ("auto", "embedded"):
         done = run("from bagua_syncbn_algo import bagua; print(bagua.__name__)", {"BAGUA_SYNCBN_HOST": choice})
         assert done.stdout.strip() == "bagua_syncbn_algo.embedded.torch_api", done.stderr
 
 
 def test_upstream_that_cannot_run_is_an_error() -> None:
-    """Catches a silent fallback where the user asked for upstream."""
+    """Catches a silent fallback to the embedded host with BAGUA_SYNCBN_HOST=upstream."""
     done = run("from bagua_syncbn_algo import bagua", {"BAGUA_SYNCBN_HOST": "upstream"})
     assert done.returncode != 0
     assert "ImportError: expected an installed Bagua that runs here, since BAGUA_SYNCBN_HOST=upstream" in done.stderr
 
 
 def test_wrong_choice_lists_the_right_ones() -> None:
-    """Catches a typing error that falls back to a default."""
+    """Catches a misspelled choice that silently selects the default."""
     done = run("from bagua_syncbn_algo import bagua", {"BAGUA_SYNCBN_HOST": "embeded"})
     assert "to be one of auto, upstream, embedded (got 'embeded')" in done.stderr
 
@@ -52,7 +52,7 @@ def test_auto_takes_upstream_only_with_cuda(mocker: Any, cuda: bool, expected: s
 
 
 def test_auto_survives_a_broken_upstream(mocker: Any) -> None:
-    """Catches a native library that does not load (an OSError) ending a program that could run embedded."""
+    """Catches an OSError of a native library that ends the program although the embedded host can run."""
 
     def load(name: str) -> str:
         if name == "bagua.torch_api":
@@ -67,7 +67,7 @@ def test_auto_survives_a_broken_upstream(mocker: Any) -> None:
 
 
 def test_streams_follow_the_host(mocker: Any) -> None:
-    """Catches CUDA streams used on the CPU host, and none on upstream."""
+    """Catches CUDA streams on the embedded CPU host, and CPU streams on upstream."""
     assert type(host.streams()).__name__ == "CpuStreams"
     mocker.patch.object(host, "is_upstream", True)
     assert type(host.streams()).__name__ == "CudaStreams"

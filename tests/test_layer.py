@@ -1,4 +1,4 @@
-"""The layer: modes, bad input, recomputation under checkpointing, copies, one-rank behaviour."""
+"""Tests of the layer: a single rank, invalid input, modes, recomputation under checkpointing, copies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rounds(layer: SyncBatchNorm) -> int:
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
 @pytest.mark.parametrize("training", [True, False])
 def test_one_rank_is_plain_batch_norm(options: Any, training: bool) -> None:
-    """Catches any difference, to the bit, from nn.BatchNorm2d in a program with one rank."""
+    """Catches any bitwise difference from nn.BatchNorm2d in a program with one rank."""
     x = torch.randn(4, 3, 5, 5)
     layers = [nn.BatchNorm2d(3, **options), SyncBatchNorm(3, **options)]
     results = []
@@ -46,7 +46,7 @@ def test_one_rank_is_plain_batch_norm(options: Any, training: bool) -> None:
 
 
 def test_batches_tracked_is_updated_in_place() -> None:
-    """Catches `self.num_batches_tracked = … + 1`, which breaks buffers held elsewhere (an averaged model, DDP)."""
+    """Catches `self.num_batches_tracked = … + 1`, which breaks other references to it (averaged model, DDP)."""
     layer = SyncBatchNorm(3)
     held = layer.num_batches_tracked
     layer(torch.randn(2, 3, 4))
@@ -54,7 +54,7 @@ def test_batches_tracked_is_updated_in_place() -> None:
 
 
 def test_evaluation_of_an_empty_batch() -> None:
-    """Catches a crash on a last, empty evaluation batch."""
+    """Catches an error for an empty evaluation batch, such as the last one."""
     assert SyncBatchNorm(3).eval()(torch.randn(0, 3, 4, 4)).shape == (0, 3, 4, 4)
 
 
@@ -72,7 +72,7 @@ def test_evaluation_of_an_empty_batch() -> None:
     ],
 )
 def test_bad_input_on_one_rank(input: Tensor, message: str) -> None:
-    """Catches a bad input that reaches a native kernel, and an update of the buffers before the refusal."""
+    """Catches invalid input that reaches a native kernel, and buffers that are updated before the error."""
     layer = SyncBatchNorm(3)
     with pytest.raises(ValueError, match=message):
         layer(input)
@@ -89,7 +89,7 @@ def test_bad_input_on_one_rank(input: Tensor, message: str) -> None:
     ],
 )
 def test_bad_input_on_all_ranks(input: Tensor, message: str) -> None:
-    """Catches ranks that report each other's fault in place of their own."""
+    """Catches ranks that report another rank's error instead of their own."""
     failures = run_threads(2, lambda rank, group: SyncBatchNorm(3, process_group=group)(input), errors=True)
     for failure in failures:
         assert isinstance(failure, ValueError) and message in str(failure)
@@ -97,7 +97,7 @@ def test_bad_input_on_all_ranks(input: Tensor, message: str) -> None:
 
 @pytest.mark.multirank
 def test_one_value_per_channel_in_the_whole_world() -> None:
-    """Catches a variance over zero degrees of freedom, i.e. NaN in running_var, with one sample in the world."""
+    """Catches a variance with zero degrees of freedom, hence NaN in running_var, for one sample over all ranks."""
     shards = [torch.randn(1, 3), torch.randn(0, 3)]
 
     def body(rank: int, group: Any) -> None:
@@ -114,7 +114,7 @@ def test_one_value_per_channel_in_the_whole_world() -> None:
 @pytest.mark.multirank
 @pytest.mark.parametrize("track", [True, False])
 def test_evaluation_never_communicates(track: bool) -> None:
-    """Catches a collective in evaluation: a rank that evaluates alone, as rank 0 does everywhere, would hang."""
+    """Catches a collective in evaluation: evaluation on rank 0 only, which is common, would hang."""
     x = torch.randn(2, 4, 3, 2, 2)
 
     def body(rank: int, group: Any) -> Any:
@@ -134,7 +134,7 @@ def test_evaluation_never_communicates(track: bool) -> None:
 
 @pytest.mark.multirank
 def test_frozen_layers() -> None:
-    """Catches rounds or updates of a layer in eval(), and gradients for parameters that ask for none."""
+    """Catches rounds or updates of a layer in eval(), and gradients of parameters that require none."""
     x = torch.randn(2, 4, 3, 2, 2)
 
     def body(rank: int, group: Any) -> Any:
@@ -157,7 +157,7 @@ def test_frozen_layers() -> None:
 
 
 class Twice(nn.Module):
-    """A block whose one normalization layer runs twice, on inputs of different statistics."""
+    """A block that applies one normalization layer twice, to inputs with different statistics."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Twice(nn.Module):
 
 
 class Nested(nn.Module):
-    """A checkpoint inside a checkpoint: the inner layer's forward runs three times."""
+    """A block with an inner checkpoint: in an outer checkpoint, the forward of its layer runs three times."""
 
     def __init__(self, norm: nn.Module, reentrant: bool) -> None:
         super().__init__()
@@ -184,9 +184,9 @@ class Nested(nn.Module):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", ["once", "twice", "nested", "two_regions", "stale"])
 def test_checkpointing_neither_communicates_nor_updates_again(kind: str, reentrant: bool) -> None:
-    """Catches a second round (a deadlock against a rank without one) and a second update of the running statistics.
+    """Catches a second round (a deadlock if another rank has none), and a second update of the running statistics.
 
-    ``stale``: forwards without a backward before must not be mistaken for the one that is recomputed.
+    ``stale``: earlier forwards without a backward must not be taken for the recomputed forward.
     """
     x = torch.randn(2, 5, 3, dtype=torch.float64)
     noise = torch.randn(3, 2, 5, 3, dtype=torch.float64) * 4 + 2
@@ -203,14 +203,14 @@ def test_checkpointing_neither_communicates_nor_updates_again(kind: str, reentra
         block = block.double()
         linears = [part for part in block.modules() if isinstance(part, nn.Linear)]
         with torch.no_grad():
-            for number, linear in enumerate(linears):  # not drawn: the threads share one generator
+            for number, linear in enumerate(linears):  # not random: the threads share one generator
                 linear.weight.copy_(torch.arange(9.0).add(number).cos().view(3, 3))
                 linear.bias.zero_()
         if kind == "stale":
             with torch.no_grad():
                 for shard in noise[:, rank]:
                     block(shard)
-            block(noise[0, rank])  # with a graph that is dropped
+            block(noise[0, rank])  # its graph is freed without a backward
         leaf = x[rank].clone().requires_grad_()
 
         def run(h: Tensor) -> Tensor:
@@ -231,9 +231,9 @@ def test_checkpointing_neither_communicates_nor_updates_again(kind: str, reentra
             torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.skipif(not hasattr(torch._C, "_current_graph_task_id"), reason="torch 2.0 is the first to tell")
+@pytest.mark.skipif(not hasattr(torch._C, "_current_graph_task_id"), reason="needs the graph task id of torch 2.0")
 def test_one_rank_checkpointing_updates_once() -> None:
-    """Catches what nn.BatchNorm does under checkpointing: its running statistics move twice a step."""
+    """Catches running statistics that are updated twice per step, as those of nn.BatchNorm under checkpointing."""
     norm = SyncBatchNorm(3)
     x = torch.randn(4, 3, requires_grad=True)
     checkpoint(norm, x, use_reentrant=False).pow(2).sum().backward()
@@ -245,34 +245,34 @@ def test_one_rank_checkpointing_updates_once() -> None:
 
 @pytest.mark.multirank
 def test_deepcopy_of_a_bound_layer_trains_on_its_own() -> None:
-    """Catches a copy (an averaged model's) that shares live state, or that cannot be made once the layer has run."""
+    """Catches a copy (for an averaged model) that shares runtime state, and a bound layer that cannot be copied."""
     x = torch.randn(2, 4, 3)
 
     def body(rank: int, group: Any) -> Any:
         layer = SyncBatchNorm(3, process_group=group)
         layer(x[rank])
-        twin = copy.deepcopy(layer)
+        replica = copy.deepcopy(layer)
         assert (
-            twin.process_group is group
-            and twin._channel is None
-            and twin._recompute_cache is not layer._recompute_cache
+            replica.process_group is group
+            and replica._channel is None
+            and replica._recompute_cache is not layer._recompute_cache
         )
         layer(x[rank])
-        twin(x[rank])
-        return layer.running_mean, twin.running_mean
+        replica(x[rank])
+        return layer.running_mean, replica.running_mean
 
     for mine, copied in run_threads(2, body):
         assert torch.equal(mine, copied)
 
 
 def test_pickle_and_state_dict() -> None:
-    """Catches live objects in a saved model, and state_dict keys that other BatchNorms do not have."""
+    """Catches runtime objects in a saved model, and state_dict keys that other BatchNorm layers do not have."""
     model = convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     model(torch.randn(2, 3, 4, 4))
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    # torch 1.12 has no such switch, and later ones default to refusing classes.
+    # torch 1.12 has no `weights_only`; recent releases refuse classes by default.
     loaded = torch.load(buffer, **({"weights_only": False} if torch.__version__ >= "2" else {}))
     assert loaded[1].tag[:3] == model[1].tag[:3] and loaded[1].tag.roster.layers == model[1].tag.roster.layers
     x = torch.randn(2, 3, 4, 4)
@@ -283,7 +283,7 @@ def test_pickle_and_state_dict() -> None:
 
 @pytest.mark.multirank
 def test_a_layer_with_a_process_group_is_not_pickled_in_silence() -> None:
-    """Catches a group that is lost by saving: the loaded layer would normalize over other ranks."""
+    """Catches a process group that is lost in pickling: the loaded layer would normalize over other ranks."""
 
     def body(rank: int, group: Any) -> None:
         pickle.dumps(SyncBatchNorm(3, process_group=group))
@@ -294,7 +294,7 @@ def test_a_layer_with_a_process_group_is_not_pickled_in_silence() -> None:
 
 @pytest.mark.multirank
 def test_a_skipped_layer_is_an_error_on_all_ranks() -> None:
-    """Catches layer-drop on one rank only: its ranks would mix two layers' statistics."""
+    """Catches layer drop on one rank only: the ranks would merge statistics of two layers."""
     x = torch.randn(2, 4, 3)
 
     def body(rank: int, group: Any) -> None:
@@ -311,5 +311,5 @@ def test_a_skipped_layer_is_an_error_on_all_ranks() -> None:
 
 
 def test_repr_shows_the_options() -> None:
-    """Catches a layer that prints without its configuration."""
+    """Catches a repr without the configuration of the layer."""
     assert repr(SyncBatchNorm(3, eps=0.5)) == repr(nn.BatchNorm2d(3, eps=0.5)).replace("BatchNorm2d", "SyncBatchNorm")

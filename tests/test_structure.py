@@ -1,4 +1,4 @@
-"""The house: imports only descend, importing has no side effects, the environment is read in one place."""
+"""Tests of the package structure: import order, imports without side effects, and one reader of the environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bagua_syncbn_algo"
 
-# Each file may import from those before it.
+# A module may import only modules that precede it.
 ORDER = [
     "config",
     "compat",
@@ -71,8 +71,8 @@ ORDER = [
     "__main__",
 ]
 
-# The contract of the original has the converter as a class method of the layer.
-ALLOWED_ASCENTS = {("layer", "convert")}
+# Upstream's SyncBatchNorm has the converter as a class method.
+ALLOWED_UPWARD_IMPORTS = {("layer", "convert")}
 
 
 def module_name(path: Path) -> str:
@@ -99,19 +99,19 @@ def files() -> List[Path]:
 
 
 def test_imports_descend() -> None:
-    """Catches a file that reaches up, from mathematics to communication, say: then neither can be read alone."""
+    """Catches an import of a later module, such as communication in mathematics: neither could be read separately."""
     seen: List[Tuple[str, str]] = []
     for path in files():
         name = module_name(path)
-        assert name in ORDER, f"give {name} its place in the order"
+        assert name in ORDER, f"expected {name} in ORDER; add it after the modules that it imports"
         for target in internal_imports(path):
             if ORDER.index(target) >= ORDER.index(name):
                 seen.append((name, target))
-    assert set(seen) == ALLOWED_ASCENTS
+    assert set(seen) == ALLOWED_UPWARD_IMPORTS
 
 
 def test_only_the_configuration_reads_its_variables() -> None:
-    """Catches a second reader of BAGUA_SYNCBN_*, which would not refuse unknown values."""
+    """Catches another module that reads BAGUA_SYNCBN_* variables without the check of their values."""
     for path in files():
         if module_name(path) != "config":
             assert not re.search(r"(environ|getenv)[\[.(].*BAGUA_SYNCBN", path.read_text()), path
@@ -124,26 +124,26 @@ def run(code: str) -> str:
 
 
 def test_importing_patches_nothing_until_bagua_is_touched() -> None:
-    """Catches an import that changes torch for a user who only wants the layer."""
+    """Catches an import that patches torch for users of the layer only."""
     code = "import torch, bagua_syncbn_algo as b; before = hasattr(torch.nn.Module, 'with_bagua'); b.SyncBatchNorm(3);"
     assert run(code + "b.bagua; print(before, hasattr(torch.nn.Module, 'with_bagua'))") == "False True"
     assert run(code + "b.SyncBatchNormAlgorithm; print(before, hasattr(torch.nn.Module, 'with_bagua'))") == "False True"
 
 
 def test_choosing_a_host_patches_nothing_yet() -> None:
-    """Catches an embedded host that patches torch although upstream is chosen: upstream then refuses to import."""
+    """Catches an import of the embedded host that patches torch: upstream could not be imported afterwards."""
     code = "import torch, bagua_syncbn_algo.embedded.core; print(hasattr(torch.Tensor, 'bagua_backend_tensor'))"
     assert run(code) == "False"
 
 
 def test_touching_bagua_registers_the_algorithm() -> None:
-    """Catches a registry entry that appears only after another import."""
+    """Catches an algorithm that is registered only by another import."""
     code = "from bagua_syncbn_algo import bagua; print(sorted(bagua.algorithms.GlobalAlgorithmRegistry))"
     assert run(code) == "['gradient_allreduce', 'sync_batchnorm']"
 
 
 def test_public_names_resolve() -> None:
-    """Catches a name in __all__ that does not exist, and an unknown one that does not fail."""
+    """Catches a name in __all__ that does not exist, and an unknown name that raises no error."""
     import bagua_syncbn_algo
 
     for name in bagua_syncbn_algo.__all__:

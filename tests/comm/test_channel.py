@@ -1,4 +1,4 @@
-"""The statistics channel: exchange, headers, faults, frames, agreement, late and dead ranks."""
+"""Tests of the statistics channel: exchange, headers, errors, frames, agreement, late and dead ranks."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def messages(failures: List[Optional[BaseException]]) -> List[str]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("features", [4, 5, 4000])
 def test_exchange_returns_every_rank_in_order(dtype: torch.dtype, features: int) -> None:
-    """Catches misaligned views, ranks out of order, a count that went through a float, and lost frames.
+    """Catches misaligned views, ranks out of order, a count that is converted to float32, and lost frames.
 
-    4000 features over a channel made for 4 need many frames; 2²⁴ + 1 is no float32.
+    4000 features need many frames in a channel with capacity for 4 features. 2²⁴ + 1 has no float32 representation.
     """
 
     def body(rank: int, group: Any) -> Any:
@@ -59,7 +59,7 @@ def test_exchange_returns_every_rank_in_order(dtype: torch.dtype, features: int)
 @pytest.mark.multirank
 @pytest.mark.parametrize("features", [4, 40])
 def test_a_round_in_flight_keeps_its_result(features: int) -> None:
-    """Catches a second round that sends or receives in the memory of the first, which is waited for later."""
+    """Catches a second round that overwrites the memory of the first one, whose result is read later."""
 
     def body(rank: int, group: Any) -> Any:
         channel = channel_for(group)
@@ -74,7 +74,7 @@ def test_a_round_in_flight_keeps_its_result(features: int) -> None:
 
 @pytest.mark.multirank
 def test_ranks_that_differ_hear_of_it_when_they_wait() -> None:
-    """Catches a mismatch that is forgotten because the next round has waited for its round."""
+    """Catches a mismatch that is lost because the launch of the next round has waited for the mismatched one."""
 
     def body(rank: int, group: Any) -> None:
         channel = channel_for(group)
@@ -89,7 +89,7 @@ def test_ranks_that_differ_hear_of_it_when_they_wait() -> None:
 
 @pytest.mark.multirank
 def test_every_message_has_one_length() -> None:
-    """Catches messages as long as their payload: gloo ends the process when ranks' lengths differ."""
+    """Catches messages as long as their payload: gloo ends the process if the lengths differ between ranks."""
     lengths = []
 
     class Recording(TorchChannel):
@@ -111,7 +111,7 @@ def test_every_message_has_one_length() -> None:
 
 @pytest.mark.multirank
 def test_ranks_at_different_layers_name_both() -> None:
-    """Catches a rank that skipped a layer and merges another layer's statistics in silence."""
+    """Catches a rank that skips a layer and silently merges the statistics of another layer."""
 
     def body(rank: int, group: Any) -> None:
         channel_for(group).exchange(A if rank == 0 else B, FORWARD, [torch.zeros(4)])
@@ -123,7 +123,7 @@ def test_ranks_at_different_layers_name_both() -> None:
 
 @pytest.mark.multirank
 def test_ranks_in_different_phases_are_told() -> None:
-    """Catches a backward that is paired with another rank's forward of the same layer."""
+    """Catches a backward round that is paired with another rank's forward round of the same layer."""
 
     def body(rank: int, group: Any) -> None:
         channel_for(group).exchange(A, FORWARD if rank == 0 else BACKWARD, [torch.zeros(4)])
@@ -134,7 +134,7 @@ def test_ranks_in_different_phases_are_told() -> None:
 
 @pytest.mark.multirank
 def test_unknown_layer_of_another_rank() -> None:
-    """Catches a KeyError in place of the message when the other rank is at a layer that this one never saw."""
+    """Catches a KeyError instead of the error message if another rank is at a layer unknown to this rank."""
 
     def body(rank: int, group: Any) -> None:
         channel = channel_for(group)
@@ -145,7 +145,7 @@ def test_unknown_layer_of_another_rank() -> None:
 
 @pytest.mark.multirank
 def test_payloads_of_different_lengths_are_told() -> None:
-    """Catches float64 input on one rank and float32 on another, merged as garbage."""
+    """Catches float64 statistics of one rank that are merged with float32 statistics of another rank."""
 
     def body(rank: int, group: Any) -> None:
         dtype = torch.float32 if rank == 0 else torch.float64
@@ -157,7 +157,7 @@ def test_payloads_of_different_lengths_are_told() -> None:
 
 @pytest.mark.multirank
 def test_frames_of_different_number_do_not_hang() -> None:
-    """Catches a rank that waits for a second frame which the other never sends: the first header tells."""
+    """Catches a rank that waits for a second frame that the other rank never sends: the first header has the length."""
 
     def body(rank: int, group: Any) -> None:
         channel_for(group).exchange(A, FORWARD, [torch.zeros(4 if rank == 0 else 4000)])
@@ -168,7 +168,7 @@ def test_frames_of_different_number_do_not_hang() -> None:
 
 @pytest.mark.multirank
 def test_a_fault_on_one_rank_reaches_all() -> None:
-    """Catches ranks that wait for a timeout because another refused its input."""
+    """Catches ranks that wait for the timeout because another rank has refused its input."""
     layers = [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)]
 
     def body(rank: int, group: Any) -> None:
@@ -183,7 +183,7 @@ def test_a_fault_on_one_rank_reaches_all() -> None:
 
 @pytest.mark.multirank
 def test_a_fault_in_backward_reaches_all(mocker: Any) -> None:
-    """Catches a backward that fails on one rank and leaves the others waiting."""
+    """Catches ranks that wait for a rank whose backward has failed."""
     import bagua_syncbn_algo.ops.functional as functional
 
     x = torch.randn(2, 2, 3, 4, 4)
@@ -209,7 +209,7 @@ def test_a_fault_in_backward_reaches_all(mocker: Any) -> None:
 
 @pytest.mark.multirank
 def test_a_fault_after_the_exchange_reaches_all(mocker: Any) -> None:
-    """Catches a rank that runs out of memory while it normalizes, and others that wait for it at the next layer."""
+    """Catches ranks that wait at the next layer for a rank that ran out of memory after the exchange."""
     import bagua_syncbn_algo.ops.functional as functional
 
     x = torch.randn(2, 2, 3, 4, 4)
@@ -232,7 +232,7 @@ def test_a_fault_after_the_exchange_reaches_all(mocker: Any) -> None:
 
 @pytest.mark.multirank
 def test_different_layers_are_refused_at_the_start() -> None:
-    """Catches ranks that built different models and find out by a hang in the middle of a step."""
+    """Catches ranks with different models that hang in the middle of a step."""
 
     def body(rank: int, group: Any) -> None:
         names = [("net.bn1", 4), ("net.bn2", 8)] + ([] if rank == 0 else [("net.bn3", 8)])
@@ -245,7 +245,7 @@ def test_different_layers_are_refused_at_the_start() -> None:
 
 @pytest.mark.multirank
 def test_the_longest_message_of_any_rank_is_taken() -> None:
-    """Catches ranks that fix different lengths because only one keeps float64."""
+    """Catches ranks with different message lengths because only one of them has float64 layers."""
 
     def body(rank: int, group: Any) -> int:
         channel = TorchChannel(group)
@@ -257,7 +257,7 @@ def test_the_longest_message_of_any_rank_is_taken() -> None:
 
 @pytest.mark.multirank
 def test_a_rank_that_never_arrives_is_named() -> None:
-    """Catches a timeout that says nothing: the error names the layer, and the rank that was not there."""
+    """Catches a timeout error that does not name the layer and the missing rank."""
     store = dist.HashStore()
 
     def body(rank: int, group: Any) -> None:
@@ -290,34 +290,34 @@ def _die_in_the_middle(rank: int) -> str:
 
 @pytest.mark.multirank
 def test_a_dead_rank_ends_the_others() -> None:
-    """Catches a hang after a rank has died; needs real processes, since threads do not die alone."""
+    """Catches a hang after a rank has died; uses processes, because a rank cannot die in a thread."""
     first, second = run_processes(2, _die_in_the_middle, errors=True)
     assert first is None
-    assert second == "rank 1 gave no result: it hung or died"
+    assert second == "rank 1 returned no result: it hung or died"
 
 
 def test_without_a_process_group_there_is_one_rank() -> None:
-    """Catches a collective in a program that never initialised one."""
+    """Catches a collective in a program without a process group."""
     assert channel_of(None) is SINGLE_PROCESS
     parts = SINGLE_PROCESS.exchange(A, FORWARD, [torch.tensor([3]), torch.ones(2)])
     assert [part.tolist() for part in parts] == [[[3]], [[1.0, 1.0]]]
 
 
 def test_a_group_that_this_rank_is_not_in_is_refused() -> None:
-    """Catches an AttributeError deep in a forward for `new_group`'s result on a rank outside of it."""
+    """Catches an AttributeError in forward for the result of `new_group` on a rank that is not a member."""
     with pytest.raises(ValueError, match="expected a process group that this rank belongs to"):
         channel_of(object())
 
 
 def test_sync_points_do_not_depend_on_order() -> None:
-    """Catches keys from `hash`, which differ between processes, or from registration order."""
+    """Catches keys from `hash`, which differs between processes, or from the order of registration."""
     assert sync_point("model.layer1.bn").key == 6231833962137924943
     assert sync_point("a").key != sync_point("b").key
 
 
 @pytest.mark.multirank
 def test_two_models_of_one_architecture_are_told_apart() -> None:
-    """Catches layers known by their path alone: ranks in different ones would mix statistics."""
+    """Catches layers identified by name only: ranks in different models would merge their statistics."""
 
     def body(rank: int, group: Any) -> None:
         channel = TorchChannel(group)
@@ -331,7 +331,7 @@ def test_two_models_of_one_architecture_are_told_apart() -> None:
 
 @pytest.mark.multirank
 def test_a_rank_that_begins_another_model_is_told() -> None:
-    """Catches a first use of a model that has a length of its own: gloo would end the process."""
+    """Catches a message of another length at the first use of a model: gloo would end the process."""
 
     def body(rank: int, group: Any) -> None:
         channel = channel_for(group)
@@ -345,7 +345,7 @@ def test_a_rank_that_begins_another_model_is_told() -> None:
 
 @pytest.mark.multirank
 def test_a_first_forward_in_inference_mode() -> None:
-    """Catches buffers made in inference mode, which no later training step may write to."""
+    """Catches buffers created in inference mode, which later training steps cannot write to."""
     x = torch.randn(2, 4, 3)
 
     def body(rank: int, group: Any) -> Any:
@@ -367,25 +367,25 @@ def _waits(rank: int) -> Any:
     model.with_bagua([], SyncBatchNormAlgorithm(timeout=1.0))
     store = dist.distributed_c10d._get_default_store()
     if rank == 1:
-        store.wait(["rank 0 has given up"])  # alive, but elsewhere
+        store.wait(["rank 0 has timed out"])  # alive, but never at the layer
         return None
     with pytest.raises(SyncBatchNormError) as caught:
         model(torch.randn(4, 3))
-    store.set("rank 0 has given up", "")
+    store.set("rank 0 has timed out", "")
     return str(caught.value)
 
 
 @pytest.mark.multirank
 def test_the_timeout_ends_a_wait_for_a_rank_that_lives() -> None:
-    """Catches a timeout that is not passed on: only the other rank's death would end the wait."""
+    """Catches a timeout that is not passed to the communicator: the wait would last as long as the other rank runs."""
     assert "rank 1 never arrived" in run_processes(2, _waits)[0]
 
 
-# -- CUDA, by stand-ins ------------------------------------------------------------------------------------------------
+# -- CUDA, with stand-ins ----------------------------------------------------------------------------------------------
 
 
 def test_control_messages_lie_where_the_layers_do(mocker: Any) -> None:
-    """Catches control tensors on the current device under a model on another one: NCCL calls that a duplicate GPU."""
+    """Catches control tensors that are not on the device of the model: NCCL reports a duplicate GPU."""
     mocker.patch.object(transport, "is_nccl", lambda group: True)
     mocker.patch.object(torch.cuda, "current_device", lambda: 0)
     group = mocker.Mock(**{"rank.return_value": 0, "size.return_value": 2})
@@ -393,12 +393,12 @@ def test_control_messages_lie_where_the_layers_do(mocker: Any) -> None:
     assert channel.device == torch.device("cuda", 0)
     channel.use_device(torch.device("cpu"))
     channel.use_device(torch.device("cuda", 1))
-    channel.use_device(torch.device("cuda", 2))  # a communicator has one device
+    channel.use_device(torch.device("cuda", 2))  # ignored: a communicator has one device
     assert channel.device == torch.device("cuda", 1)
 
 
 def test_the_layer_tells_its_device(mocker: Any) -> None:
-    """Catches a layer that binds to a channel without telling where its statistics lie."""
+    """Catches a layer that binds to a channel without setting the device of its statistics."""
     channel = mocker.Mock(spec=Channel, local=False)
     channel.anonymous_name.return_value = "norm"
     mocker.patch.object(layer_module, "channel_of", lambda group: channel)
@@ -411,7 +411,7 @@ def test_the_layer_tells_its_device(mocker: Any) -> None:
 
 
 def test_header_checks_wait_for_the_device_of_the_statistics(mocker: Any) -> None:
-    """Catches an event on the current device's stream: the copy of another device's headers need not be done."""
+    """Catches an event on the current device's stream, which does not wait for a copy of another device's headers."""
     stream, event = object(), mocker.Mock()
     mocker.patch.object(torch.cuda, "current_stream", lambda device: {torch.device("cuda", 1): stream}[device])
     mocker.patch.object(torch.cuda, "Event", lambda: event)
@@ -422,16 +422,16 @@ def test_header_checks_wait_for_the_device_of_the_statistics(mocker: Any) -> Non
 
 @pytest.mark.multirank
 def test_a_failing_rank_leaves_no_check_behind() -> None:
-    """Catches the check of a rank's own error message, which on CUDA would raise in a later round."""
+    """Catches a header check of a rank's own error message, which on CUDA would raise in a later round."""
 
-    class Deferring(TorchChannel):
-        """Checks headers later, as on CUDA."""
+    class LateCheckChannel(TorchChannel):
+        """A channel that checks headers later, as on CUDA."""
 
         def _check(self, gathered: Tensor, header: Any, point: SyncPoint, phase: int) -> None:
             self._checks.append(wire.HeaderCheck(gathered.clone(), header.words, point, phase))
 
     def body(rank: int, group: Any) -> Any:
-        channel = Deferring(group)
+        channel = LateCheckChannel(group)
         channel.join(Roster(((A.name, 4),)))
         channel.flush()
         if rank == 1:
@@ -449,7 +449,7 @@ def test_a_failing_rank_leaves_no_check_behind() -> None:
 
 @pytest.mark.multirank
 def test_ranks_recover_from_messages_that_others_did_not_send() -> None:
-    """Catches a channel that stays a message behind after an error: its next statistics meet the wrong ones."""
+    """Catches a channel that remains one message short after an error: later statistics would be paired wrongly."""
 
     def body(rank: int, group: Any) -> Any:
         channel = channel_for(group)

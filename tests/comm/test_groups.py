@@ -1,4 +1,4 @@
-"""Groups of one's own, and the threads that they start."""
+"""Tests of the package's own process groups and the threads that they start."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ranks import run_processes
 
 from bagua_syncbn_algo.comm import groups
 
-linux = pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="there are no scheduling policies here")
+linux = pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="the platform has no scheduling policies")
 
 
-def _policies(rank: int, mine: int) -> Any:
-    os.sched_setscheduler(0, mine, os.sched_param(0))
+def _policies(rank: int, own_policy: int) -> Any:
+    os.sched_setscheduler(0, own_policy, os.sched_param(0))
     dist.init_process_group("gloo")
     before = set(os.listdir("/proc/self/task"))
     group = groups.member_group(range(2))
@@ -30,20 +30,20 @@ def _policies(rank: int, mine: int) -> Any:
 @linux
 @pytest.mark.multirank
 def test_threads_of_a_group_give_way_and_ours_does_not() -> None:
-    """Catches gloo's threads that interrupt the one that sends, and then spin; and a caller left with their policy."""
+    """Catches gloo threads that preempt the sending thread and then spin, and a caller that keeps their policy."""
     assert run_processes(2, _policies, os.SCHED_OTHER) == [(True, {os.SCHED_BATCH}, os.SCHED_OTHER)] * 2
 
 
 @linux
 @pytest.mark.multirank
 def test_a_policy_of_the_users_own_stays() -> None:
-    """Catches threads of a program that runs when nothing else does taken out of that."""
+    """Catches threads that do not inherit SCHED_IDLE from a program that the user runs with this policy."""
     assert run_processes(2, _policies, os.SCHED_IDLE) == [(True, {os.SCHED_IDLE}, os.SCHED_IDLE)] * 2
 
 
 @linux
 def test_a_group_is_made_where_policies_may_not_be_set(mocker: Any) -> None:
-    """Catches a container's refusal that ends the program."""
+    """Catches an error in a container that forbids scheduling policies."""
     mocker.patch.object(groups.os, "sched_setscheduler", side_effect=PermissionError("not in this container"))
     with groups._yielding_threads():
         made = True

@@ -1,4 +1,4 @@
-"""Gradients across ranks by finite differences, and the loops in which they are used."""
+"""Tests of gradients across ranks, by finite differences and in a training loop with a gradient scaler."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from bagua_syncbn_algo import SyncBatchNorm, convert_sync_batchnorm
 
 @pytest.mark.multirank
 def test_finite_differences_of_the_loss_over_all_ranks() -> None:
-    """Catches gradients that ignore how one rank's input moves another rank's output.
+    """Catches gradients that omit the effect of one rank's input on another rank's output.
 
-    One element of one rank at a time; the loss is summed over ranks; central differences of 1e-6 in float64 are right
-    to about 1e-9.
+    The test shifts one element of one rank at a time and sums the loss over ranks. Central differences with a step of
+    1e-6 in float64 are accurate to about 1e-9.
     """
     x = torch.randn(2, 2, 2, 3, dtype=torch.float64)
     coefficients = torch.randn(2, 2, 2, 3, dtype=torch.float64)
@@ -31,7 +31,7 @@ def test_finite_differences_of_the_loss_over_all_ranks() -> None:
         layer = SyncBatchNorm(2, process_group=group).double()
         leaf = x[rank].clone().requires_grad_()
         loss(layer, leaf, rank).backward()
-        moved = []
+        losses = []
         for owner in range(2):
             for index in range(x[owner].numel()):
                 for sign in (1, -1):
@@ -39,11 +39,11 @@ def test_finite_differences_of_the_loss_over_all_ranks() -> None:
                     if owner == rank:
                         shifted.view(-1)[index] += sign * step
                     with torch.no_grad():
-                        moved.append(loss(layer, shifted, rank).item())
-        return leaf.grad, torch.tensor(moved, dtype=torch.float64)
+                        losses.append(loss(layer, shifted, rank).item())
+        return leaf.grad, torch.tensor(losses, dtype=torch.float64)
 
-    (g0, moved0), (g1, moved1) = run_threads(2, body)
-    differences = (moved0 + moved1).view(2, -1, 2)
+    (g0, losses0), (g1, losses1) = run_threads(2, body)
+    differences = (losses0 + losses1).view(2, -1, 2)
     numeric = (differences[..., 0] - differences[..., 1]) / (2 * step)
     torch.testing.assert_close(torch.stack([g0, g1]).view(2, -1), numeric, rtol=1e-6, atol=1e-7)
 
@@ -57,7 +57,7 @@ def _grad_scaler_loop(rank: int) -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model = nn.parallel.DistributedDataParallel(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
-    seen = []
+    history = []
     for step in range(4):
         generator = torch.Generator().manual_seed(10 * step + rank)
         x = torch.randn(4, 4, generator=generator)
@@ -70,18 +70,18 @@ def _grad_scaler_loop(rank: int) -> Any:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
-        seen.append((moved, scaler.get_scale()))
+        updated = any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        history.append((updated, scaler.get_scale()))
     parameters = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    return seen, parameters, model.module[1].running_var.isfinite().all().item()
+    return history, parameters, model.module[1].running_var.isfinite().all().item()
 
 
 @pytest.mark.multirank
 def test_grad_scaler_when_one_rank_overflows() -> None:
-    """Catches ranks that disagree on skipping a step: then their parameters and scales drift apart for good."""
-    (seen0, p0, finite0), (seen1, p1, finite1) = run_processes(2, _grad_scaler_loop)
-    assert seen0 == seen1
-    assert [moved for moved, _ in seen0] == [True, True, False, True]
-    assert [scale for _, scale in seen0] == [1024.0, 1024.0, 512.0, 512.0]
+    """Catches ranks that disagree on skipping a step: their parameters and scales would diverge permanently."""
+    (history0, p0, finite0), (history1, p1, finite1) = run_processes(2, _grad_scaler_loop)
+    assert history0 == history1
+    assert [updated for updated, _ in history0] == [True, True, False, True]
+    assert [scale for _, scale in history0] == [1024.0, 1024.0, 512.0, 512.0]
     assert torch.equal(p0, p1) and p0.isfinite().all()
     assert finite0 and finite1

@@ -1,4 +1,4 @@
-"""The pure mathematics: local moments, merge, normalization, gradients; on the CPU's kernels and on CUDA's."""
+"""Tests of local moments, merge, normalization and gradients, with CPU kernels and stand-ins for CUDA kernels."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 def test_local_moments_keep_their_digits(layout: torch.memory_format, ratio: float) -> None:
     """Catches cancellation, even where the mean is 10⁴ standard deviations.
 
-    Channels-first the moments are right to float32's last digits. ATen's channels-last kernel, which nn.BatchNorm2d
-    uses as well, sums in float32: its mean is right to 1e-6, and the variance is off by the square of that error in σ.
+    Channels-first moments are accurate to float32 rounding. ATen's channels-last kernel, which nn.BatchNorm2d uses too,
+    sums in float32. Its mean has a relative error up to 1e-6. The relative error of its variance is the square of the
+    mean's error in units of σ.
     """
     x = (torch.randn(8, 5, 13, 11) + ratio).contiguous(memory_format=layout)
     local = moments.local_moments(x)
@@ -37,7 +38,7 @@ def test_local_moments_keep_their_digits(layout: torch.memory_format, ratio: flo
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_constant_channels_have_no_negative_variance(layout: torch.memory_format) -> None:
-    """Catches Σc² − (Σc)²/n falling below zero by rounding: rsqrt would give NaN for eps = 0."""
+    """Catches a Σc² − (Σc)²/n that is negative by rounding: rsqrt would return NaN for eps = 0."""
     x = torch.full((4, 3, 5, 5), 0.1).contiguous(memory_format=layout)
     assert (moments.local_moments(x).variance >= 0).all()
     assert moments.local_moments(x).variance.max() < 1e-9
@@ -50,7 +51,7 @@ def test_constant_channels_have_no_negative_variance(layout: torch.memory_format
     seed=st.integers(0, 99),
 )
 def test_merge_is_that_of_the_concatenation(counts: list[int], mean: float, seed: int) -> None:
-    """Catches a mean of means, a forgotten n_r(m_r − M)² and trouble with empty ranks; 1e-12 is float64's rounding."""
+    """Catches a mean of means, a missing term n_r(m_r − M)² and errors for empty ranks; 1e-12 is float64 rounding."""
     generator = torch.Generator().manual_seed(seed)
     shards = [
         torch.randn(n, 2, generator=generator, dtype=torch.float64) + mean * (i + 1) for i, n in enumerate(counts)
@@ -77,25 +78,24 @@ def test_merge_keeps_large_counts_exact() -> None:
 
 
 def test_statistics_dtypes() -> None:
-    """Catches half-precision statistics and float64 input that is rounded to float32."""
+    """Catches statistics in half precision, and float64 input that is rounded to float32."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert moments.statistics_dtype(dtype) == torch.float32
     assert moments.statistics_dtype(torch.float64) == torch.float64
 
 
-# What CUDA's kernels compute, by their own source and torch.nn.SyncBatchNorm's use of them. The kernels themselves
-# cannot run here; what is checked is that they are called with the right arguments and that their results are
-# understood (sums against means, invstd against variance).
+# Stand-ins for the CUDA kernels, from their source and their use in torch.nn.SyncBatchNorm, for machines without CUDA.
+# The tests check the kernels' arguments and the interpretation of their results (sums or means, invstd or variance).
 # Source: aten/src/ATen/native/cuda/Normalization.cu and Normalization.cuh of PyTorch 2.13.
 def _update_stats(x: Tensor, running_mean: Any, running_var: Any, momentum: float) -> Tuple[Tensor, Tensor]:
-    """``batch_norm_update_stats_cuda``: mean and biased variance (the functor ``Var``), running statistics optional."""
+    """Returns the mean and biased variance (functor ``Var``), as ``batch_norm_update_stats_cuda``."""
     assert running_mean is None and running_var is None
     dims = [d for d in range(x.dim()) if d != 1]
     return x.mean(dims), x.var(dims, unbiased=False)
 
 
 def _stats(x: Tensor, eps: float) -> Tuple[Tensor, Tensor]:
-    """``batch_norm_stats_cuda``: the functor ``InvStd`` gives 0, not infinity, where variance and eps are 0."""
+    """Returns mean and invstd, as ``batch_norm_stats_cuda``: ``InvStd`` is 0, not infinity, for variance = eps = 0."""
     mean, variance = _update_stats(x, None, None, 0.0)
     return mean, torch.where((variance == 0) & (eps == 0), torch.zeros_like(variance), (variance + eps).rsqrt())
 
@@ -127,7 +127,7 @@ def _backward_elemt(
 
 @pytest.fixture
 def cuda_kernels(mocker: Any) -> Any:
-    """Returns what switches over to the stand-ins for CUDA's kernels."""
+    """Returns a function that switches to the stand-ins for the CUDA kernels."""
     mocker.patch.object(torch, "batch_norm_stats", _stats)
     mocker.patch.object(torch, "batch_norm_update_stats", _update_stats)
     mocker.patch.object(torch, "batch_norm_elemt", _elemt)
@@ -141,7 +141,7 @@ def cuda_kernels(mocker: Any) -> Any:
 def test_cuda_kernels_are_called_as_they_want(cuda_kernels: Any, affine: bool, kind: str) -> None:
     """Catches sums taken for means, a variance for invstd, or a wrong argument order on CUDA.
 
-    And an infinite variance of a channel that does not vary: of every dead ReLU, and of pooled features of one image.
+    Also catches an infinite variance of a constant channel, as of a dead ReLU or of the pooled features of one image.
     """
     x = torch.randn(4, 3, 5, 2, dtype=torch.float64)
     if kind == "a constant channel":
@@ -177,7 +177,7 @@ def test_cuda_kernels_are_called_as_they_want(cuda_kernels: Any, affine: bool, k
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 4), (2, 3, 2, 2), (2, 2, 2, 1, 2)])
 def test_gradcheck(shape: Any, affine: bool) -> None:
-    """Catches a wrong term in the input's, weight's or bias's gradient."""
+    """Catches a wrong term in the gradient of the input, weight or bias."""
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     affines = [torch.rand(shape[1], dtype=torch.float64, requires_grad=True) for _ in range(2)] if affine else []
 
@@ -189,7 +189,7 @@ def test_gradcheck(shape: Any, affine: bool) -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    """Catches a gradient penalty that would silently miss the terms through the statistics."""
+    """Catches a gradient penalty that silently omits the terms through the statistics."""
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     (y,) = sync_batch_norm([Member(x, None, None, 1e-3, "test")], SINGLE_PROCESS, sync_point("test"))
     (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)

@@ -1,4 +1,4 @@
-"""SyncBatchNorm on several ranks against ``torch.nn.BatchNorm`` on the concatenated batch."""
+"""Tests of SyncBatchNorm on several ranks against ``torch.nn.BatchNorm`` on the concatenated batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORLDS = [1, 2, 3, 4]
 
 
 class Case(NamedTuple):
-    """One row of what must agree."""
+    """One comparison: the shapes, the layout, the steps and the options of the layer."""
 
     features: int = 3
     inner: Tuple[int, ...] = (2, 2)
@@ -35,7 +35,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 CASES: Dict[str, Case] = {
-    # 5 × 3 × 2 × 2: N/(N−1) is 5 % off 1, so a biased running variance fails loudly
+    # 8 to 32 values per channel: N/(N−1) differs from 1 by at least 3 %, so a biased running variance fails
     "4d": Case(),
     "2d": Case(inner=()),
     "3d": Case(inner=(5,)),
@@ -76,7 +76,7 @@ def reference_layer(case: Case, dtype: torch.dtype) -> Any:
 
 
 def prepare(layer: Any) -> None:
-    """Parameters and buffers that are neither zero nor one, the same for every layer of one size."""
+    """Sets parameters and buffers to values that differ between channels, and are the same for layers of one size."""
     with torch.no_grad():
         if layer.weight is not None:
             layer.weight.copy_(torch.linspace(0.5, 1.5, layer.num_features))
@@ -87,7 +87,7 @@ def prepare(layer: Any) -> None:
 
 
 def draw(case: Case, world: int, mean: float = 0.7) -> Tuple[List[List[Tensor]], List[List[Tensor]]]:
-    """Inputs and output gradients in float64, but exact in float32: ``[step][rank]``."""
+    """Returns inputs and output gradients as ``[step][rank]``, in float64 but exact in float32."""
     samples = list(case.samples or [2, 2, 2, 2])[:world]
     if sum(samples) * max(1, int(torch.tensor(case.inner).prod()) if case.inner else 1) < 2:
         samples[0] += 2
@@ -140,7 +140,7 @@ def synchronized(case: Case, world: int, inputs: Any, gradients: Any, dtype: tor
     layers = [layer for _, _, layer in ranks]
     for layer in layers[1:]:
         for mine, first in zip(layer.buffers(), layers[0].buffers()):
-            assert torch.equal(mine, first), "buffers must be the same bits on every rank"
+            assert torch.equal(mine, first), "expected bitwise equal buffers on every rank"
 
     def total(name: str) -> Optional[Tensor]:
         if getattr(layers[0], name) is None:
@@ -160,7 +160,7 @@ def synchronized(case: Case, world: int, inputs: Any, gradients: Any, dtype: tor
 
 
 def flat(result: Result) -> Dict[str, Tensor]:
-    """The parts of a result by name, in float64, all ranks together."""
+    """Returns the tensors of a result by name, in float64, those of all ranks concatenated."""
     parts: Dict[str, Any] = result._asdict()
     parts["outputs"], parts["input_gradients"] = torch.cat(result.outputs), torch.cat(result.input_gradients)
     return {name: part.double() for name, part in parts.items() if part is not None}
@@ -185,7 +185,7 @@ def test_float64_equals_batch_norm_on_the_whole_batch(name: str, world: int) -> 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
 def test_float32_is_as_accurate_as_batch_norm(name: str, world: int) -> None:
-    """Catches lost digits: at most 4 × the float32 reference's own error against float64, or 4 ulp of the largest."""
+    """Catches lost digits: allows 4 times the error of the float32 reference, or 4 ulp of the largest value."""
     case = CASES[name]
     inputs, gradients = draw(case, world)
     exact = flat(reference(case, inputs, gradients, torch.float64))
@@ -202,8 +202,8 @@ def test_float32_is_as_accurate_as_batch_norm(name: str, world: int) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_variance_survives_a_large_mean(world: int, layout: torch.memory_format) -> None:
-    """Catches E[x²] − E[x]² and Σ x(x − m), which at a mean of 10⁴ σ lose the variance altogether in float32."""
-    x = (torch.randn(4 * world, 3, 8, 8, dtype=torch.float64) + 1e4).float()  # what float32 can hold of it
+    """Catches E[x²] − E[x]² and Σ x(x − m), which lose all digits of the variance at a mean of 10⁴ σ in float32."""
+    x = (torch.randn(4 * world, 3, 8, 8, dtype=torch.float64) + 1e4).float()  # rounded to float32 first
     exact = x.double().var((0, 2, 3))
 
     def body(rank: int, group: Any) -> Tensor:
@@ -212,14 +212,14 @@ def test_variance_survives_a_large_mean(world: int, layout: torch.memory_format)
         assert layer.running_var is not None
         return layer.running_var
 
-    alone = [sync_single(x.contiguous(memory_format=layout))]
-    variances = alone if world == 1 else run_threads(world, body)
+    single_rank = [sync_single(x.contiguous(memory_format=layout))]
+    variances = single_rank if world == 1 else run_threads(world, body)
     for variance in variances:
         assert ((variance - exact) / exact).abs().max() < 1e-3
 
 
 def sync_single(x: Tensor) -> Tensor:
-    """The project's own arithmetic on one rank, where the layer would use the native kernel."""
+    """Returns the variance from the package's own arithmetic on one rank, where the layer would use a native kernel."""
     from bagua_syncbn_algo.comm.local import SINGLE_PROCESS
     from bagua_syncbn_algo.comm.wire import sync_point
     from bagua_syncbn_algo.ops.functional import Member, sync_batch_norm
@@ -238,7 +238,7 @@ def sync_single(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("params", ["float32", "same"])
 def test_half_precision_input_keeps_float32_statistics(dtype: torch.dtype, params: str) -> None:
-    """Catches statistics kept in the input's dtype: they must be float32's; the output may be off by its own ulp."""
+    """Catches statistics in the input's dtype instead of float32; the output may differ by its own rounding."""
     x = torch.randn(6, 3, 4, 4).to(dtype)
     dy = torch.randn(6, 3, 4, 4).to(dtype)
     case = Case()
@@ -269,7 +269,7 @@ def test_half_precision_input_keeps_float32_statistics(dtype: torch.dtype, param
 
 @pytest.mark.multirank
 def test_two_forwards_before_backward() -> None:
-    """Catches state kept on the layer instead of the graph: the second forward would overwrite the first's."""
+    """Catches state stored on the layer instead of the graph: the second forward would overwrite it."""
     a, b = torch.randn(2, 2, 3, 2, 2, dtype=torch.float64), torch.randn(2, 2, 3, 2, 2, dtype=torch.float64)
 
     def body(rank: int, group: Any) -> Any:
@@ -289,7 +289,7 @@ def test_two_forwards_before_backward() -> None:
 
 @pytest.mark.multirank
 def test_gradient_accumulation_and_input_without_gradient() -> None:
-    """Catches gradients that are set instead of added, and a backward round for an input that needs no gradient."""
+    """Catches gradients that are set instead of added, and a backward round for an input that requires no gradient."""
     x = torch.randn(2, 2, 3, 2, 2)
 
     def body(rank: int, group: Any) -> Any:
@@ -307,7 +307,7 @@ def test_gradient_accumulation_and_input_without_gradient() -> None:
 
 @pytest.mark.multirank
 def test_autocast_keeps_statistics_out_of_bfloat16() -> None:
-    """Catches an operation in the merge that autocast would run in bfloat16 (3 digits)."""
+    """Catches an operation in the merge that autocast runs in bfloat16 (3 digits)."""
     x = torch.randn(2, 4, 3, 5, 5)
 
     def body(rank: int, group: Any, enabled: bool) -> Any:
@@ -317,13 +317,13 @@ def test_autocast_keeps_statistics_out_of_bfloat16() -> None:
         return y, layer.running_mean, layer.running_var
 
     for plain, cast in zip(run_threads(2, body, False), run_threads(2, body, True)):
-        for left, right in zip(plain, cast):
-            assert torch.equal(left, right)
+        for expected, actual in zip(plain, cast):
+            assert torch.equal(expected, actual)
 
 
 @pytest.mark.multirank
 def test_empty_batch_shapes_survive() -> None:
-    """Catches a native kernel that is given an empty shard: some end the process with SIGFPE."""
+    """Catches an empty shard that is passed to a native kernel: some kernels end the process with SIGFPE."""
     shards = [torch.randn(0, 3, 2, 2), torch.randn(3, 3, 2, 2)]
 
     def body(rank: int, group: Any) -> Any:

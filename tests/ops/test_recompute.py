@@ -1,4 +1,4 @@
-"""Activation checkpointing: a recomputed forward reuses the statistics of its own first forward, and of no other."""
+"""Tests of activation checkpointing: a recomputed forward reuses the statistics of its own first forward only."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from bagua_syncbn_algo import SyncBatchNorm, convert_sync_batchnorm, sync_batchn
 
 pytestmark = [
     pytest.mark.multirank,
-    pytest.mark.skipif(not hasattr(torch._C, "_current_graph_task_id"), reason="torch 2.0 is the first to tell"),
+    pytest.mark.skipif(not hasattr(torch._C, "_current_graph_task_id"), reason="needs the graph task id of torch 2.0"),
 ]
 
 VARIANTS = [True, False]
 
 
 def maybe_checkpoint(norm: nn.Module, run: Callable[[Tensor], Any], x: Tensor, reentrant: bool) -> Any:
-    """Checkpoints, but in the reference, where nn.BatchNorm would move its running statistics twice."""
+    """Checkpoints ``run``, except in the reference: nn.BatchNorm would update its running statistics twice."""
     return checkpoint(run, x, use_reentrant=reentrant) if isinstance(norm, SyncBatchNorm) else run(x)
 
 
 class Block(nn.Module):
-    """What is checkpointed: a layer applied once, twice, in nested checkpoints, in branches, or without a gradient."""
+    """A checkpointed region: a layer applied once, twice, in nested checkpoints, in branches, or to detached input."""
 
     def __init__(self, kind: str = "once", reentrant: bool = False) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         h = self.first(x)
-        if self.kind == "twice":  # to values that may be equal on one rank
+        if self.kind == "twice":  # to equal values, so that the moments of both calls agree
             return self.norm(h).tanh() + 2 * self.norm(self.first(x.flip(1).flip(1)) + 0.0).sin()
         if self.kind == "nested":
             h = maybe_checkpoint(self.norm, self._inner, h, self.reentrant)
             return self.norm(self.other(h).sin())
-        if self.kind == "branches":  # neither layer is computed from the other
+        if self.kind == "branches":  # the layers do not depend on each other
             return self.norm(h).tanh(), self.other(self.second(h)).sin()
-        if self.kind == "data":  # a layer whose own output needs no gradient
+        if self.kind == "data":  # a layer whose input requires no gradient
             return self.first(x) * self.other(x.detach().repeat(1, 2)[:, :4]).tanh()
         return self._inner(h)
 
@@ -60,7 +60,7 @@ def loss_of(output: Any) -> Tensor:
 
 
 def batches(count: int, repeats: bool) -> List[List[Tensor]]:
-    """Returns by rank the batches of all forwards; if ``repeats``, rank 0 has the same one every time."""
+    """Returns the batches of all forwards by rank; with ``repeats``, those of rank 0 are all the same."""
     generator = torch.Generator().manual_seed(count)
     shards = [[torch.randn(3 + r, 3, generator=generator).double() * (1 + i) for i in range(count)] for r in range(2)]
     if repeats:
@@ -71,7 +71,7 @@ def batches(count: int, repeats: bool) -> List[List[Tensor]]:
 def train(
     model: nn.Module, xs: List[Tensor], run: Callable[[nn.Module, Tensor], Any], order: str
 ) -> Tuple[List[Any], ...]:
-    """Runs all forwards, then the backward of all losses; returns gradients of the inputs, of the weights, buffers."""
+    """Runs all forwards, then backward for all losses; returns gradients of inputs and parameters, and the state."""
     leaves = [x.clone().requires_grad_() for x in xs]
     losses = [loss_of(run(model, leaf)) for leaf in leaves]
     if order == "sum":
@@ -84,7 +84,7 @@ def train(
 
 
 def reference(model: nn.Module, shards: List[List[Tensor]]) -> Tuple[List[Any], ...]:
-    """The same in one process, on the batches of both ranks together, without a checkpoint."""
+    """Returns the result of :func:`train` in one process on the batches of both ranks, without checkpointing."""
     whole = [torch.cat(pair) for pair in zip(*shards)]
     return train(copy.deepcopy(model), whole, lambda model, x: model(x), "sum")
 
@@ -126,7 +126,7 @@ def check(model: nn.Module, shards: List[List[Tensor]], run: Any, order: str = "
 @pytest.mark.parametrize("count", [1, 8, 9, 16, 64])
 @pytest.mark.parametrize("repeats", [False, True])
 def test_many_forwards_before_backward(count: int, reentrant: bool, repeats: bool) -> None:
-    """Catches a limit on forwards that wait for their backward, and a batch that repeats on one rank only."""
+    """Catches a limit on the forwards before backward, and wrong statistics if a batch repeats on one rank only."""
     check(Block(), batches(count, repeats), lambda model, x: checkpoint(model, x, use_reentrant=reentrant))
 
 
@@ -135,7 +135,7 @@ def test_many_forwards_before_backward(count: int, reentrant: bool, repeats: boo
 @pytest.mark.parametrize("order", ["sum", "forward", "reverse"])
 @pytest.mark.parametrize("repeats", [False, True])
 def test_kinds_of_regions_and_orders_of_backwards(kind: str, reentrant: bool, order: str, repeats: bool) -> None:
-    """Catches statistics of another forward, where only the autograd graph tells which one is recomputed."""
+    """Catches statistics of another forward where only the autograd graph identifies the recomputed one."""
     check(
         Block(kind, reentrant),
         batches(3, repeats),
@@ -147,7 +147,7 @@ def test_kinds_of_regions_and_orders_of_backwards(kind: str, reentrant: bool, or
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("determinism", ["default", "none"])
 def test_options_of_checkpointing(early_stop: bool, determinism: str) -> None:
-    """Catches a recomputation that saves other tensors than the first forward, or that is not ended early."""
+    """Catches a recomputation that saves other tensors than the first forward, or that does not stop early."""
 
     def run(model: nn.Module, x: Tensor) -> Any:
         return checkpoint(model, x, use_reentrant=False, determinism_check=determinism)
@@ -158,7 +158,7 @@ def test_options_of_checkpointing(early_stop: bool, determinism: str) -> None:
 
 @pytest.mark.parametrize("reentrant", VARIANTS)
 def test_coalesced_rounds(reentrant: bool) -> None:
-    """Catches rounds of several layers that find statistics of another forward, or of the check of the first batch."""
+    """Catches coalesced rounds that reuse statistics of another forward, or of the first batch's equivalence check."""
 
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -175,9 +175,9 @@ def test_coalesced_rounds(reentrant: bool) -> None:
 @pytest.mark.parametrize("reentrant", VARIANTS)
 @pytest.mark.parametrize("same_on_rank_0", [False, True])
 def test_new_data_inside_a_backward_is_an_ordinary_forward(reentrant: bool, same_on_rank_0: bool) -> None:
-    """Catches a forward on new data, run by a hook of backward, that gets the statistics of an old one.
+    """Catches a forward on new data in a backward hook that reuses the statistics of an earlier forward.
 
-    Where one rank's new data equal its old ones, the ranks are out of step: an error names the layer.
+    If the new data of one rank equal its old data, this rank skips the exchange: an error names the layer.
     """
     old, new = batches(2, False)[0][0], batches(3, False)[0][1]
 
@@ -209,7 +209,7 @@ def test_new_data_inside_a_backward_is_an_ordinary_forward(reentrant: bool, same
 
 @pytest.mark.parametrize("reentrant", VARIANTS)
 def test_a_second_backward_of_a_checkpointed_graph(reentrant: bool) -> None:
-    """Catches statistics that are forgotten at the first of two backwards: the second would exchange moments again."""
+    """Catches statistics that are dropped in the first of two backwards: the second would exchange moments again."""
     x = torch.randn(2, 5, 3)
 
     def body(rank: int, group: Any) -> Any:
@@ -228,7 +228,7 @@ def test_a_second_backward_of_a_checkpointed_graph(reentrant: bool) -> None:
 
 
 def test_nothing_is_kept_for_ordinary_forwards() -> None:
-    """Catches memory held for forwards that nobody can recompute, with or without a backward."""
+    """Catches memory held for forwards that cannot be recomputed, with or without a graph."""
     x = torch.randn(2, 5, 3)
 
     def body(rank: int, group: Any) -> Any:
@@ -243,7 +243,7 @@ def test_nothing_is_kept_for_ordinary_forwards() -> None:
 
 @pytest.mark.parametrize("reentrant", VARIANTS)
 def test_what_is_kept_goes_with_the_graph(reentrant: bool) -> None:
-    """Catches statistics that outlive a checkpointed forward whose backward never comes."""
+    """Catches statistics that outlive the graph of a checkpointed forward without a backward."""
     x = torch.randn(2, 5, 3)
 
     def body(rank: int, group: Any) -> Any:
@@ -260,7 +260,7 @@ def test_what_is_kept_goes_with_the_graph(reentrant: bool) -> None:
 
 
 def test_hooks_that_serve_many_steps_keep_one_forward() -> None:
-    """Catches statistics of every step, held by hooks for saved tensors that are made once for a whole training."""
+    """Catches statistics of every step that are held by saved-tensor hooks created once for the whole training."""
     x = torch.randn(2, 5, 3)
 
     def body(rank: int, group: Any) -> Any:

@@ -1,4 +1,4 @@
-"""World-wide running statistics where ranks normalize alone or in groups; and the record of rounds."""
+"""Tests of world-wide running statistics with normalization per rank or group, and of the record of rounds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL_MODES = ["world", "node", 2, "rank"]
 
 
 class Probe(nn.Module):
-    """Two normalization layers whose inputs do not depend on any parameter, so that their statistics are known."""
+    """Normalization layers whose inputs do not depend on any parameter, so that their statistics are known."""
 
     def __init__(self, momentum: Any = 0.1) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ def shard(step: int, rank: int) -> Tensor:
 
 
 class Expected:
-    """The moving averages of the whole world's batches, in float64."""
+    """The expected running statistics: moving averages over the batches of all ranks, in float64."""
 
     def __init__(self, world: int, momentum: Any = 0.1) -> None:
         self.world, self.momentum = world, momentum
         self.layer = nn.BatchNorm1d(3, momentum=momentum).double()
 
     def step(self, *steps: int) -> None:
-        """Pools the batches of the given steps and ranks, and updates once."""
+        """Updates the averages once, with the batches of the given steps on all ranks."""
         self.layer(torch.cat([shard(step, rank) for step in steps for rank in range(self.world)]).double())
 
     def check(self, layer: Any) -> None:
@@ -79,20 +79,20 @@ def _plain_steps(rank: int, world: int, mode: Any, momentum: Any) -> None:
     for step in range(3):
         model(shard(step, rank)).sum().backward()
         expected.step(step)
-        expected.check(model.norm)  # right after the step: what a checkpoint would hold
+        expected.check(model.norm)  # right after the step, when a user may save a checkpoint
     saved = model.state_dict()
     assert saved["frozen.num_batches_tracked"] == 0 and saved["other.num_batches_tracked"] == 3
     flat = torch.cat([value.double().reshape(-1) for name, value in saved.items() if "running" in name])
     gathered = torch.empty(world * flat.numel(), dtype=torch.float64)
     bagua.allgather(flat, gathered)
-    assert (gathered.view(world, -1) == flat).all()  # the same bits on every rank
+    assert (gathered.view(world, -1) == flat).all()  # bitwise equal on every rank
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_are_the_worlds(mode: Any, momentum: Any) -> None:
-    """Catches statistics of one rank or node, averages of averages, and a frozen layer that stalls or is updated."""
+    """Catches statistics of one rank or node, averages of averages, and a frozen layer that hangs or is updated."""
     run_processes(4, _plain_steps, 4, mode, momentum, env={"LOCAL_WORLD_SIZE": "2"})
 
 
@@ -127,7 +127,7 @@ def _odd_steps(rank: int, mode: Any) -> None:
         model.eval()(shard(5, rank))
         model.train()
         model.frozen.eval()
-    # a layer that one rank skips (where it has no forward round that the other would wait in), then both
+    # one rank skips a layer (only if the layer has no forward round), then both ranks skip it
     before = model.other.num_batches_tracked.item()
     model(shard(6, rank), skip=pools and rank == 1).sum().backward()
     update(6)
@@ -137,7 +137,7 @@ def _odd_steps(rank: int, mode: Any) -> None:
     update(7)
     expected.check(model.norm)
     assert model.other.num_batches_tracked.item() == before + 1
-    # wrapping again
+    # a second with_bagua
     model.with_bagua([], SyncBatchNormAlgorithm(normalize_over=mode))
     model(shard(8, rank)).sum().backward()
     update(8)
@@ -154,7 +154,7 @@ def _odd_steps(rank: int, mode: Any) -> None:
 @pytest.mark.multirank
 @pytest.mark.parametrize("mode", ["world", "rank"])
 def test_running_statistics_under_odd_schedules(mode: Any) -> None:
-    """Catches an update that is lost, doubled, or out of step between ranks when a loop is not the plain one."""
+    """Catches an update that is lost, doubled or different between ranks in an unusual training loop."""
     run_processes(2, _odd_steps, mode)
 
 
@@ -174,7 +174,7 @@ def _update_bn(rank: int, mode: Any) -> None:
 @pytest.mark.multirank
 @pytest.mark.parametrize("mode", ["world", "rank"])
 def test_update_bn(mode: Any) -> None:
-    """Catches weight averaging's own pass over the data, under no_grad, that leaves the statistics of one rank."""
+    """Catches statistics of a single rank after update_bn, which runs training forwards under no_grad."""
     run_processes(2, _update_bn, mode)
 
 
@@ -212,12 +212,12 @@ def _empty_shard(rank: int) -> None:
 
 @pytest.mark.multirank
 def test_an_empty_shard_contributes_nothing() -> None:
-    """Catches an empty shard that reaches a native kernel, or that pulls the statistics towards zero."""
+    """Catches an empty shard that reaches a native kernel, or that moves the statistics towards zero."""
     run_processes(2, _empty_shard)
 
 
 class Untracked(nn.Module):
-    """Three layers of one round, the first of which keeps no running statistics."""
+    """Three layers of one round, the first of which tracks no running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ def _untracked(rank: int, mode: Any, coalesce: bool) -> None:
 @pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("coalesce", [True, False])
 def test_a_round_whose_first_layer_is_untracked(mode: Any, coalesce: bool) -> None:
-    """Catches statistics of the group, kept in place of the world's because the first layer of the round keeps none."""
+    """Catches running statistics of the group instead of the world if the first layer of a round tracks none."""
     run_processes(4, _untracked, mode, coalesce, env={"LOCAL_WORLD_SIZE": "2"})
 
 
@@ -276,7 +276,7 @@ def _frozen_model(rank: int, mode: Any, input_gradient: bool) -> None:
 @pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("input_gradient", [False, True])
 def test_a_frozen_model_keeps_its_running_statistics_up_to_date(mode: Any, input_gradient: bool) -> None:
-    """Catches moments that wait for a backward through parameters, where no parameter is trained."""
+    """Catches moments that wait for the gradient of a parameter although no parameter is trained."""
     run_processes(4, _frozen_model, mode, input_gradient, env={"LOCAL_WORLD_SIZE": "2"})
 
 
@@ -296,7 +296,7 @@ def _groups(rank: int, mode: Any) -> Any:
 @pytest.mark.multirank
 @pytest.mark.parametrize(("mode", "size"), [("world", 4), ("node", 2), (2, 2), (4, 4), (1, 1), ("rank", 1)])
 def test_normalizes_exactly_within_the_group(mode: Any, size: int) -> None:
-    """Catches groups of the wrong ranks, and gradients that stop at a rank inside of one."""
+    """Catches groups of the wrong ranks, and gradients without the terms of other ranks in the group."""
     results = run_processes(4, _groups, mode, env={"LOCAL_WORLD_SIZE": "2"})
     for start in range(0, 4, size):
         members = range(start, start + size)
@@ -320,13 +320,13 @@ def _bad_group(rank: int, mode: Any) -> str:
 @pytest.mark.multirank
 @pytest.mark.parametrize(("mode", "text"), [(3, "(got 3)"), ("node", "(got 3 (the ranks of a node")])
 def test_a_group_that_does_not_divide_the_world(mode: Any, text: str) -> None:
-    """Catches a last group that is smaller than the others, in silence."""
+    """Catches a last group that is silently smaller than the other groups."""
     for message in run_processes(2, _bad_group, mode, env={"LOCAL_WORLD_SIZE": "3"}):
         assert text in message
 
 
 def test_unknown_mode() -> None:
-    """Catches a typing error that means another mode."""
+    """Catches an invalid mode that is accepted."""
     with pytest.raises(ValueError, match="expected normalize_over to be one of world, node, rank or a number"):
         SyncBatchNormAlgorithm(normalize_over="ranks")
     with pytest.raises(ValueError, match="expected normalize_over to be one of"):
@@ -359,13 +359,13 @@ def _by_environment(rank: int) -> Any:
 
 @pytest.mark.multirank
 def test_the_environment_chooses_the_ranks() -> None:
-    """Catches a variable that is read and not passed on."""
+    """Catches a variable that is read but not passed to the algorithm."""
     env = {"BAGUA_SYNCBN": "1", "BAGUA_SYNCBN_NORMALIZE_OVER": "node", "LOCAL_WORLD_SIZE": "1"}
     assert run_processes(2, _by_environment, env=env) == [(1, True, "node")] * 2
 
 
 def test_configuration_reaches_the_algorithm() -> None:
-    """Catches a field of the configuration that `enable_sync_batchnorm` forgets."""
+    """Catches a field of the configuration that `enable_sync_batchnorm` ignores."""
     _, algorithm = enable_sync_batchnorm(nn.Linear(1, 1), None, SyncBatchNormConfig(normalize_over=2))
     assert algorithm.normalize_over == 2
 
@@ -403,17 +403,17 @@ def _recorded(rank: int, mode: Any) -> List[Dict[str, Any]]:
 def test_rounds_of_world_mode() -> None:
     """Catches a round that is not recorded, or recorded outside of the block."""
     for rounds in run_processes(2, _recorded, "world"):
-        # the inputs need no gradient, so there are no backward rounds; the frozen layer has none at all
+        # no backward rounds: the inputs require no gradient; no rounds of the frozen layer
         assert [(r["layers"], r["phase"], r["step"]) for r in rounds] == [
             (("Probe.norm", "Probe.other"), "forward", step)
-            for step in (1, 2)  # independent: one message
+            for step in (1, 2)  # independent layers share one message
         ]
         assert all(r["ordered"] and r["sane"] and r["bytes"] % 64 == 0 for r in rounds)
 
 
 @pytest.mark.multirank
 def test_rank_mode_has_one_bucket_a_step() -> None:
-    """Catches a round for each layer where one for all is promised; its two sums carry n and n·m, then M2."""
+    """Catches a round for each layer instead of one for all; its two all-reduces sum n and n·m, then M2."""
     for rounds in run_processes(2, _recorded, "rank"):
         assert [(r["layers"], r["phase"], r["step"]) for r in rounds] == [
             (("Probe.norm", "Probe.other", "Probe.frozen"), "running", step) for step in (1, 2)

@@ -1,4 +1,4 @@
-"""Outputs that one rank's loss does not use, as a detector without positives has them: against one process."""
+"""Tests of outputs that the loss of one rank does not use, as in a detector without positives."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shard(rank: int) -> Tensor:
 
 
 def expected(model: nn.Module, used: List[Tuple[str, ...]]) -> Dict[str, Optional[Tensor]]:
-    """The gradients of the mean of both ranks' losses, by one process on both batches."""
+    """Returns the gradients of the mean of both ranks' losses, from one process on both batches."""
     model = copy.deepcopy(model)
     long, short = model(torch.cat([shard(0), shard(1)]))
     parts = zip(long.split([2, 3]), short.split([2, 3]))
@@ -66,7 +66,7 @@ def _train(rank: int, host: str, coalesce: bool, overlap: bool) -> None:
             loss_of(model(shard(rank)), used[rank]).backward()
         for name, gradient in expected(plain, list(used)).items():
             ours = inner.get_parameter(name).grad
-            if host == "none" and ours is not None:  # nobody averages
+            if host == "none" and ours is not None:  # without a gradient all-reduce
                 torch.distributed.all_reduce(ours)
                 ours /= 2
             unused = gradient is None
@@ -80,8 +80,8 @@ def _train(rank: int, host: str, coalesce: bool, overlap: bool) -> None:
 @pytest.mark.parametrize("host", ["DDP", "with_bagua", "none"])
 @pytest.mark.parametrize(("coalesce", "overlap"), [(True, True), (True, False), (False, False)])
 def test_a_rank_that_omits_a_branch(host: str, coalesce: bool, overlap: bool) -> None:
-    """Catches a rank that drops the other rank's part of an input gradient because its own loss omits a branch.
+    """Catches a rank that omits the other rank's part of an input gradient because its own loss omits the branch.
 
-    1e-9 is far above float64's rounding, and far below the error: 0.2 to 2.9 times the gradient.
+    1e-9 is far above float64 rounding and far below the error, which is 0.2 to 2.9 times the gradient.
     """
     run_processes(2, _train, host, coalesce, overlap)
