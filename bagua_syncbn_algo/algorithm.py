@@ -1,4 +1,4 @@
-"""SyncBatchNorm as a Bagua algorithm: wraps any algorithm and makes the statistics Bagua communication."""
+"""Synchronized batch normalization as a Bagua algorithm that wraps any other algorithm."""
 
 from __future__ import annotations
 
@@ -33,22 +33,24 @@ BaguaBucket = bagua.bucket.BaguaBucket
 
 
 class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
-    """Any Bagua algorithm, with the model's SyncBatchNorm statistics as communication of its own.
+    """A Bagua algorithm that adds synchronized batch normalization to another algorithm.
+
+    The inner algorithm trains the parameters. The statistics of the :class:`SyncBatchNorm` layers use separate process
+    groups and Bagua buckets. Running statistics are those of the whole world's batch for every ``normalize_over``.
 
     Args:
-        inner: the algorithm that trains the parameters: an instance or a registered name; gradient all-reduce by
-            default.
-        normalize_over: the ranks that normalize together: ``"world"`` (exact synchronized BatchNorm), ``"node"`` (the
-            ranks of a node, by ``LOCAL_WORLD_SIZE``), a number of neighbouring ranks, or ``"rank"`` (each alone, by
-            PyTorch's own kernels). Running statistics are those of the whole world's batch in every case.
-        timeout: seconds that a rank waits for the others' statistics; by default ``BAGUA_SYNCBN_TIMEOUT`` or, without
-            it, the process group's own. The embedded host only: upstream's communicators know no timeout.
-        **inner_arguments: for ``inner`` given by name.
+        inner: the algorithm that trains the parameters: an instance or a registered name. Default: gradient all-reduce.
+        normalize_over: the ranks that normalize together: ``"world"`` (all ranks: exact synchronized BatchNorm),
+            ``"node"`` (the ranks of a node, ``LOCAL_WORLD_SIZE``), a number of consecutive ranks, or ``"rank"`` (each
+            rank separately, with PyTorch's own kernels).
+        timeout: the number of seconds that a rank waits for the statistics of the other ranks. Default:
+            ``BAGUA_SYNCBN_TIMEOUT``, else the timeout of the default group. It has no effect under upstream Bagua.
+        **inner_arguments: arguments of the inner algorithm's constructor, if ``inner`` is not an instance.
 
     Raises:
-        TypeError: if ``inner`` is no algorithm, or an instance comes with arguments.
-        KeyError: for an unknown name.
-        ValueError: for an unknown ``normalize_over``, and for asynchronous model averaging.
+        TypeError: if ``inner`` is not an algorithm, is wrapped already, or is an instance with ``inner_arguments``.
+        KeyError: if ``inner`` is a name that is not registered.
+        ValueError: if ``normalize_over`` is invalid, or ``inner`` is asynchronous model averaging.
 
     Example::
 
@@ -71,7 +73,7 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
         elif inner_arguments:
             raise TypeError(
                 f"expected no further arguments with an algorithm instance (got {', '.join(sorted(inner_arguments))}); "
-                "give them to the inner algorithm, or name it by its registered name"
+                "pass them to the constructor of that algorithm, or pass its registered name"
             )
         if not hasattr(algorithm, "reify"):
             raise TypeError(
@@ -79,36 +81,40 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
                 "instance such as GradientAllReduceAlgorithm()"
             )
         if isinstance(algorithm, SyncBatchNormAlgorithm):
-            raise TypeError(
-                "expected an inner algorithm that trains parameters (got a SyncBatchNormAlgorithm); pass its inner one"
-            )
-        if _loses_step(algorithm):
+            raise TypeError("expected an unwrapped algorithm (got a SyncBatchNormAlgorithm); pass its inner algorithm")
+        if _is_asynchronous(algorithm):
             raise ValueError(
-                f"expected an inner algorithm that keeps ranks in step (got {type(algorithm).__name__}, whose ranks "
-                "run different numbers of steps, so that statistics of different steps would meet); use another one, "
-                "or plain BatchNorm"
+                f"expected a synchronous inner algorithm (got {type(algorithm).__name__}, whose ranks run different "
+                "numbers of steps and would exchange statistics of different steps); use another algorithm, or "
+                "BatchNorm without synchronization"
             )
         self.inner, self.normalize_over = algorithm, normalize_over
         self.timeout = SyncBatchNormConfig.from_env().timeout if timeout is None else timeout
 
     def reify(self, process_group: Any) -> SyncBatchNormAlgorithmImpl:
-        """Returns the live algorithm on ``process_group``; it makes its statistics groups once it sees the model.
+        """Returns the live algorithm. It creates its process groups when ``with_bagua`` binds the model.
+
+        Args:
+            process_group: the Bagua process group of the training.
+
+        Raises:
+            ValueError: if ``normalize_over`` does not divide the number of ranks.
 
         Collectives:
             None.
         """
-        span = _ranks_per_group(self.normalize_over, len(process_group.ranks))
-        return SyncBatchNormAlgorithmImpl(process_group, self.inner.reify(process_group), span, self.timeout)
+        size = _ranks_per_group(self.normalize_over, len(process_group.ranks))
+        return SyncBatchNormAlgorithmImpl(process_group, self.inner.reify(process_group), size, self.timeout)
 
 
 class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-type]
-    """The live :class:`SyncBatchNormAlgorithm`. What it does not define itself is the inner algorithm's.
+    """The live form of :class:`SyncBatchNormAlgorithm`. Other attributes are those of the inner algorithm.
 
     Attributes:
         inner: the live inner algorithm.
-        channel: the statistics channel; ``None`` until the model is known, for a model without SyncBatchNorm, and where
-            each rank normalizes alone.
-        running: moments on their way into the running statistics; ``None`` where normalizing yields the world's.
+        channel: the statistics channel; ``None`` before the model is bound, if no layer is bound, and where each rank
+            normalizes separately.
+        running: the pool of moments for the running statistics; ``None`` if layers normalize over the world.
     """
 
     def __init__(self, process_group: Any, inner: Any, ranks_per_group: int, timeout: Optional[float] = None) -> None:
@@ -118,32 +124,30 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         self.channel: Optional[Channel] = None
         self.running: Optional[RunningPool] = None
         self._ranks_per_group = ranks_per_group
-        # The world's channel and that of this rank's group, each with its ranks; as many on every rank.
+        # The channels of the world and of this rank's group, with their ranks. Every rank has the same number.
         self._channels: List[Tuple[Channel, Sequence[int]]] = []
-        self._bound: Dict[int, Any] = {}
-        self._round: Optional[RoundRecord] = None
+        self._bound_modules: Dict[int, Any] = {}
+        self._running_record: Optional[RoundRecord] = None
         self._ranks = list(process_group.ranks)
         self._world_group: Any = None
         self._group: Any = None
         self._running_group: Any = None
 
-    def _make_groups(self) -> None:
-        # Not in the constructor: a described algorithm can then be inspected on a machine that has no stream to give.
-        # Groups of their own: behind queued gradient buckets every layer would wait for all of them. Every rank takes
-        # part in making every group, its own or not.
-        ranks, span = self._ranks, self._ranks_per_group
+    def _create_groups(self) -> None:
+        # Not in the constructor: reify must work on a machine without CUDA. Separate groups: on the gradients'
+        # communicator, each layer would wait for all queued buckets. Every rank must call for every group.
+        ranks, size = self._ranks, self._ranks_per_group
         self._world_group = self._group = statistics_group(ranks, self._timeout)
-        if 1 < span < len(ranks):
-            blocks = [ranks[i : i + span] for i in range(0, len(ranks), span)]
+        if 1 < size < len(ranks):
+            blocks = [ranks[i : i + size] for i in range(0, len(ranks), size)]
             groups = [statistics_group(block, self._timeout) for block in blocks]
             self._group = next(g for g in groups if bagua.get_rank() in g.ranks)
-        if span < len(ranks):
-            # Two backends on one communicator would race: the running statistics are sent by another thread.
+        if size < len(ranks):
+            # Separate, because another thread sends the running statistics: two threads on one communicator would race.
             self._running_group = statistics_group(ranks, self._timeout)
 
     def __getattr__(self, name: str) -> Any:
-        # Only what is found nowhere else arrives here.
-        if name == "inner":
+        if name == "inner":  # not set yet: the next line would recurse
             raise AttributeError(name)
         return getattr(self.inner, name)
 
@@ -153,9 +157,9 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         return bool(self.inner.need_reset())
 
     def init_tensors(self, bagua_ddp: Any) -> List[Any]:
-        # The first call with the model, and again at every reset.
-        if id(bagua_ddp) not in self._bound:
-            self._bound[id(bagua_ddp)] = bagua_ddp
+        # `with_bagua` calls this hook, and so does every reset.
+        if id(bagua_ddp) not in self._bound_modules:
+            self._bound_modules[id(bagua_ddp)] = bagua_ddp
             self._bind(bagua_ddp)
         tensors: List[Any] = self.inner.init_tensors(bagua_ddp)
         if self.running is not None:
@@ -170,7 +174,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         inner = self.inner.init_forward_pre_hook(bagua_ddp)
 
         def hook(input: Any) -> None:
-            self._finish_running()  # of a backward that was broken off
+            self._finish_running()  # of an interrupted backward
             record = active()
             if record is not None:
                 record.next_step()
@@ -182,7 +186,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         inner = self.inner.init_backward_hook(bagua_ddp)
 
         def hook(parameter_name: str, parameter: nn.Parameter) -> None:
-            self._launch_running()  # at the first gradient: the all-reduce overlaps with the rest of backward
+            self._launch_running()  # at the first gradient, to overlap the all-reduces with the rest of backward
             inner(parameter_name, parameter)
 
         return hook
@@ -205,24 +209,23 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
     def init_operations(self, bagua_ddp: Any, bucket: Any) -> None:
         self.inner.init_operations(bagua_ddp, bucket)
 
-    # -- after an exception in a step; the embedded host calls these ----------------------------------------------
+    # -- interrupted steps: called by the embedded host only ------------------------------------------------------
 
     @property
     def step_failed(self) -> bool:
         return any(channel.failed for channel, _ in self._channels)
 
-    def communication_counts(self) -> List[int]:
+    def message_counts(self) -> List[int]:
         return [channel.frames for channel, _ in self._channels]
 
-    def leave_step(self, in_forward: bool) -> bool:
-        phase, words = (FORWARD, "forward") if in_forward else (BACKWARD, "backward")
-        error = RuntimeError(f"an exception broke off its {words}")
-        # Backward has rounds on the layers' own channel only. A message that nobody waits for does no harm: `recover`
-        # makes up for it.
+    def abort_step(self, in_forward: bool) -> bool:
+        phase, name = (FORWARD, "forward") if in_forward else (BACKWARD, "backward")
+        error = RuntimeError(f"an exception interrupted its {name}")
+        # Backward rounds use the layers' channel only. If no rank waits for the message, `recover` balances the counts.
         channels = [channel for channel, _ in self._channels if in_forward or channel is self.channel]
         for channel in channels:
             if not channel.failed:
-                channel.fail(sync_point(words), phase, error, wait=False)
+                channel.fail(sync_point(name), phase, error, wait=False)
         return bool(channels)
 
     def recover(self, counts: List[Tuple[int, ...]]) -> None:
@@ -232,9 +235,9 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
     # -- statistics -----------------------------------------------------------------------------------------------
 
     def _bind(self, bagua_ddp: Any) -> None:
-        """Binds the model's layers to a statistics channel whose messages are registered Bagua tensors."""
+        """Binds the model's layers to a statistics channel, whose messages are registered Bagua tensors."""
         if self._world_group is None:
-            self._make_groups()
+            self._create_groups()
         module = bagua_ddp.module
         layers = tag_sync_batchnorm(module)
         warn_unconverted(module, layers)
@@ -243,10 +246,10 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         itemsize = max((layer.itemsize for layer in layers), default=4)
         communicator = self._world_group.get_global_communicator()
         world = BaguaChannel(communicator, streams(), device, default_store())
-        # Also where this rank has no layers: another rank may, and both must learn of it.
+        # Also without layers: if another rank has layers, all ranks must raise the error.
         ordinal = world.join(roster, itemsize)
         _broadcast_buffers(layers, communicator)
-        # A layer with a process group normalizes over ranks of its own choice: its channel is that group's.
+        # A layer with a process group uses the channel of that group.
         layers = [layer for layer in layers if layer.process_group is None]
         if not layers or communicator.nranks() == 1:
             return
@@ -267,27 +270,22 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
             layer.bind(channel, point, running, empty_shards=channel.local)
         if isinstance(channel, BaguaChannel):
             self.channel = channel
-            own = {layer.sync_name: layer for layer in layers}
+            layers_by_name = {layer.sync_name: layer for layer in layers}
             for planned in plan_of(module).rounds:
-                # One bucket for every message that will be sent: a layer's own, or its round's.
-                if planned.layers[0] in own:
-                    where = own[planned.layers[0]].device or device
-                    message = torch.zeros(channel.capacity, dtype=torch.uint8, device=where)
+                # One bucket for each round, also for rounds of a single layer.
+                if planned.layers[0] in layers_by_name:
+                    device_of_round = layers_by_name[planned.layers[0]].device or device
+                    message = torch.zeros(channel.capacity, dtype=torch.uint8, device=device_of_round)
                     bucket = _message_bucket(message, planned.name, bagua_ddp)
                     channel.add_bucket(sync_point(planned.name, ordinal), bucket)
-        logger.info(
-            "synchronizing %d layers of %s over %d ranks, running statistics over %d",
-            len(layers),
-            type(module).__name__,
-            self._ranks_per_group,
-            communicator.nranks(),
-        )
+        values = len(layers), type(module).__name__, self._ranks_per_group, communicator.nranks()
+        logger.info("synchronizing %d layers of %s over %d ranks, running statistics over %d ranks", *values)
 
     def _bind_running(self, layers: List[SyncBatchNorm], world: Channel, bagua_ddp: Any) -> None:
-        """Registers the layers' moments as one tensor of one bucket, on a backend of its own.
+        """Registers the moments of all layers as one tensor in one bucket, on a separate backend.
 
-        A backend is one queue of buckets: among the gradients' a bucket that is not marked would hold back all behind
-        it, and some algorithms break on buckets that are not theirs.
+        A backend runs its buckets in order: an unmarked bucket among the gradients' buckets would block all later ones.
+        Some algorithms also fail on buckets that they did not create.
         """
         if not layers:
             return
@@ -299,7 +297,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         bucket.append_centralized_synchronous_op(average=False, group=self._running_group)
         bucket.append_python_op(self.running.second_reduction, group=self._running_group)
         bucket.append_centralized_synchronous_op(average=False, group=self._running_group)
-        bucket.append_python_op(self._note_finish, group=self._running_group)
+        bucket.append_python_op(self._record_finish, group=self._running_group)
         self._running_bucket = bucket  # upstream's backend does not keep it alive
         self._running_backend = bagua.communication.get_backend(name)
         self._running_backend.register_ordered_buckets([bucket.backend_bucket])
@@ -312,35 +310,38 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         record = active()
         if record is not None:
             size = 2 * payload.numel() * payload.element_size()
-            self._round = record.launch(tuple(self.running.names), "running", size)
+            self._running_record = record.launch(tuple(self.running.names), "running", size)
         payload.bagua_mark_communication_ready()
 
-    def _note_finish(self, name: str) -> None:
-        if self._round is not None:
-            self._round.finish = time.perf_counter()
+    def _record_finish(self, name: str) -> None:
+        if self._running_record is not None:
+            self._running_record.finish = time.perf_counter()
 
     def _finish_running(self) -> None:
         if self.running is None or not self.running.in_flight:
             return
-        if self._round is not None:
-            self._round.wait = time.perf_counter()
+        if self._running_record is not None:
+            self._running_record.wait = time.perf_counter()
         self._running_backend.wait_pending_comm_ops()
-        self._round = None
+        self._running_record = None
         self.running.apply()
 
 
 def enable_sync_batchnorm(
     model: nn.Module, algorithm: Any, config: Optional[SyncBatchNormConfig] = None
 ) -> Tuple[nn.Module, Any]:
-    """Switches synchronized batch normalization on where ``config`` says so.
+    """Converts the model and wraps the algorithm if ``config`` enables synchronized batch normalization.
 
     Args:
-        model: converted in place; call before ``with_bagua``.
-        algorithm: the Bagua algorithm that trains the parameters; one that is wrapped already stays as it is.
-        config: ``None`` to read the environment: ``BAGUA_SYNCBN=1`` switches on.
+        model: the model; converted in place. Call this function before ``with_bagua``.
+        algorithm: the algorithm that trains the parameters. A :class:`SyncBatchNormAlgorithm` is not wrapped again.
+        config: the configuration. Default: :meth:`SyncBatchNormConfig.from_env`, enabled by ``BAGUA_SYNCBN=1``.
 
     Returns:
-        The converted model and the wrapped algorithm, or both as they were.
+        The converted model and the wrapped algorithm. Both are unchanged if ``config`` does not enable it.
+
+    Raises:
+        ValueError: if an environment variable is invalid; :func:`convert_sync_batchnorm` lists further errors.
 
     Example::
 
@@ -357,7 +358,7 @@ def enable_sync_batchnorm(
 
 
 def _broadcast_buffers(layers: List[SyncBatchNorm], communicator: Any) -> None:
-    """Gives every rank rank 0's running statistics: Bagua broadcasts parameters, never buffers."""
+    """Broadcasts the buffers of rank 0 to all ranks: Bagua broadcasts parameters only."""
     for layer in layers:
         for buffer in layer._buffers.values():
             if buffer is not None:
@@ -365,36 +366,34 @@ def _broadcast_buffers(layers: List[SyncBatchNorm], communicator: Any) -> None:
 
 
 def _message_bucket(message: Any, round_name: str, bagua_ddp: Any) -> Any:
-    """Returns the bucket of one registered tensor that carries a round's statistics."""
+    """Returns a bucket whose one registered tensor carries the statistics of a round."""
     name = f"syncbn.{round_name}"
     return BaguaBucket([message.ensure_bagua_tensor(name, f"{bagua_ddp.bagua_module_name}/syncbn")], name, False)
 
 
 def _ranks_per_group(normalize_over: Union[str, int], world: int) -> int:
-    """Returns how many neighbouring ranks normalize together.
+    """Returns the number of consecutive ranks that normalize together.
 
     Raises:
-        ValueError: if their number does not divide the world.
+        ValueError: if it does not divide ``world``, the number of ranks.
     """
     named = {"world": world, "node": bagua.get_local_size(), "rank": 1}
     ranks = named[normalize_over] if isinstance(normalize_over, str) else normalize_over
     if world % ranks:
         meant = f"{ranks} (the ranks of a node, LOCAL_WORLD_SIZE)" if normalize_over == "node" else str(ranks)
         raise ValueError(
-            f"expected normalize_over to divide the {world} ranks (got {meant}); choose a divisor of {world}, or "
-            "world, node, rank"
+            f"expected normalize_over to divide the {world} ranks (got {meant}); pass a divisor of {world}, or "
+            "one of world, node, rank"
         )
     return ranks
 
 
-def _loses_step(algorithm: Any) -> bool:
-    """Whether ranks under this algorithm run different numbers of steps."""
+def _is_asynchronous(algorithm: Any) -> bool:
+    """Returns whether ranks run different numbers of steps under ``algorithm``."""
     asynchronous = GlobalAlgorithmRegistry.get("async") if "async" in GlobalAlgorithmRegistry else None
     return isinstance(asynchronous, type) and isinstance(algorithm, asynchronous)
 
 
 GlobalAlgorithmRegistry.register(
-    "sync_batchnorm",
-    SyncBatchNormAlgorithm,
-    description="Synchronized batch normalization around another algorithm",
+    "sync_batchnorm", SyncBatchNormAlgorithm, description="Synchronized batch normalization, added to another algorithm"
 )

@@ -1,4 +1,4 @@
-"""The converter: BatchNorm layers to SyncBatchNorm and back, and the tags by which the algorithm knows them."""
+"""The converter between BatchNorm and SyncBatchNorm layers, and the tags that identify layers across ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ __all__ = [
 
 
 class SyncBatchNormAct(SyncBatchNorm):
-    """SyncBatchNorm with a fused dropout and activation after it, as in timm's ``BatchNormAct2d``."""
+    """Synchronized batch normalization, followed by dropout and an activation, as in timm's ``BatchNormAct2d``.
+
+    Attributes:
+        drop: the dropout module; ``torch.nn.Identity`` for none.
+        act: the activation module.
+    """
 
     drop: nn.Module
     act: nn.Module
@@ -45,7 +50,10 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 
 class BatchNormNd(_BatchNorm):
-    """BatchNorm over an input ``(N, C, ...)`` of any dimension: what a hand-made SyncBatchNorm reverts to."""
+    """Batch normalization over inputs ``(N, C, ...)`` with at least 2 dimensions.
+
+    :func:`revert_sync_batchnorm` replaces :class:`SyncBatchNorm` layers that were not converted with this class.
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -64,15 +72,16 @@ _conversions: Dict[type, Type[SyncBatchNorm]] = {
 
 
 def register_conversion(source: Type[_BatchNorm], target: Type[SyncBatchNorm]) -> None:
-    """Teaches the converter a BatchNorm subclass with a ``forward`` of its own.
+    """Registers how :func:`convert_sync_batchnorm` converts a BatchNorm subclass that overrides ``forward``.
 
     Args:
-        source: the class to convert (exactly this class, not its subclasses).
-        target: what to convert it to: a subclass of :class:`SyncBatchNorm` whose ``forward`` does what ``source``'s
-            does beyond normalizing. It receives the whole state of the converted layer, custom attributes included.
+        source: the class to convert. The registration does not apply to its subclasses.
+        target: the subclass of :class:`SyncBatchNorm` that replaces ``source``. Its ``forward`` normalizes with
+            ``super().forward`` and repeats everything else that the ``forward`` of ``source`` computes. A converted
+            layer keeps the whole state of the original layer, including custom attributes.
 
     Raises:
-        TypeError: if ``target`` is no subclass of SyncBatchNorm.
+        TypeError: if ``target`` is not a subclass of :class:`SyncBatchNorm`.
 
     Example::
 
@@ -84,8 +93,8 @@ def register_conversion(source: Type[_BatchNorm], target: Type[SyncBatchNorm]) -
     """
     if not (isinstance(target, type) and issubclass(target, SyncBatchNorm)):
         raise TypeError(
-            f"expected a subclass of SyncBatchNorm to convert {source.__name__} to (got {target!r}); derive one and "
-            f"do in its forward what {source.__name__} does beyond normalizing"
+            f"expected a subclass of SyncBatchNorm to convert {source.__name__} to (got {target!r}); define one "
+            f"whose forward repeats what {source.__name__} computes in addition to the normalization"
         )
     _conversions[source] = target
 
@@ -98,41 +107,53 @@ def convert_sync_batchnorm(
     overlap: Optional[bool] = None,
     example_inputs: Optional[Tuple[Any, ...]] = None,
 ) -> nn.Module:
-    """Replaces the BatchNorm layers of ``module`` by :class:`SyncBatchNorm` and tags them for the algorithm.
+    """Replaces the BatchNorm layers of ``module`` with :class:`SyncBatchNorm` layers.
 
-    Parameters and buffers are kept by identity (an optimizer built before stays valid), and so are the training flag,
-    hooks, custom attributes and ``state_dict`` keys. A layer that stands in several places is converted once.
-    ``torch.nn.SyncBatchNorm`` is converted too and keeps its process group. InstanceNorm, and classes that freeze
-    BatchNorm without deriving from it, stay. Convert before ``with_bagua``.
+    Parameters and buffers keep their identity, so an optimizer created before the conversion stays valid. The training
+    flag, hooks, custom attributes and ``state_dict`` keys are also kept. A layer that is used in several places is
+    converted once. ``torch.nn.SyncBatchNorm`` layers are converted too and keep their process group. InstanceNorm, and
+    frozen BatchNorm classes that are not subclasses of BatchNorm, are not converted. The new layers are tagged, see
+    :func:`tag_sync_batchnorm`.
+
+    Call this function before ``with_bagua``. If it raises one of the errors below, ``module`` is unchanged.
 
     Args:
-        module: a model, or a BatchNorm layer itself.
-        process_group: the ranks to normalize over; ``None`` for all.
+        module: the model, or a single BatchNorm layer.
+        process_group: the process group to normalize over; ``None`` for all ranks.
         coalesce: whether layers that do not depend on each other share a round of statistics, where the forward can be
-            traced; ``None`` for what ``BAGUA_SYNCBN_COALESCE`` says (default: yes). What was done is logged, and
-            :func:`plan_of` returns it. A plain attribute that decides what the forward does is read once: after
-            changing one, convert again.
-        overlap: whether backward computes the weight gradients of convolutions and linear layers while the statistics
-            of the normalization before them travel, where the forward was traced; ``None`` for what
-            ``BAGUA_SYNCBN_OVERLAP`` says (default: yes). Gradients stay bitwise the same; ``create_graph=True`` is
-            refused.
-        example_inputs: arguments of a training forward, to compare the regrouped forward with the original now; else
-            the first training batch does, once.
+            traced. Default: ``BAGUA_SYNCBN_COALESCE``, or ``True`` if it is not set. A log message and
+            :func:`plan_of` show the rounds. Tracing reads each plain attribute that controls the forward once: convert
+            again after you change such an attribute.
+        overlap: whether backward rounds overlap with the weight gradients of convolutions and linear layers, where the
+            forward was traced. Default: ``BAGUA_SYNCBN_OVERLAP``, or ``True`` if it is not set. Gradients stay bitwise
+            the same, except for a weight that autocast casts once for several forwards. A backward with
+            ``create_graph=True`` raises an error.
+        example_inputs: the positional arguments of a training forward. If given, the regrouped forward is compared with
+            the original forward during the conversion. Otherwise it is compared on the first training batch.
 
     Returns:
-        ``module`` with its layers replaced, or a new layer if ``module`` is itself a BatchNorm.
+        ``module`` with its layers replaced, or a new layer if ``module`` is itself a BatchNorm layer.
 
     Raises:
-        RuntimeError: if ``module`` is already in ``with_bagua``.
-        ValueError: for a lazy layer without a shape yet; for ``overlap=True`` without coalescing, which wires it.
-        TypeError: for a BatchNorm subclass whose own ``forward`` is unknown. On any of these nothing is converted.
+        RuntimeError: if ``with_bagua`` was called on ``module`` or on a submodule.
+        ValueError: if a lazy layer is not initialized; if ``overlap=True`` and ``coalesce=False``; if a
+            ``BAGUA_SYNCBN_*`` environment variable is invalid.
+        TypeError: if a BatchNorm subclass overrides ``forward`` and is not registered (:func:`register_conversion`).
+
+    Collectives:
+        None.
+
+    Example::
+
+        model = convert_sync_batchnorm(model)
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     """
-    _refuse_wrapped(module)
+    _check_not_wrapped(module)
     config = SyncBatchNormConfig.from_env()
     if overlap and coalesce is False:
         raise ValueError(
-            "expected coalesce=True or None with overlap=True (got coalesce=False), because coalescing finds the "
-            "layers to overlap with; leave one of the two arguments away"
+            "expected coalesce=True or None with overlap=True (got coalesce=False); omit one of the two arguments: "
+            "overlap needs the regrouped forward of coalescing"
         )
     targets: Dict[int, Tuple[_BatchNorm, Type[SyncBatchNorm]]] = {}
     for name, layer in _batch_norms(module):
@@ -151,21 +172,24 @@ def convert_sync_batchnorm(
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Replaces the SyncBatchNorm layers of ``module`` by the BatchNorm layers that they came from.
+    """Replaces the SyncBatchNorm layers of ``module`` with BatchNorm layers of the classes they were converted from.
 
-    Everything that :func:`convert_sync_batchnorm` keeps is kept again. A layer made by hand becomes a
+    This function keeps everything that :func:`convert_sync_batchnorm` keeps. A layer that was not converted becomes a
     :class:`BatchNormNd`.
 
     Args:
-        module: a model, or a SyncBatchNorm layer itself.
+        module: the model, or a single SyncBatchNorm layer.
 
     Returns:
-        ``module`` with its layers replaced, or a new layer if ``module`` is itself a SyncBatchNorm.
+        ``module`` with its layers replaced, or a new layer if ``module`` is itself a SyncBatchNorm layer.
 
     Raises:
-        RuntimeError: if ``module`` is in ``with_bagua``.
+        RuntimeError: if ``with_bagua`` was called on ``module`` or on a submodule.
+
+    Collectives:
+        None.
     """
-    _refuse_wrapped(module)
+    _check_not_wrapped(module)
     uncoalesce(module)
     replacements: Dict[int, nn.Module] = {}
     for _, layer in _batch_norms(module):
@@ -173,23 +197,32 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
             original = layer.__dict__.get("_converted_from", BatchNormNd)
             reverted = original.__new__(original)
             reverted.__dict__.update(layer.__dict__)
-            live = ["_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards"]
-            live += ["_converted_from", "tag"]
-            for attribute in live if issubclass(original, nn.SyncBatchNorm) else [*live, "process_group"]:
+            removed = ["_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards"]
+            removed += ["_converted_from", "tag"]
+            for attribute in removed if issubclass(original, nn.SyncBatchNorm) else [*removed, "process_group"]:
                 reverted.__dict__.pop(attribute, None)
             replacements[id(layer)] = reverted
     return _replace(module, replacements)
 
 
 def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
-    """Gives every SyncBatchNorm of ``module`` its tag: qualified name, order and group.
+    """Assigns a :class:`SyncTag` to every SyncBatchNorm layer of ``module``.
+
+    Other ranks identify a layer by the qualified name in its tag. :func:`convert_sync_batchnorm` and
+    :class:`SyncBatchNormAlgorithm` call this function. Call it for a model that uses neither of them.
+
+    Args:
+        module: the model.
 
     Returns:
-        The layers, in the model's order.
+        The layers, without duplicates, in the order of ``module.named_modules()``.
+
+    Collectives:
+        None.
     """
     named = [(name, layer) for name, layer in _batch_norms(module) if isinstance(layer, SyncBatchNorm)]
     prefix = type(module).__name__
-    # The class name tells apart the layers of several models in one job, a generator's and a discriminator's, say.
+    # The class name distinguishes the layers of several models in one job, such as a generator and a discriminator.
     names = [f"{prefix}.{name}" if name else prefix for name, _ in named]
     roster = Roster(
         tuple((name, layer.num_features) for name, (_, layer) in zip(names, named)),
@@ -203,22 +236,26 @@ def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
 
 
 def sync_batchnorm_layers(module: nn.Module) -> List[SyncBatchNorm]:
-    """Returns the SyncBatchNorm layers of ``module``, each once, in the model's order."""
+    """Returns the SyncBatchNorm layers of ``module``, without duplicates, in the order of ``module.named_modules()``.
+
+    Args:
+        module: the model.
+    """
     return [layer for _, layer in _batch_norms(module) if isinstance(layer, SyncBatchNorm)]
 
 
 def unconverted_layers(module: nn.Module) -> List[str]:
-    """Returns the qualified names of BatchNorm layers that are not synchronized by this package."""
+    """Returns the qualified names of the BatchNorm layers of ``module`` that are not :class:`SyncBatchNorm` layers."""
     return [
         name or type(layer).__name__ for name, layer in _batch_norms(module) if not isinstance(layer, SyncBatchNorm)
     ]
 
 
 def warn_unconverted(module: nn.Module, layers: List[SyncBatchNorm]) -> None:
-    """Warns where ``module`` has BatchNorm layers that are not converted, or none that are."""
-    left = unconverted_layers(module)
-    if left:
-        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+    """Warns if ``module`` has BatchNorm layers other than its SyncBatchNorm ``layers``, or no layers of either kind."""
+    unconverted = unconverted_layers(module)
+    if unconverted:
+        shown = ", ".join(unconverted[:5]) + (f" and {len(unconverted) - 5} more" if len(unconverted) > 5 else "")
         warnings.warn(
             f"expected every BatchNorm of {type(module).__name__} to be converted (got {shown}, which normalize over "
             "one rank); call convert_sync_batchnorm(model) before with_bagua",
@@ -226,14 +263,18 @@ def warn_unconverted(module: nn.Module, layers: List[SyncBatchNorm]) -> None:
         )
     elif not layers:
         warnings.warn(
-            f"expected SyncBatchNorm layers in {type(module).__name__} (got none); SyncBatchNormAlgorithm changes "
-            "nothing here: build the model with BatchNorm and call convert_sync_batchnorm(model) before with_bagua",
+            f"expected SyncBatchNorm layers in {type(module).__name__} (got none); build the model with BatchNorm "
+            "layers and call convert_sync_batchnorm(model) before with_bagua, or use the inner algorithm directly",
             stacklevel=3,
         )
 
 
 def tag_table(module: nn.Module) -> str:
-    """Returns a table of the tagged layers of ``module``, a line each: order, name, features, ranks."""
+    """Returns a text table of the tagged layers of ``module``: position, qualified name, number of features, ranks.
+
+    Args:
+        module: the model.
+    """
     rows = [("order", "layer", "features", "normalizes over")]
     for layer in sync_batchnorm_layers(module):
         if layer.tag is not None:
@@ -248,12 +289,13 @@ def _batch_norms(module: nn.Module) -> Iterator[Tuple[str, _BatchNorm]]:
             yield name, layer
 
 
-def _refuse_wrapped(module: nn.Module) -> None:
+def _check_not_wrapped(module: nn.Module) -> None:
     for name, part in module.named_modules():
         wrapped = part.__dict__.get("bagua_ddp")
-        if wrapped is not None and getattr(wrapped, "module", part) is part:  # a copy of one is free again
+        # A copy of a wrapped module shares `bagua_ddp`, but is not its module and can be converted.
+        if wrapped is not None and getattr(wrapped, "module", part) is part:
             raise RuntimeError(
-                f"expected a model that is not in with_bagua yet (got {name or type(part).__name__}, which is); "
+                f"expected a model without with_bagua (got with_bagua at {name or type(part).__name__}); "
                 "call convert_sync_batchnorm or revert_sync_batchnorm before with_bagua"
             )
 
@@ -263,8 +305,8 @@ def _target_of(name: str, layer: _BatchNorm) -> Type[SyncBatchNorm]:
     tensors = [tensor for tensor in (*layer._parameters.values(), *layer._buffers.values()) if tensor is not None]
     if any(is_lazy(tensor) for tensor in tensors):
         raise ValueError(
-            f"expected layers whose shapes are known (got {name}, an unmaterialised {kind.__name__}); "
-            "run one batch through the model before converting"
+            f"expected layers with initialized parameters and buffers (got {name}, an uninitialized {kind.__name__}); "
+            "run one batch through the model before the conversion"
         )
     if kind in _conversions:
         return _conversions[kind]
@@ -273,14 +315,15 @@ def _target_of(name: str, layer: _BatchNorm) -> Type[SyncBatchNorm]:
     if _is_act_style(layer):
         return SyncBatchNormAct
     raise TypeError(
-        f"expected BatchNorm layers whose forward is known (got {name}, a {kind.__module__}.{kind.__qualname__} with "
-        "a forward of its own); teach the converter with register_conversion(class, a subclass of SyncBatchNorm)"
+        f"expected BatchNorm layers whose forward can be converted (got {name}, a "
+        f"{kind.__module__}.{kind.__qualname__} that overrides forward); call register_conversion(class, a subclass of "
+        "SyncBatchNorm) first"
     )
 
 
 @torch.no_grad()
 def _is_act_style(layer: _BatchNorm) -> bool:
-    """Whether the layer's own forward is normalization, then ``drop``, then ``act``: by trying, not by its name."""
+    """Returns whether a trial run shows that the layer's forward is normalization, then ``drop``, then ``act``."""
     drop, act = layer._modules.get("drop"), layer._modules.get("act")
     if drop is None or act is None:
         return False
@@ -289,23 +332,23 @@ def _is_act_style(layer: _BatchNorm) -> bool:
     features = layer.num_features
     like = next((tensor for tensor in (layer.weight, layer.running_mean) if tensor is not None), torch.empty(0))
     if like.is_meta:
-        return True  # nothing can be tried without values
+        return True  # meta tensors have no values for a trial run
 
-    def line(low: float, high: float, *shape: int) -> Tensor:
+    def ramp(low: float, high: float, *shape: int) -> Tensor:
         return torch.linspace(low, high, math.prod(shape), dtype=like.dtype, device=like.device).view(shape)
 
     try:
         layer.eval()  # no random dropout, no update of the running statistics
-        # For the trial it gets a state that is far from the identity, or a new layer could not be told from one that
-        # activates before it normalizes.
+        # The state of a new layer makes normalization almost the identity, so that an activation before it would give
+        # the same output. The trial run uses another state.
         for name, low, high in (("weight", 0.5, 2.0), ("bias", -1.0, 1.0)):
             if parameters.get(name) is not None:
-                layer._parameters[name] = nn.Parameter(line(low, high, features))
+                layer._parameters[name] = nn.Parameter(ramp(low, high, features))
         for name, low, high in (("running_mean", -0.5, 1.0), ("running_var", 0.5, 3.0)):
             if buffers.get(name) is not None:
-                layer._buffers[name] = line(low, high, features)
+                layer._buffers[name] = ramp(low, high, features)
         inner = 1 if isinstance(layer, nn.BatchNorm1d) else 3 if isinstance(layer, nn.BatchNorm3d) else 2
-        probe = line(-2, 2, 4, features, *[1] * inner)
+        probe = ramp(-2, 2, 4, features, *[1] * inner)
         plain = nn.functional.batch_norm(
             probe,
             layer.running_mean,
@@ -319,7 +362,7 @@ def _is_act_style(layer: _BatchNorm) -> bool:
         own: Tensor = type(layer).forward(layer, probe)
         return torch.allclose(own.float(), act(drop(plain)).float(), rtol=1e-2, atol=1e-2)
     except Exception:
-        return False  # a forward that wants something else than an input of the usual kind
+        return False  # the forward does not accept one input of the usual shape
     finally:
         layer._parameters.update(parameters)
         layer._buffers.update(buffers)
@@ -329,11 +372,11 @@ def _is_act_style(layer: _BatchNorm) -> bool:
 
 def _transform(layer: _BatchNorm, target: Type[SyncBatchNorm], process_group: Optional[Any]) -> SyncBatchNorm:
     converted = target.__new__(target)
-    # The dictionaries inside (parameters, buffers, hooks) are shared, not copied: handles of registered hooks refer
-    # to them, and the old layer is given up.
+    # The dictionaries of parameters, buffers and hooks are shared, not copied: handles of registered hooks reference
+    # them, and the original layer is no longer used.
     converted.__dict__.update(layer.__dict__)
-    own = layer.__dict__.get("process_group")
-    converted._adopt(process_group if own is None else own)
+    own_group = layer.__dict__.get("process_group")
+    converted._adopt(process_group if own_group is None else own_group)
     converted._converted_from = type(layer)  # type: ignore[assignment]
     return converted
 
@@ -352,4 +395,4 @@ def _global_ranks(process_group: Optional[Any]) -> Optional[Tuple[int, ...]]:
     try:
         return tuple(dist.get_process_group_ranks(process_group))
     except (AttributeError, RuntimeError, ValueError, KeyError):
-        return tuple(range(process_group.size()))  # a bare backend knows only its own numbering
+        return tuple(range(process_group.size()))  # a bare backend does not know its global ranks

@@ -506,7 +506,7 @@ def run_rank(case: Case, rank: int) -> List[Values]:
             if step.breaks is None:
                 raise
             _broken.clear()
-            model.bagua_ddp._recover_if_broken_off()  # as the next forward would do first
+            model.bagua_ddp._recover_if_interrupted()  # as the next forward would do first
             for parameter in inner.parameters():
                 parameter.grad = None
         else:

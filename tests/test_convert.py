@@ -192,7 +192,7 @@ def test_fused_activation_is_kept(drop: nn.Module) -> None:
 def test_an_unknown_forward_is_refused_and_nothing_converted(layer: nn.Module) -> None:
     """Catches a custom forward that is dropped, one taken for timm's by its submodules, and a partial conversion."""
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(layer))
-    with pytest.raises(TypeError, match=r"got 1\.0, a .*BatchNorm2d with a forward of its own.*register_conversion"):
+    with pytest.raises(TypeError, match=r"got 1\.0, a .*BatchNorm2d that overrides forward.*register_conversion"):
         convert_sync_batchnorm(net)
     assert type(net[0]) is nn.BatchNorm2d
 
@@ -225,7 +225,7 @@ def test_a_subclass_without_its_own_forward_is_converted() -> None:
 def test_lazy_layers() -> None:
     """Catches an unmaterialised layer that is converted without a shape, and a materialised one that is refused."""
     net = nn.Sequential(nn.LazyBatchNorm2d())
-    with pytest.raises(ValueError, match=r"got 0, an unmaterialised LazyBatchNorm2d.*run one batch"):
+    with pytest.raises(ValueError, match=r"got 0, an uninitialized LazyBatchNorm2d.*run one batch"):
         convert_sync_batchnorm(net)
     net(torch.randn(2, 3, 4, 4))
     assert isinstance(convert_sync_batchnorm(net)[0], SyncBatchNorm)

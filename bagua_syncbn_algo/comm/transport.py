@@ -126,7 +126,7 @@ class BaguaChannel(Channel):
         stream = self._communicator.cuda_stream
         with self._streams.after(stream, [self._streams.record_event()]):
             work = self._begin(send.bagua_backend_tensor(), receive.bagua_backend_tensor())
-        return receive, _Enqueued(work, self._streams, self._streams.event_behind(stream))
+        return receive, _Enqueued(work, self._streams, self._streams.record_event_on(stream))
 
     def _store(self) -> Optional[Any]:
         return self._key_value_store

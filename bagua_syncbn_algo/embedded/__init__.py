@@ -1,1 +1,1 @@
-"""The embedded host. Importing the package itself patches nothing: upstream would refuse to be imported after that."""
+"""The embedded host. Importing this package patches nothing: upstream Bagua cannot be imported into a patched torch."""

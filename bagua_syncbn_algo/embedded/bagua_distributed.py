@@ -1,4 +1,4 @@
-"""The data-parallel module: calls the algorithm's hooks around forward, backward and the optimizer's step."""
+"""The data-parallel module. It calls the algorithm's hooks around forward, backward and the optimizer's step."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["BaguaDistributedDataParallel"]
 
 
 class BaguaDistributedDataParallel:
-    """Trains ``module`` with ``algorithm``; made by ``with_bagua``.
+    """The data-parallel form of a module. ``with_bagua`` creates it.
 
-    An exception in one rank's step, caught or not, costs that step on every rank, and no more: the other ranks raise an
-    error that names the rank, all ranks drop the gradients of the step, and the next one is in step again.
+    An exception in the step of one rank, caught or not, makes all ranks lose that step and no other. The other ranks
+    raise an error that names the rank. All ranks drop the gradients of the step and can continue with the next one.
 
     Attributes:
         module: the user's module.
         bagua_algorithm: the live algorithm.
         bagua_buckets: the gradient buckets, in the order in which they are sent.
-        bagua_train_step_counter: forwards in training mode so far.
-        parameters_to_ignore: names that are neither broadcast nor communicated.
-        require_backward_grad_sync: whether backward communicates; turn off to accumulate gradients locally.
+        bagua_train_step_counter: the number of forwards in training mode so far.
+        parameters_to_ignore: the names of parameters that are neither broadcast nor communicated.
+        require_backward_grad_sync: whether backward communicates gradients. ``False`` accumulates them locally.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class BaguaDistributedDataParallel:
             *getattr(module, "_ddp_params_and_buffers_to_ignore", []),
         ]
         self._bagua_backend = get_backend(bagua_module_name)
-        self._backward: Optional[int] = None  # the autograd graph task whose gradients are being gathered
-        self._outstanding: Dict[str, Any] = {}  # parameters whose gradient this backward has not given yet
+        self._backward: Optional[int] = None  # the autograd graph task whose gradients are communicated
+        self._outstanding: Dict[str, Any] = {}  # parameters whose gradient this backward has not computed yet
         self._in_forward = False  # whether a training forward has begun and not ended
-        self._took_part = False  # whether this backward has given any gradient
-        self._takes_part = False  # whether it has or will
+        self._has_gradient = False  # whether this backward has computed a parameter's gradient
+        self._participates = False  # whether this backward computes parameters' gradients, now or later
         self._parameter_hooks: List[Any] = []
         self._optimizer_hooks: List[Any] = []
         previous = module.__dict__.get("bagua_ddp")
         if isinstance(previous, BaguaDistributedDataParallel) and previous.module is module:
-            previous._recover_if_broken_off()
+            previous._recover_if_interrupted()
             previous._remove_hooks()
         communicator = process_group.get_global_communicator()
         self._agreement = (
@@ -80,15 +80,15 @@ class BaguaDistributedDataParallel:
         self._bagua_init_algorithm()
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> BaguaDistributedDataParallel:
-        return self  # a copy of the model (an averaged one, say) is not trained by it: see the hooks' first line
+        return self  # a copied model is not trained: the hooks ignore every module except `self.module`
 
-    # -- description ----------------------------------------------------------------------------------------------
+    # -- parameters -----------------------------------------------------------------------------------------------
 
     def bagua_build_params(self) -> List[Tuple[str, nn.Parameter]]:
-        """Returns name and parameter of all that are communicated, each once.
+        """Returns the name and the parameter of each gradient to communicate, without duplicates.
 
         Raises:
-            NotImplementedError: for a module with sparse gradients.
+            NotImplementedError: if a submodule has sparse gradients.
         """
         for name, part in self.module.named_modules():
             if getattr(part, "sparse", False) and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
@@ -101,43 +101,50 @@ class BaguaDistributedDataParallel:
         ignored = set(self.parameters_to_ignore)
         return [(name, p) for name, p in self.module.named_parameters() if name not in ignored]
 
-    # -- going live -----------------------------------------------------------------------------------------------
+    # -- initialization -------------------------------------------------------------------------------------------
 
     def _bagua_init_algorithm(self) -> None:
-        self._registered = dict(self.bagua_build_params())
-        self._watched = [(p, p.requires_grad) for _, p in self._parameters()]
-        self._refuse_different_models()
+        self._communicated = dict(self.bagua_build_params())
+        self._trainable = [(p, p.requires_grad) for _, p in self._parameters()]
+        self._check_same_parameters()
         self._bagua_broadcast_parameters()
         self._bagua_tensors = self.bagua_algorithm.init_tensors(self)
         self._reset_buckets()
         self._register_autograd_hooks()
         self._register_optimizer_hooks()
 
-    def _refuse_different_models(self) -> None:
-        """Compares the ranks' parameters before anything is broadcast: a length that differs ends the process in gloo.
+    def _check_same_parameters(self) -> None:
+        """Compares the parameters of all ranks. Runs before any broadcast: gloo aborts the process if lengths differ.
 
         Raises:
-            RuntimeError: if they differ; names the first difference. All ranks raise.
+            RuntimeError: on all ranks, if the parameters differ. The message names the first difference.
+
+        Collectives:
+            One all-gather. Broadcasts of two ranks' lists if the parameters differ. Every rank must call.
         """
         communicator = self.process_group.get_global_communicator()
-        mine = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self._parameters()]
+        own = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self._parameters()]
         device = next((p.device for _, p in self._parameters()), torch.device("cpu"))
         digests = torch.empty(communicator.nranks(), dtype=torch.int64, device=device)
-        allgather(torch.tensor([digest("\n".join(mine))], device=device), digests, communicator)
-        differing = [rank for rank, other in enumerate(digests.tolist()) if other != digests[0]]
+        allgather(torch.tensor([digest("\n".join(own))], device=device), digests, communicator)
+        differing = [rank for rank, value in enumerate(digests.tolist()) if value != digests[0]]
         if differing:
             rank = differing[0]
-            lists = [broadcast_object(mine, src, communicator) for src in (0, rank)]
+            lists = [broadcast_object(own, src, communicator) for src in (0, rank)]
             pairs = itertools.zip_longest(*lists, fillvalue="no such parameter")
-            index, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            index, (first, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
             raise RuntimeError(
                 f"expected the same parameters on every rank (got {len(lists[0])} on rank 0, {len(lists[1])} on rank "
-                f"{rank}; the first difference is parameter {index}: {ours} on rank 0, {theirs} on rank {rank}); build "
+                f"{rank}; the first difference is parameter {index}: {first} on rank 0, {other} on rank {rank}); build "
                 "the same model on every rank"
             )
 
     def _bagua_broadcast_parameters(self) -> None:
-        """Gives every rank the parameters, frozen ones too, and the optimizer state of rank 0."""
+        """Broadcasts the parameters of rank 0, frozen ones included, and the state of its optimizers.
+
+        Collectives:
+            One broadcast for each parameter, two for each optimizer. Every rank must call.
+        """
         communicator = self.process_group.get_global_communicator()
         for _, parameter in self._parameters():
             broadcast(parameter.detach(), src=0, comm=communicator)
@@ -156,20 +163,20 @@ class BaguaDistributedDataParallel:
 
     def _register_autograd_hooks(self) -> None:
         _remove_all(self._parameter_hooks)
-        # Weakly: the hook lives in a native node, through which the garbage collector cannot see the circle.
-        this = weakref.ref(self)
+        # A weak reference: a native autograd node owns the hook, so gc could not detect the reference cycle.
+        self_reference = weakref.ref(self)
         for name, parameter in self.bagua_build_params():
 
             def hook(*unused: Any, name: str = name, parameter: nn.Parameter = parameter) -> None:
-                ddp = this()
+                ddp = self_reference()
                 if ddp is not None:
                     ddp._on_gradient(name, parameter)
 
-            # On the node that accumulates into `parameter.grad`: runs when the gradient is complete.
+            # The node that accumulates into `parameter.grad` runs when the gradient is complete.
             node: Any = parameter.expand_as(parameter).grad_fn
             accumulator = node.next_functions[0][0]
             handle = accumulator.register_hook(hook)
-            self._parameter_hooks.append(_Kept(handle, accumulator))
+            self._parameter_hooks.append(_NodeHook(handle, accumulator))
 
     def _register_optimizer_hooks(self) -> None:
         _remove_all(self._optimizer_hooks)
@@ -192,13 +199,13 @@ class BaguaDistributedDataParallel:
         if module is not self.module:
             return
         if graph_task() == -1:
-            self._recover_if_broken_off()
+            self._recover_if_interrupted()
             self._in_forward = module.training
         if module.training:
             self.bagua_train_step_counter += 1
         reset = self.bagua_algorithm.need_reset()
-        # A parameter that was frozen or thawed since belongs to other buckets than before.
-        if module.training and (reset or any(p.requires_grad != before for p, before in self._watched)):
+        # Freezing or unfreezing a parameter changes the buckets.
+        if module.training and (reset or any(p.requires_grad != before for p, before in self._trainable)):
             self._bagua_init_algorithm()
         if module.training:
             self.bagua_algorithm.init_forward_pre_hook(self)(input)
@@ -208,7 +215,7 @@ class BaguaDistributedDataParallel:
             return
         self._in_forward = False
         if torch.is_grad_enabled():
-            for tensor in _tensors(output):
+            for tensor in _output_tensors(output):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(self._on_output_gradient)
 
@@ -216,10 +223,11 @@ class BaguaDistributedDataParallel:
         self._begin_backward()
 
     def _begin_backward(self) -> None:
-        """Arranges for the end of this backward, once.
+        """Queues the callback that ends this backward, once.
 
-        From the gradient of the module's output, because that belongs to the outermost backward: a callback queued by a
-        parameter under reentrant checkpointing would run at the end of the inner one, before other gradients are there.
+        A hook on the module's output calls this method, because the output belongs to the outermost backward. Under
+        reentrant checkpointing, a callback queued by a parameter's hook would run at the end of the inner backward,
+        before the remaining gradients are computed.
         """
         task = graph_task()
         if not self.require_backward_grad_sync or self._backward == task:
@@ -227,158 +235,163 @@ class BaguaDistributedDataParallel:
         if self._backward is not None:
             self._recover()
         self._backward = task
-        _begun.append(self)
-        self._outstanding = dict(self._registered)
-        self._took_part = False
-        # Not where it is `torch.autograd.grad` for something else: other ranks hear nothing of that.
-        self._takes_part = any(will_run(kept.node) for kept in self._parameter_hooks)
-        self._note_new_gradients(self.gradient_as_bucket_view and not streams().is_asynchronous)
+        _open_backwards.append(self)
+        self._outstanding = dict(self._communicated)
+        self._has_gradient = False
+        # False for a `torch.autograd.grad` of other tensors, which other ranks need not run.
+        self._participates = any(will_run(hook.node) for hook in self._parameter_hooks)
+        self._allow_gradient_moves(self.gradient_as_bucket_view and not streams().is_asynchronous)
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
-    def _note_new_gradients(self, noted: bool) -> None:
-        """Tells the buckets which gradients may move: one that is there now, before backward, the user may hold."""
+    def _allow_gradient_moves(self, allowed: bool) -> None:
+        """Marks the gradients that buckets may move: those that this backward creates. Users may hold earlier ones."""
         for tensor in self._bagua_tensors:
-            tensor.bagua_backend_tensor().gradient_is_new = noted and tensor.is_leaf and tensor.grad is None
+            tensor.bagua_backend_tensor().gradient_may_move = allowed and tensor.is_leaf and tensor.grad is None
 
     def _on_gradient(self, name: str, parameter: nn.Parameter) -> None:
         if not self.require_backward_grad_sync:
             return
         if self._backward is None:
-            self._begin_backward()  # the module's output held no tensor that was found
+            self._begin_backward()  # no tensor was found in the module's output, so no hook is on it
         if name not in self._outstanding:
-            # Its bucket may be on its way: what is added to it now would be lost, or sent twice.
+            # The bucket may be in flight. A gradient added now would be lost or sent twice.
             raise RuntimeError(
-                f"expected one gradient a backward for {name} (got a second one); checkpoint shared parameters with "
+                f"expected one gradient per backward for {name} (got a second one); checkpoint shared parameters with "
                 "use_reentrant=False"
             )
-        self._took_part = True
+        self._has_gradient = True
         self._outstanding.pop(name)
         self.bagua_algorithm.init_backward_hook(self)(name, parameter)
 
     def _end_backward(self) -> None:
         try:
-            if not self._took_part:
-                return  # `torch.autograd.grad` for something else: it must leave the parameters' gradients alone
+            if not self._has_gradient:
+                return  # a `torch.autograd.grad` of other tensors must not change the parameters' gradients
             self._mark_outstanding()
-            reports = self._report(True, False)  # travels beside the last buckets
+            reports = self._report(participates=True, interrupted=False)  # overlaps with the last buckets
             try:
                 self.bagua_algorithm.init_post_backward_hook(self)()
             except Exception:
-                # On CUDA the error of a rank that broke off may surface here. Its report waits for this rank.
+                # On CUDA an exception on another rank may surface here first. The reports identify that rank.
                 found = reports()
-                if any(report.broken_off for report in found):
-                    self._conclude(found)
+                if any(report.interrupted for report in found):
+                    self._finish_step(found)
                 raise
-            self._conclude(reports())
+            self._finish_step(reports())
         finally:
-            self._leave_backward()
-            self._note_new_gradients(False)
+            self._clear_backward()
+            self._allow_gradient_moves(False)
 
-    def _leave_backward(self) -> None:
+    def _clear_backward(self) -> None:
         self._backward, self._outstanding = None, {}
-        if self in _begun:
-            _begun.remove(self)
+        if self in _open_backwards:
+            _open_backwards.remove(self)
 
     def _mark_outstanding(self) -> None:
-        """Marks what has no gradient: it may have one on another rank, whose bucket waits for this one."""
+        """Marks parameters without a gradient. Another rank may have one, and its bucket waits for this rank."""
         for name, parameter in self._outstanding.items():
             self.bagua_algorithm.init_backward_hook(self)(name, parameter.bagua_ensure_grad())
 
-    # -- a step that an exception broke off -----------------------------------------------------------------------
+    # -- interrupted steps ----------------------------------------------------------------------------------------
 
-    def _recover_if_broken_off(self) -> None:
-        """Outside of a backward pass: ends every one that has begun, and a forward that did not end or failed."""
-        for ddp in list(_begun):
-            if ddp.process_group is self.process_group:  # other models' buckets travel on the same communicator
+    def _recover_if_interrupted(self) -> None:
+        """Ends all open backward passes of the process group, and a forward that failed or did not end.
+
+        Must be called outside of a backward pass.
+        """
+        for ddp in list(_open_backwards):
+            if ddp.process_group is self.process_group:  # buckets of all these models share one communicator
                 ddp._recover()
         if self._in_forward or self.bagua_algorithm.step_failed:
             self._recover()
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._backward is not None and self._took_part and graph_task() == -1:
+        if self._backward is not None and self._has_gradient and graph_task() == -1:
             raise RuntimeError(
-                "expected the backward pass before optimizer.step to have ended (got one that an exception broke off, "
-                "whose gradients are incomplete); skip the optimizer's step where backward raises"
+                "expected a complete backward pass before optimizer.step (got one that an exception interrupted, with "
+                "incomplete gradients); skip optimizer.step after an exception in backward"
             )
 
-    def _report(self, took_part: bool, broken_off: bool) -> Callable[[], List[Report]]:
-        counts = self.bagua_algorithm.communication_counts()
+    def _report(self, participates: bool, interrupted: bool) -> Callable[[], List[Report]]:
+        counts = self.bagua_algorithm.message_counts()
         if self._agreement is None:  # one rank
-            return lambda: [Report(0, 0, 0, took_part, broken_off, tuple(counts))]
-        reports = self._agreement.report(took_part, broken_off, counts)
-        return lambda: self._same_model(reports())
+            return lambda: [Report(0, 0, 0, participates, interrupted, tuple(counts))]
+        reports = self._agreement.report(participates, interrupted, counts)
+        return lambda: self._check_same_model(reports())
 
-    def _same_model(self, reports: List[Report]) -> List[Report]:
-        """Returns ``reports``, which must be of this model's step on every rank."""
+    def _check_same_model(self, reports: List[Report]) -> List[Report]:
+        """Returns ``reports``; raises an error if a rank reports a step of another model."""
         if len({report.model for report in reports}) > 1:
             raise RuntimeError(
-                f"expected every rank to report a step of {self.bagua_module_name} (got one of another model); after "
-                "an exception, go on with the same model on every rank"
+                f"expected every rank to report a step of {self.bagua_module_name} (got a step of another model); "
+                "after an exception, continue with the same model on every rank"
             )
         return reports
 
-    def _conclude(self, reports: List[Report]) -> None:
-        """Ends a backward that was well on this rank.
+    def _finish_step(self, reports: List[Report]) -> None:
+        """Ends a backward that raised no exception on this rank.
 
         Raises:
-            RuntimeError: if it was not on another one, on all ranks that have not raised an error yet.
+            RuntimeError: if an exception interrupted the step on another rank, or if the ranks have completed different
+                numbers of steps.
         """
         ranks = self.process_group.ranks
-        broken = [str(rank) for rank, report in zip(ranks, reports) if report.broken_off]
-        if broken:
+        interrupted = [str(rank) for rank, report in zip(ranks, reports) if report.interrupted]
+        if interrupted:
             self.bagua_algorithm.recover([report.counts for report in reports])
             self._drop_gradients()
             raise RuntimeError(
-                f"expected backward to end on every rank (got an exception in the step of rank {', '.join(broken)}); "
-                "look at that rank's own error first. The gradients of this step are dropped on every rank, and the "
-                "next step is in step again"
+                f"expected backward to end on every rank (got an exception in the step of rank "
+                f"{', '.join(interrupted)}); read the error on that rank first. All ranks drop the gradients of this "
+                "step and can continue with the next one"
             )
-        if len({(report.steps, report.ended) for report in reports}) > 1:
-            steps = ", ".join(f"{report.ended} on rank {rank}" for rank, report in zip(ranks, reports))
+        if len({(report.steps, report.completed) for report in reports}) > 1:
+            steps = ", ".join(f"{report.completed} on rank {rank}" for rank, report in zip(ranks, reports))
             raise RuntimeError(
-                f"expected every rank to have ended as many steps without an error (got {steps}), so that their "
-                "parameters are the same; call with_bagua again on every rank, which gives all of them rank 0's"
+                f"expected the same number of steps without an error on every rank (got {steps}); call with_bagua "
+                "again on every rank, which broadcasts the parameters of rank 0"
             )
         if self._agreement is not None:
-            self._agreement.end_well()
+            self._agreement.count_completed()
 
     def _recover(self) -> None:
-        """Ends a step that an exception broke off on this rank: sends what other ranks wait for, drops the gradients.
+        """Ends a step that an exception interrupted on this rank, and drops its gradients.
 
         Collectives:
-            One all-gather, and the buckets that other ranks have sent. They take part at the end of their backward, or
-            here as well.
+            One all-gather, and the all-reduces of the buckets that other ranks have sent. The other ranks participate
+            at the end of their backward or in this method.
         """
-        begun, took_part = self._backward is not None, self._takes_part and self._backward is not None
+        begun = self._backward is not None
+        participates = begun and self._participates
         try:
-            told = self.bagua_algorithm.leave_step(self._in_forward)
-            if begun and not took_part and not told:
+            notified = self.bagua_algorithm.abort_step(self._in_forward)
+            if begun and not participates and not notified:
                 return
-            reports = self._report(took_part, True)()
-            self._note_new_gradients(False)
-            if any(report.took_part for report in reports):
-                self._outstanding = self._outstanding if begun else dict(self._registered)
+            reports = self._report(participates, interrupted=True)()
+            self._allow_gradient_moves(False)
+            if any(report.participates for report in reports):
+                self._outstanding = self._outstanding if begun else dict(self._communicated)
                 self._mark_outstanding()
             self.bagua_algorithm.recover([report.counts for report in reports])
-            if any(report.took_part for report in reports):
+            if any(report.participates for report in reports):
                 self.bagua_algorithm.init_post_backward_hook(self)()
                 self._drop_gradients()
         finally:
             self._in_forward = False
-            self._leave_backward()
+            self._clear_backward()
             self._bagua_backend.reset()
 
     def _drop_gradients(self) -> None:
-        for parameter in self._registered.values():
+        for parameter in self._communicated.values():
             parameter.grad = None
 
 
-# Those whose backward has begun and not ended. Held, so that every rank still knows of a model that it has given up.
-_begun: List[BaguaDistributedDataParallel] = []
+# Modules whose backward has begun and not ended. Strong references: recovery must include models that users deleted.
+_open_backwards: List[BaguaDistributedDataParallel] = []
 
 
-class _Kept:
-    """A hook's handle, with the autograd node that would otherwise be collected."""
+class _NodeHook:
+    """The handle of a hook, with a reference that keeps its autograd node alive."""
 
     def __init__(self, handle: Any, node: Any) -> None:
         self._handle, self.node = handle, node
@@ -393,23 +406,23 @@ def _remove_all(hooks: List[Any]) -> None:
     hooks.clear()
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yields the tensors in a module's output: nested tuples, lists, dictionaries and dataclasses."""
+def _output_tensors(output: Any) -> Iterator[Tensor]:
+    """Yields the tensors in a module's output, which may nest tuples, lists, dictionaries and dataclasses."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):
         for value in output.values():
-            yield from _tensors(value)
+            yield from _output_tensors(value)
     elif isinstance(output, (list, tuple)):
         for value in output:
-            yield from _tensors(value)
+            yield from _output_tensors(value)
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))
+            yield from _output_tensors(getattr(output, field.name))
 
 
 def _group_tensors(tensors: Sequence[Any], limit: int) -> List[List[Any]]:
-    """Groups tensors, in order, by dtype and into buckets of at most ``limit`` bytes (one tensor at least)."""
+    """Returns the tensors, in order, in groups of one dtype and at most ``limit`` bytes (or a single larger tensor)."""
     open_groups: Dict[torch.dtype, List[Any]] = {}
     sizes: Dict[torch.dtype, int] = {}
     groups: List[List[Any]] = []

@@ -1,4 +1,4 @@
-"""Buckets: Bagua tensors that are communicated together."""
+"""Buckets of Bagua tensors that are communicated together."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class BaguaBucket:
     """A bucket of Bagua tensors of one module and dtype.
 
     Args:
-        tensors: registered tensors.
-        name: unique name.
-        flatten: whether to move the effective tensors into one piece of memory, so that they are sent without a copy.
-        alignment: if more than 1, a padding tensor makes the number of elements a multiple of it.
+        tensors: the registered tensors, at least one.
+        name: unique name of the bucket.
+        flatten: whether to move the effective tensors into contiguous memory, so that they are sent without a copy.
+        alignment: the number of elements is padded to a multiple of this number.
 
     Attributes:
-        tensors: as given.
-        padding_tensor: ``None`` without padding.
-        backend_tensor: the flat tensor over all effective tensors; ``None`` if not flattened.
-        backend_bucket: what the backend knows this bucket by.
+        tensors: the registered tensors, without padding.
+        padding_tensor: the tensor that pads the bucket; ``None`` without padding.
+        backend_tensor: the flat tensor over all effective tensors; ``None`` if the bucket is not flattened.
+        backend_bucket: the bucket in the form that the backend registers.
 
     Raises:
-        ValueError: for no tensors, or tensors of several modules or dtypes.
+        ValueError: if ``tensors`` is empty, or has tensors of several modules or dtypes.
     """
 
     def __init__(self, tensors: Sequence[Any], name: str, flatten: bool, alignment: int = 1) -> None:
@@ -42,7 +42,7 @@ class BaguaBucket:
         if len(modules) != 1 or len(dtypes) != 1:
             raise ValueError(
                 f"expected tensors of one module and one dtype in bucket {name!r} (got modules {modules}, dtypes "
-                f"{dtypes}); make a bucket for each"
+                f"{dtypes}); create one bucket for each module and dtype"
             )
         self.bagua_module_name = self.tensors[0].bagua_module_name
         self._bagua_backend = get_backend(self.bagua_module_name) if self.bagua_module_name else None
@@ -51,7 +51,7 @@ class BaguaBucket:
         if padding:
             like: Tensor = self.tensors[0].bagua_getter_closure()
             zeros: Any = torch.zeros(padding, dtype=like.dtype, device=like.device)
-            # The backend takes tensors of this name for ready at all times.
+            # The backend treats tensors with this name prefix as always ready.
             self.padding_tensor = zeros.ensure_bagua_tensor(
                 f"bagua_padding_tensor_bucket_{name}", self.bagua_module_name
             )
@@ -68,11 +68,11 @@ class BaguaBucket:
         return [tensor.bagua_getter_closure() for tensor in self._all_tensors]
 
     def flattened_tensor(self) -> Tensor:
-        """Returns a new flat tensor with the values of all effective tensors, padding included."""
+        """Returns a new flat tensor with the values of all effective tensors and the padding."""
         return torch.cat([tensor.detach().reshape(-1) for tensor in self._effective()])
 
     def check_flatten(self) -> bool:
-        """Whether the effective tensors lie one behind the other in memory."""
+        """Returns whether the effective tensors are adjacent in memory, in order."""
         return flat_view(self._effective()) is not None
 
     @torch.no_grad()
@@ -94,21 +94,21 @@ class BaguaBucket:
         compression: Optional[str] = None,
         group: Optional[BaguaProcessGroup] = None,
     ) -> None:
-        """Appends a sum or average over all ranks of ``group``, run once all tensors are marked ready.
+        """Appends a sum or an average over all ranks of ``group``. It runs once all tensors are marked ready.
 
         Args:
-            hierarchical: accepted; on the embedded host it runs flat and logs so.
-            average: whether to average rather than sum.
-            scattergather: accepted; changes nothing here.
-            compression: accepted; on the embedded host it runs exact and logs so.
-            group: ``None`` for the default group.
+            hierarchical: ignored with a log message; the embedded host reduces over all ranks at once.
+            average: whether to average. ``False`` sums.
+            scattergather: ignored.
+            compression: ignored with a log message; the embedded host sends exact values.
+            group: the process group; ``None`` for the default group.
 
         Collectives:
-            One all-reduce of the bucket, launched by the backend.
+            One all-reduce of the bucket, which the backend launches.
         """
         group = _get_default_group() if group is None else group
         if hierarchical:
-            logger.info("bucket %s: hierarchical communication runs flat on the embedded host", self.name)
+            logger.info("bucket %s: the embedded host ignores hierarchical=True", self.name)
         self.backend_bucket.append_centralized_synchronous_op(
             group.get_global_communicator(),
             None,
@@ -121,21 +121,21 @@ class BaguaBucket:
     def append_python_op(
         self, python_function: Callable[[str], None], group: Optional[BaguaProcessGroup] = None
     ) -> None:
-        """Appends a function of the bucket's name, run by the backend after the operations before it.
+        """Appends a Python function, which the backend runs after the operations that were appended before.
 
         Args:
-            python_function: may do anything with the bucket's tensors.
-            group: on whose stream it runs; ``None`` for the default group.
+            python_function: receives the name of the bucket; may change the bucket's tensors.
+            group: the process group on whose stream the function runs; ``None`` for the default group.
         """
         group = _get_default_group() if group is None else group
         self.backend_bucket.append_python_op(python_function, group.stream, streams())
 
     def clear_ops(self) -> BaguaBucket:
-        """Removes all operations; returns this bucket."""
+        """Removes all operations and returns this bucket."""
         self.backend_bucket.clear_ops()
         return self
 
     def bytes(self) -> int:
-        """Returns the size of the tensors in bytes, without padding."""
+        """Returns the number of bytes of the tensors, without padding."""
         tensors = [tensor.bagua_getter_closure() for tensor in self.tensors]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

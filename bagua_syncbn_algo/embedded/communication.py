@@ -1,4 +1,8 @@
-"""Process groups and collectives under Bagua's names."""
+"""Process groups and collectives with Bagua's names.
+
+In every collective, ``comm`` is the communicator, or ``None`` for that of the default group. ``src`` and ``dst`` are
+ranks in that communicator.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ __all__ = [
 
 
 class ReduceOp(IntEnum):
-    """Reductions, with Bagua's numbers."""
+    """Reduction operations, with Bagua's numbers."""
 
     SUM = 0
     PRODUCT = 1
@@ -54,7 +58,7 @@ class ReduceOp(IntEnum):
 
 
 class _NonMember:
-    """The communicator of a rank that is not in its group: every collective does nothing there, as upstream."""
+    """The communicator of a rank outside of the group. Its collectives do nothing, as in upstream."""
 
     cuda_stream = None
     streams = CpuStreams()
@@ -76,9 +80,9 @@ class BaguaProcessGroup:
     """A set of ranks and their communicator.
 
     Attributes:
-        ranks: global ranks, ascending.
-        stream: the stream that its collectives run on; ``None`` on the CPU.
-        group_name: unique name.
+        ranks: the global ranks, ascending.
+        stream: the CUDA stream of the group's collectives; ``None`` on the CPU.
+        group_name: unique name of the group.
     """
 
     def __init__(self, ranks: Sequence[int], stream: Any, group_name: str, torch_group: Any) -> None:
@@ -94,10 +98,10 @@ class BaguaProcessGroup:
         return communicator
 
     def host_group(self) -> Any:
-        """Returns a communicator of the same ranks for small CPU tensors; not in upstream.
+        """Returns a communicator over the same ranks for small CPU tensors. Not in upstream.
 
         Collectives:
-            The first call creates it. Every rank of the group must call.
+            The first call creates the communicator. Every rank of the group must call.
         """
         group = None if self._host_group is None else self._host_group()
         if group is None:
@@ -113,7 +117,7 @@ _group_count = itertools.count()
 
 
 def streams() -> CpuStreams:
-    """Returns how communication is ordered against computation here: on CUDA by streams, on the CPU by the program."""
+    """Returns the stream operations: those of CUDA if the world communicates over NCCL, else those of the CPU."""
     cuda = torch.cuda.is_available() and dist.is_initialized() and is_nccl(dist.group.WORLD)
     return CudaStreams() if cuda else CpuStreams()
 
@@ -121,22 +125,22 @@ def streams() -> CpuStreams:
 def init_process_group(store: Optional[Any] = None) -> None:
     """Initialises ``torch.distributed`` (NCCL where CUDA is available, else gloo) and Bagua's default group.
 
-    A process group that is initialised already is used as it is.
+    A ``torch.distributed`` process group that is already initialised is kept.
 
     Args:
-        store: key-value store that all ranks reach; ``None`` to meet by the launcher's environment variables.
+        store: a key-value store that all ranks can reach; ``None`` to use the launcher's environment variables.
 
     Raises:
-        RuntimeError: if called twice.
+        RuntimeError: if the default group is already initialised.
 
     Collectives:
-        Every rank must call.
+        Creates one or two process groups. Every rank must call.
     """
     global _default_group, _default_torch_group
     if is_initialized():
         raise RuntimeError(
             "expected init_process_group to be called once (got a second call); "
-            "call torch.distributed.destroy_process_group first to start anew"
+            "call torch.distributed.destroy_process_group before another one"
         )
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -145,12 +149,12 @@ def init_process_group(store: Optional[Any] = None) -> None:
         else:
             dist.init_process_group(backend, store=store, rank=get_rank(), world_size=get_world_size())
     _default_torch_group = weakref.ref(dist.group.WORLD)
-    # Buckets travel on a group of Bagua's own: the default one is the user's.
+    # Buckets use a separate process group: the default group belongs to the user.
     _default_group = new_group()
 
 
 def is_initialized() -> bool:
-    """Whether Bagua's default group exists and its ``torch.distributed`` group has not been destroyed."""
+    """Returns whether Bagua's default group exists and its ``torch.distributed`` group is not destroyed."""
     if _default_torch_group is None or not dist.is_initialized():
         return False
     return dist.group.WORLD is _default_torch_group()
@@ -172,27 +176,35 @@ def new_group(
     """Creates a process group.
 
     Args:
-        ranks: global ranks; ``None`` for all.
-        stream: the CUDA stream for its collectives; ``None`` for one of its own. Ignored on the CPU.
-        timeout: of its collectives; ``None`` for that of the default group. Not in upstream.
+        ranks: the global ranks; ``None`` for all.
+        stream: the CUDA stream for the group's collectives; ``None`` for a new stream. Ignored on the CPU.
+        timeout: the timeout of the group's collectives; ``None`` for that of the world's group. Not in upstream.
 
     Raises:
-        ValueError: for a rank outside the world.
+        ValueError: if a rank is outside of the world.
 
     Collectives:
-        Every rank of ``ranks`` must call; others may.
+        Creates a process group. Every rank of ``ranks`` must call; other ranks may.
     """
     world = get_world_size()
     ranks = list(range(world)) if ranks is None else sorted(ranks)
     for rank in ranks:
         if not 0 <= rank < world:
-            raise ValueError(f"expected ranks of the world, 0 … {world - 1} (got {rank}); leave the others out")
+            raise ValueError(f"expected ranks from 0 to {world - 1} (got {rank}); pass only ranks of the world")
     group = member_group(ranks, timeout) if get_rank() in ranks else None
     return _named_group(ranks, stream, group)
 
 
 def from_torch_group(group: Any, stream: Optional[Any] = None) -> BaguaProcessGroup:
-    """Returns the Bagua process group with the communicator of a ``torch.distributed`` group."""
+    """Returns the Bagua process group over the communicator of a ``torch.distributed`` group.
+
+    Args:
+        group: the ``torch.distributed`` group.
+        stream: the CUDA stream for its collectives; ``None`` for a new stream. Used by the first call for a group only.
+
+    Collectives:
+        None.
+    """
     if group not in _from_torch:
         _from_torch[group] = _named_group(dist.get_process_group_ranks(group), stream, group)
     return _from_torch[group]
@@ -203,12 +215,12 @@ def _named_group(ranks: Sequence[int], stream: Optional[Any], torch_group: Any) 
     return BaguaProcessGroup(ranks, stream, str(next(_group_count)), torch_group)
 
 
-# A backend lives as long as its model, whose registered tensors hold it.
+# Weak values: the registered tensors of a model reference its backend, which is freed with them.
 _backends: weakref.WeakValueDictionary[str, BaguaCommBackendPy] = weakref.WeakValueDictionary()
 
 
 def get_backend(model_name: str) -> BaguaCommBackendPy:
-    """Returns the backend that schedules the buckets of a model; always the same for one name."""
+    """Returns the backend that schedules the buckets of the model ``model_name``; the same one at every call."""
     backend = _backends.get(model_name)
     if backend is None:
         backend = _backends[model_name] = BaguaCommBackendPy(100, device_id=get_local_rank())
@@ -222,28 +234,28 @@ def _communicator(comm: Optional[BaguaSingleCommunicatorPy]) -> BaguaSingleCommu
 
 @contextlib.contextmanager
 def _ordered(comm: Optional[BaguaSingleCommunicatorPy]) -> Iterator[BaguaSingleCommunicatorPy]:
-    """Gives the communicator that is meant, with the block ordered behind and before the current stream's work."""
+    """Yields the communicator. The block is ordered after earlier work of the current stream and before later work."""
     communicator = _communicator(comm)
     with communicator.streams.ordered(communicator.cuda_stream):
         yield communicator
 
 
-def _registered(tensor: Any) -> Any:
+def _backend_tensor(tensor: Any) -> Any:
     return tensor.to_bagua_tensor().bagua_backend_tensor()
 
 
 def broadcast(tensor: Tensor, src: int = 0, comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
-    """Overwrites ``tensor`` on every rank by that of rank ``src`` of the communicator.
+    """Overwrites ``tensor`` on every rank with the tensor of rank ``src``.
 
     Collectives:
         One broadcast. Every rank of ``comm`` must call.
     """
     with _ordered(comm) as communicator:
-        communicator.broadcast(_registered(tensor), src)
+        communicator.broadcast(_backend_tensor(tensor), src)
 
 
 def broadcast_object(obj: object, src: int = 0, comm: Optional[BaguaSingleCommunicatorPy] = None) -> Any:
-    """Returns rank ``src``'s ``obj`` on every rank, sent by pickle.
+    """Returns the ``obj`` of rank ``src`` on every rank. The object is pickled.
 
     Collectives:
         Two broadcasts (length and bytes). Every rank of ``comm`` must call.
@@ -251,14 +263,14 @@ def broadcast_object(obj: object, src: int = 0, comm: Optional[BaguaSingleCommun
     comm = _communicator(comm)
     if comm.rank() == -1:
         return obj
-    here = comm.rank() == src
-    payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8) if here else torch.empty(0)
+    is_source = comm.rank() == src
+    payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8) if is_source else torch.empty(0)
     device = "cuda" if isinstance(comm.streams, CudaStreams) else "cpu"
     size = torch.tensor([payload.numel()], device=device)
     broadcast(size, src, comm)
-    content = payload.to(device) if here else torch.empty(int(size), dtype=torch.uint8, device=device)
+    content = payload.to(device) if is_source else torch.empty(int(size), dtype=torch.uint8, device=device)
     broadcast(content, src, comm)
-    if here:
+    if is_source:
         return obj
     content = content.cpu()
     return pickle.loads(ctypes.string_at(content.data_ptr(), content.numel()))
@@ -270,45 +282,47 @@ def allreduce(
     op: ReduceOp = ReduceOp.SUM,
     comm: Optional[BaguaSingleCommunicatorPy] = None,
 ) -> None:
-    """Writes the reduction of all ranks' ``send_tensor`` into ``recv_tensor`` of the same shape.
+    """Writes the reduction of ``send_tensor`` over all ranks into ``recv_tensor``, which has the same shape.
 
     Collectives:
         One all-reduce. Every rank of ``comm`` must call.
     """
     with _ordered(comm) as communicator:
-        communicator.allreduce(_registered(send_tensor), _registered(recv_tensor), int(op))
+        communicator.allreduce(_backend_tensor(send_tensor), _backend_tensor(recv_tensor), int(op))
 
 
 def allreduce_inplace(
     tensor: Tensor, op: ReduceOp = ReduceOp.SUM, comm: Optional[BaguaSingleCommunicatorPy] = None
 ) -> None:
-    """Replaces ``tensor`` by its reduction over all ranks.
+    """Replaces ``tensor`` with its reduction over all ranks.
 
     Collectives:
         One all-reduce. Every rank of ``comm`` must call.
     """
     with _ordered(comm) as communicator:
-        communicator.allreduce_inplace(_registered(tensor), int(op))
+        communicator.allreduce_inplace(_backend_tensor(tensor), int(op))
 
 
 def allgather(send_tensor: Tensor, recv_tensor: Tensor, comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
-    """Writes all ranks' ``send_tensor`` into ``recv_tensor``, of ``nranks`` times its elements, in rank order.
+    """Writes the ``send_tensor`` of each rank into ``recv_tensor``, in rank order.
+
+    ``recv_tensor`` has ``nranks`` times as many elements as ``send_tensor``.
 
     Collectives:
         One all-gather. Every rank of ``comm`` must call.
     """
     with _ordered(comm) as communicator:
-        communicator.allgather(_registered(send_tensor), _registered(recv_tensor))
+        communicator.allgather(_backend_tensor(send_tensor), _backend_tensor(recv_tensor))
 
 
 def allgather_inplace(tensor: Tensor, comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
-    """Fills ``tensor``, of which each rank has written its own part, with every rank's part, in rank order.
+    """Fills ``tensor`` with one part of each rank, in rank order. Each rank has written its own part before the call.
 
     Collectives:
         One all-gather. Every rank of ``comm`` must call.
     """
     with _ordered(comm) as communicator:
-        communicator.allgather_inplace(_registered(tensor))
+        communicator.allgather_inplace(_backend_tensor(tensor))
 
 
 def reduce(
@@ -318,29 +332,29 @@ def reduce(
     op: ReduceOp = ReduceOp.SUM,
     comm: Optional[BaguaSingleCommunicatorPy] = None,
 ) -> None:
-    """Writes the reduction of all ranks' ``send_tensor`` into ``recv_tensor`` on rank ``dst`` of the communicator.
+    """Writes the reduction of ``send_tensor`` over all ranks into ``recv_tensor`` on rank ``dst``.
 
     Collectives:
         One all-reduce. Every rank of ``comm`` must call.
     """
     with _ordered(comm) as communicator:
-        communicator.reduce(_registered(send_tensor), _registered(recv_tensor), dst, int(op))
+        communicator.reduce(_backend_tensor(send_tensor), _backend_tensor(recv_tensor), dst, int(op))
 
 
 def reduce_inplace(
     tensor: Tensor, dst: int, op: ReduceOp = ReduceOp.SUM, comm: Optional[BaguaSingleCommunicatorPy] = None
 ) -> None:
-    """Replaces ``tensor`` on rank ``dst`` of the communicator by its reduction over all ranks.
+    """Replaces ``tensor`` on rank ``dst`` with its reduction over all ranks.
 
     Collectives:
         One all-reduce. Every rank of ``comm`` must call.
     """
     with _ordered(comm) as communicator:
-        communicator.reduce_inplace(_registered(tensor), dst, int(op))
+        communicator.reduce_inplace(_backend_tensor(tensor), dst, int(op))
 
 
 def barrier(comm: Optional[BaguaSingleCommunicatorPy] = None) -> None:
-    """Waits until every rank is here.
+    """Waits until every rank of the communicator has called ``barrier``.
 
     Collectives:
         One barrier. Every rank of ``comm`` must call.

@@ -1,4 +1,4 @@
-"""Ranks and sizes, from ``torch.distributed`` once it is initialised, before that from the launcher's environment."""
+"""Ranks and sizes: from ``torch.distributed`` if it is initialised, else from the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _initialized() -> bool:
 
 
 def get_rank() -> int:
-    """Returns this process's rank in the default group: 0 … world size − 1."""
+    """Returns the rank of this process in the default group, from 0 to the world size − 1."""
     return dist.get_rank() if _initialized() else int(os.environ.get("RANK", 0))
 
 
@@ -24,12 +24,12 @@ def get_world_size() -> int:
 
 
 def get_local_rank() -> int:
-    """Returns this process's rank on its node (``LOCAL_RANK``)."""
+    """Returns the rank of this process on its node (``LOCAL_RANK``, 0 by default)."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def get_local_size() -> int:
-    """Returns the number of processes on this node (``LOCAL_WORLD_SIZE``)."""
+    """Returns the number of processes on this node (``LOCAL_WORLD_SIZE``, 1 by default)."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

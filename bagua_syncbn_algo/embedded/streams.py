@@ -1,4 +1,4 @@
-"""CUDA streams, and their null object for the CPU, so that nothing else asks which device it runs on."""
+"""Stream operations for CUDA, and a null object with the same interface for the CPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["CpuStreams", "CudaStreams"]
 
 
 class CpuStreams:
-    """The CPU has one order of execution: the program's."""
+    """Stream operations of the CPU, which executes in program order. They do nothing."""
 
-    #: Whether work may still be queued on memory that the program has let go.
+    #: Whether queued work may still use memory that the program has released.
     is_asynchronous = False
 
     def new_stream(self) -> Any:
@@ -21,19 +21,19 @@ class CpuStreams:
         return None
 
     def record_event(self) -> Any:
-        """Returns an event behind all that the current stream has been given so far."""
+        """Returns an event that follows all work queued on the current stream so far."""
         return None
 
     def ordered(self, stream: Any) -> ContextManager[None]:
-        """Runs the block on ``stream``, after what the current stream holds and before what it is given next."""
+        """Runs the block on ``stream``, after earlier work of the current stream and before its later work."""
         return nullcontext()
 
     def after(self, stream: Any, events: Iterable[Any]) -> ContextManager[None]:
         """Runs the block on ``stream``, after ``events``."""
         return nullcontext()
 
-    def event_behind(self, stream: Any) -> Any:
-        """Returns an event behind all that ``stream`` has been given so far."""
+    def record_event_on(self, stream: Any) -> Any:
+        """Returns an event that follows all work queued on ``stream`` so far."""
         return None
 
     def wait(self, event: Any) -> None:
@@ -41,7 +41,7 @@ class CpuStreams:
 
 
 class CudaStreams(CpuStreams):
-    """The same on CUDA; nothing here makes the host wait."""
+    """Stream operations of CUDA. None of them blocks the host."""
 
     is_asynchronous = True
 
@@ -66,7 +66,7 @@ class CudaStreams(CpuStreams):
         with torch.cuda.stream(stream):
             yield
 
-    def event_behind(self, stream: Any) -> Any:
+    def record_event_on(self, stream: Any) -> Any:
         return stream.record_event()
 
     def wait(self, event: Any) -> None:

@@ -1,7 +1,7 @@
 """Bagua tensors: ``torch.Tensor`` methods that register a tensor for communication.
 
-A registered tensor is a *proxy*: a getter closure gives the tensor that is communicated (the *effective* tensor, a
-parameter's gradient, say), a setter closure replaces it.
+A registered tensor is a *proxy*. A getter closure returns the *effective* tensor, which is communicated: a parameter's
+gradient, for example. A setter closure replaces the effective tensor.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Setter = Callable[[Tensor, Tensor], None]
 
 
 class BaguaTensor:
-    """The methods; importing this module puts them on ``torch.Tensor``."""
+    """The methods that the import of this module adds to ``torch.Tensor``."""
 
     bagua_tensor_name: str
     bagua_module_name: Optional[str]
 
     def is_bagua_tensor(self) -> bool:
-        """Whether this tensor is registered."""
+        """Returns whether this tensor is registered."""
         return hasattr(self, "_bagua_backend_tensor")
 
     def ensure_bagua_tensor(
@@ -40,19 +40,19 @@ class BaguaTensor:
         """Registers this tensor in place.
 
         Args:
-            name: unique among the tensors of a backend.
-            module_name: names the backend; needed to mark the tensor ready.
-            getter_closure: maps the proxy to the effective tensor; ``None`` for the identity.
-            setter_closure: replaces the effective tensor; needs a getter.
+            name: a name that is unique among the tensors of a backend.
+            module_name: the name of the backend's module; required for marking the tensor ready.
+            getter_closure: a function from the proxy to the effective tensor; ``None`` for the identity.
+            setter_closure: a function of the proxy and a tensor that replaces the effective tensor; requires a getter.
 
         Returns:
             This tensor.
 
         Raises:
-            ValueError: for a setter without a getter, or another name than it has.
+            ValueError: for a setter without a getter, or if this tensor is registered with another name.
         """
         if setter_closure is not None and getter_closure is None:
-            raise ValueError("expected a getter_closure with the setter_closure (got None); pass both, or neither")
+            raise ValueError("expected a getter_closure with the setter_closure (got None); pass both or neither")
         if (
             self.is_bagua_tensor()
             and name is not None
@@ -81,7 +81,7 @@ class BaguaTensor:
         getter_closure: Optional[Getter] = None,
         setter_closure: Optional[Setter] = None,
     ) -> Any:
-        """Returns a registered view of this tensor; see :meth:`ensure_bagua_tensor`."""
+        """Returns a registered view of this tensor. The arguments are those of :meth:`ensure_bagua_tensor`."""
         tensor: Any = self
         return tensor.view(tensor.dtype).ensure_bagua_tensor(name, module_name, getter_closure, setter_closure)
 
@@ -90,7 +90,11 @@ class BaguaTensor:
         return self if self._bagua_getter_closure is None else self._bagua_getter_closure(self)  # type: ignore[arg-type]
 
     def bagua_setter_closure(self, tensor: Tensor) -> None:
-        """Replaces the effective tensor."""
+        """Replaces the effective tensor with ``tensor``.
+
+        Raises:
+            RuntimeError: if this tensor was registered without a setter closure.
+        """
         if self._bagua_setter_closure is None:
             raise RuntimeError(
                 f"expected {self.bagua_tensor_name!r} to be registered with a setter_closure (got none); pass one"
@@ -98,11 +102,11 @@ class BaguaTensor:
         self._bagua_setter_closure(self, tensor)  # type: ignore[arg-type]
 
     def bagua_backend_tensor(self) -> BaguaTensorPy:
-        """Returns what the backend knows this tensor by."""
+        """Returns the tensor in the form that the backend registers."""
         return self._bagua_backend_tensor
 
     def bagua_ensure_grad(self) -> Any:
-        """Gives a parameter without a gradient one of zeros; returns the parameter."""
+        """Sets the gradient of a parameter without one to zeros, and returns the parameter."""
         parameter: Any = self
         if parameter.grad is None:
             with torch.no_grad():
@@ -110,15 +114,28 @@ class BaguaTensor:
         return self
 
     def bagua_mark_communication_ready(self) -> None:
-        """Tells the backend that what the current stream has been given so far makes this tensor ready."""
+        """Marks this tensor ready once the work queued on the current stream so far is done.
+
+        Raises:
+            RuntimeError: if this tensor was registered without ``module_name``, or is in no registered bucket.
+        """
         self._bagua_mark(streams().record_event())
 
     def bagua_mark_communication_ready_without_synchronization(self) -> None:
-        """Tells the backend that this tensor is ready now."""
+        """Marks this tensor ready now.
+
+        Raises:
+            RuntimeError: if this tensor was registered without ``module_name``, or is in no registered bucket.
+        """
         self._bagua_mark(None)
 
     def bagua_set_storage(self, storage: Any, storage_offset: int = 0) -> None:
-        """Moves the effective tensor to ``storage``, without its values."""
+        """Moves the effective tensor to ``storage`` without copying its values.
+
+        Args:
+            storage: the storage to use.
+            storage_offset: the offset in ``storage``, in elements.
+        """
         with torch.no_grad():
             effective = self.bagua_getter_closure()
             if self._bagua_setter_closure is None:

@@ -1,7 +1,7 @@
-"""The slice of ``bagua.torch_api`` that algorithms use, over ``torch.distributed``.
+"""The part of ``bagua.torch_api`` that algorithms use, over ``torch.distributed``.
 
-Names and semantics are upstream's (Bagua 0.9.2). Importing it gives ``torch.Tensor`` and ``torch.nn.Module`` their
-Bagua methods, as importing upstream does.
+Names and semantics are those of upstream (Bagua 0.9.2). Like upstream, the import of this module adds Bagua's methods
+to ``torch.Tensor`` and ``torch.nn.Module``.
 """
 
 from . import algorithms, bagua_distributed, bucket, communication, env, tensor

@@ -115,7 +115,7 @@ def check_asynchronous_averaging_is_refused(tmp_path: Path) -> None:
     """Catches ranks that run different numbers of steps and exchange statistics of different steps."""
     ranks, log = run(tmp_path, "upstream", "async", "world")
     assert not ranks
-    assert "expected an inner algorithm that keeps ranks in step (got AsyncModelAverageAlgorithm" in log
+    assert "expected a synchronous inner algorithm (got AsyncModelAverageAlgorithm" in log
 
 
 @pytest.mark.parametrize("mode", ["world", "rank"])

@@ -56,7 +56,7 @@ def check_by_name_and_reified(inner: str) -> None:
 
 def check_async_is_refused() -> None:
     """Catches upstream's asynchronous algorithm under a name other than the refused one."""
-    with pytest.raises(ValueError, match="keeps ranks in step"):
+    with pytest.raises(ValueError, match="a synchronous inner algorithm"):
         SyncBatchNormAlgorithm("async")
 
 

@@ -343,7 +343,7 @@ def test_asynchronous_averaging_is_refused() -> None:
     registry.register("async", AsyncModelAverageAlgorithm)
     try:
         for mode in ALL_MODES:
-            with pytest.raises(ValueError, match=r"keeps ranks in step \(got AsyncModelAverageAlgorithm"):
+            with pytest.raises(ValueError, match=r"a synchronous inner algorithm \(got AsyncModelAverageAlgorithm"):
                 SyncBatchNormAlgorithm(AsyncModelAverageAlgorithm(), normalize_over=mode)
     finally:
         del registry["async"]

@@ -1,4 +1,4 @@
-"""Bagua's algorithms on the embedded host."""
+"""The algorithms of the embedded host."""
 
 from . import gradient_allreduce
 from .base import Algorithm, AlgorithmImpl, GlobalAlgorithmRegistry

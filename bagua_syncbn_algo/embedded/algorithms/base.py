@@ -1,4 +1,4 @@
-"""What a Bagua algorithm is: a description (``Algorithm``), made live (``AlgorithmImpl``), known by name."""
+"""The algorithm interface: a description (``Algorithm``), its live form (``AlgorithmImpl``), and the registry."""
 
 from __future__ import annotations
 
@@ -12,28 +12,38 @@ __all__ = ["Algorithm", "AlgorithmImpl", "GlobalAlgorithmRegistry"]
 
 
 class Algorithm:
-    """A description of how to train data-parallel; holds no live state."""
+    """The description of a data-parallel training algorithm. It holds no live state."""
 
     def reify(self, process_group: Any) -> AlgorithmImpl:
-        """Returns the live algorithm on ``process_group``."""
-        raise NotImplementedError(f"expected {type(self).__name__} to define reify (got none); define it")
+        """Returns the live algorithm.
+
+        Args:
+            process_group: the Bagua process group over which the algorithm communicates.
+        """
+        raise NotImplementedError(f"expected {type(self).__name__} to define reify (got none); override reify")
 
     @classmethod
     def init(cls, name: str, **kwargs: Any) -> Algorithm:
-        """Returns the registered algorithm ``name``, built with ``kwargs``.
+        """Creates a registered algorithm.
+
+        Args:
+            name: a registered name.
+            **kwargs: arguments of the algorithm's constructor.
 
         Raises:
-            KeyError: for an unknown name; lists the known ones.
+            KeyError: if ``name`` is not registered. The message lists the registered names.
         """
         algorithm: Algorithm = GlobalAlgorithmRegistry.get(name)(**kwargs)
         return algorithm
 
 
 class AlgorithmImpl:
-    """A live algorithm: hooks that the data-parallel module calls, each made anew for every event.
+    """A live algorithm.
+
+    At each event the data-parallel module calls the matching ``init_*_hook`` method, and then the hook it returns.
 
     Args:
-        process_group: the Bagua process group to work on.
+        process_group: the Bagua process group over which the algorithm communicates.
     """
 
     _communication_tensor_names: Set[str]
@@ -42,7 +52,7 @@ class AlgorithmImpl:
         self.process_group = process_group
 
     def need_reset(self) -> bool:
-        """Whether tensors, buckets and operations are to be made again; asked once a forward."""
+        """Returns whether to create tensors, buckets and operations again. Called before each forward."""
         return False
 
     def init_tensors(self, bagua_ddp: Any) -> List[Any]:
@@ -57,11 +67,11 @@ class AlgorithmImpl:
         ]
 
     def tensors_to_buckets(self, tensors: List[List[Any]], do_flatten: bool) -> List[BaguaBucket]:
-        """Returns buckets for the suggested grouping of tensors."""
+        """Returns one bucket for each suggested group of tensors."""
         return [BaguaBucket(group, flatten=do_flatten, name=str(i)) for i, group in enumerate(tensors)]
 
     def init_forward_pre_hook(self, bagua_ddp: Any) -> Callable[[Any], None]:
-        """Returns what to call with the module's input before a training forward."""
+        """Returns the hook that is called with the module's input before each training forward."""
 
         def hook(input: Any) -> None:
             pass
@@ -69,7 +79,7 @@ class AlgorithmImpl:
         return hook
 
     def init_backward_hook(self, bagua_ddp: Any) -> Callable[[str, torch.nn.Parameter], None]:
-        """Returns what to call with a parameter's name and itself once its gradient is there."""
+        """Returns the hook that is called with a parameter's name and the parameter once its gradient is computed."""
 
         def hook(parameter_name: str, parameter: Any) -> None:
             if parameter_name in self._communication_tensor_names:
@@ -78,7 +88,7 @@ class AlgorithmImpl:
         return hook
 
     def init_post_backward_hook(self, bagua_ddp: Any) -> Callable[[], None]:
-        """Returns what to call when backward is done."""
+        """Returns the hook that is called at the end of each backward."""
 
         def hook() -> None:
             bagua_ddp._bagua_backend.wait_pending_comm_ops()
@@ -86,7 +96,7 @@ class AlgorithmImpl:
         return hook
 
     def init_post_optimizer_step_hook(self, bagua_ddp: Any) -> Callable[[torch.optim.Optimizer], None]:
-        """Returns what to call with an optimizer after its ``step()``."""
+        """Returns the hook that is called with an optimizer after its ``step()``."""
 
         def hook(optimizer: torch.optim.Optimizer) -> None:
             pass
@@ -94,40 +104,43 @@ class AlgorithmImpl:
         return hook
 
     def init_operations(self, bagua_ddp: Any, bucket: BaguaBucket) -> None:
-        """Appends to ``bucket`` the operations to run once its tensors are ready."""
+        """Appends the operations to ``bucket`` that run once its tensors are ready."""
 
-    # For an algorithm that communicates outside of its buckets. Not in upstream, which never calls them.
+    # The following methods are for algorithms that communicate outside of buckets. Upstream does not call them.
 
     @property
     def step_failed(self) -> bool:
-        """Whether communication outside of the buckets failed on this rank since the last :meth:`recover`."""
+        """Whether communication outside of buckets has failed on this rank since the last :meth:`recover`."""
         return False
 
-    def communication_counts(self) -> List[int]:
-        """Returns how many messages this rank has sent on each communicator of its own; as many on every rank."""
+    def message_counts(self) -> List[int]:
+        """Returns the number of messages sent on each of the algorithm's own communicators.
+
+        The list has the same length on all ranks.
+        """
         return []
 
-    def leave_step(self, in_forward: bool) -> bool:
-        """Tells the ranks that wait for this one, outside of the buckets, that an exception broke off its step.
+    def abort_step(self, in_forward: bool) -> bool:
+        """Notifies ranks that wait for this rank outside of buckets that an exception interrupted its step.
 
         Args:
-            in_forward: whether it was in the forward, not in the backward.
+            in_forward: whether the exception interrupted the forward pass, not the backward pass.
 
         Returns:
-            Whether there may be such ranks.
+            Whether other ranks may be waiting.
         """
         return False
 
     def recover(self, counts: List[Tuple[int, ...]]) -> None:
-        """Brings the communicators of its own back into step.
+        """Synchronizes the algorithm's own communicators after an interrupted step.
 
         Args:
-            counts: the :meth:`communication_counts` of all ranks.
+            counts: the :meth:`message_counts` of all ranks, in rank order.
         """
 
 
 def _get_grad(parameter: Any) -> Any:
-    # `zero_grad(set_to_none=True)` leaves no gradient behind, and a parameter that took no part gets none.
+    # There is no gradient after `zero_grad(set_to_none=True)`, and for a parameter that backward did not reach.
     return parameter.bagua_ensure_grad().grad
 
 
@@ -136,37 +149,42 @@ def _set_grad(parameter: Any, gradient: Any) -> None:
 
 
 class _AlgorithmRegistry(Dict[str, Dict[str, Any]]):
-    """Algorithms by name."""
+    """A registry of algorithms by name."""
 
     def register(self, name: str, algorithm: Callable[..., Algorithm], description: Optional[str] = None) -> None:
-        """Makes ``algorithm`` known as ``name``.
+        """Registers an algorithm.
+
+        Args:
+            name: the name to register.
+            algorithm: an :class:`Algorithm` subclass, or a function that returns an algorithm.
+            description: a description for users.
 
         Raises:
-            TypeError: for a name that is no string.
-            ValueError: for a name that is taken.
+            TypeError: if ``name`` is not a string.
+            ValueError: if ``name`` is already registered.
         """
         if not isinstance(name, str):
-            raise TypeError(f"expected the algorithm's name to be a str (got {name!r}); pass one")
+            raise TypeError(f"expected the algorithm's name to be a str (got {name!r}); pass a str")
         if name in self:
-            raise ValueError(f"expected a new algorithm name (got {name!r}, which is registered); choose another")
+            raise ValueError(f"expected a new algorithm name (got {name!r}, which is registered); choose another name")
         self[name] = {"algorithm": algorithm, "description": description or ""}
 
     def get(self, name: str) -> Callable[..., Algorithm]:  # type: ignore[override]
-        """Returns the algorithm known as ``name``.
+        """Returns the algorithm that is registered as ``name``.
 
         Raises:
-            KeyError: for an unknown name; lists the known ones.
+            KeyError: if ``name`` is not registered. The message lists the registered names.
         """
         if name not in self:
             raise KeyError(
                 f"expected one of the algorithms {', '.join(sorted(self)) or 'none'} (got {name!r}); choose one of "
-                "them or register yours"
+                "them or register a new one"
             )
         algorithm: Callable[..., Algorithm] = self[name]["algorithm"]
         return algorithm
 
     def available_algorithms(self) -> List[str]:
-        """Returns the known names."""
+        """Returns the registered names."""
         return list(self)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Data parallelism in its plain form: gradients are averaged over all ranks while backward runs."""
+"""Gradient all-reduce: gradients are averaged over all ranks during the backward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["GradientAllReduceAlgorithm", "GradientAllReduceAlgorithmImpl"]
 
 
 class GradientAllReduceAlgorithmImpl(AlgorithmImpl):
-    """See :class:`GradientAllReduceAlgorithm`."""
+    """The live form of :class:`GradientAllReduceAlgorithm`."""
 
     def __init__(self, process_group: Any, hierarchical: bool = False, average: bool = True) -> None:
         super().__init__(process_group)
@@ -25,14 +25,14 @@ class GradientAllReduceAlgorithmImpl(AlgorithmImpl):
 
 
 class GradientAllReduceAlgorithm(Algorithm):
-    """Averages gradients over all ranks.
+    """The algorithm that averages gradients over all ranks.
 
     Args:
-        hierarchical: reduce within a node first; the embedded host runs flat and logs so.
-        average: whether to average rather than sum.
+        hierarchical: whether to reduce within each node first. The embedded host ignores this and logs a message.
+        average: whether to average gradients. ``False`` sums them.
 
     Collectives:
-        One all-reduce a bucket and backward.
+        One all-reduce for each bucket in each backward.
     """
 
     def __init__(self, hierarchical: bool = False, average: bool = True) -> None:
