@@ -50,7 +50,7 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
     Raises:
         TypeError: if ``inner`` is not an algorithm, is wrapped already, or is an instance with ``inner_arguments``.
         KeyError: if ``inner`` is a name that is not registered.
-        ValueError: if ``normalize_over`` is invalid, or ``inner`` is asynchronous model averaging.
+        ValueError: if ``normalize_over`` or ``timeout`` is invalid, or ``inner`` is asynchronous model averaging.
 
     Example::
 
@@ -89,7 +89,8 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
                 "BatchNorm without synchronization"
             )
         self.inner, self.normalize_over = algorithm, normalize_over
-        self.timeout = SyncBatchNormConfig.from_env().timeout if timeout is None else timeout
+        config = SyncBatchNormConfig.from_env() if timeout is None else SyncBatchNormConfig(timeout=timeout)
+        self.timeout = config.timeout
 
     def reify(self, process_group: Any) -> SyncBatchNormAlgorithmImpl:
         """Returns the live algorithm. It creates its process groups when ``with_bagua`` binds the model.

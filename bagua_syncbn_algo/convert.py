@@ -150,10 +150,11 @@ def convert_sync_batchnorm(
     """
     _check_not_wrapped(module)
     config = SyncBatchNormConfig.from_env()
-    if overlap and coalesce is False:
+    coalesce = config.coalesce if coalesce is None else coalesce
+    if overlap and not coalesce:
         raise ValueError(
-            "expected coalesce=True or None with overlap=True (got coalesce=False); omit one of the two arguments: "
-            "overlap needs the regrouped forward of coalescing"
+            "expected coalescing with overlap=True (got coalesce=False, as an argument or by BAGUA_SYNCBN_COALESCE=0); "
+            "omit overlap=True or enable coalescing: overlap needs the regrouped forward"
         )
     targets: Dict[int, Tuple[_BatchNorm, Type[SyncBatchNorm]]] = {}
     for name, layer in _batch_norms(module):
@@ -163,7 +164,7 @@ def convert_sync_batchnorm(
         key: _transform(layer, target, process_group) for key, (layer, target) in targets.items()
     }
     module = _replace(module, replacements)
-    if config.coalesce if coalesce is None else coalesce:
+    if coalesce:
         coalesce_rounds(module, example_inputs, overlap=config.overlap if overlap is None else overlap)
     else:
         uncoalesce(module)

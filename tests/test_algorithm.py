@@ -360,6 +360,7 @@ def test_off_changes_nothing() -> None:
     ("arguments", "options", "error", "message"),
     [
         (("gradient_allredcue",), {}, KeyError, "expected one of the algorithms .*gradient_allreduce"),
+        ((), {"timeout": -1.0}, ValueError, r"expected timeout to be a positive number of seconds \(got -1.0\)"),
         ((42,), {}, TypeError, r"expected inner to be a Bagua algorithm or a registered name \(got 42\)"),
         (
             (bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm(),),

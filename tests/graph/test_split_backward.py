@@ -596,8 +596,12 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAGUA_SYNCBN_OVERLAP", "0")
     assert plan_of(convert_sync_batchnorm(Net())).rounds_overlapped == 0
     assert plan_of(convert_sync_batchnorm(Net(), overlap=True)).rounds_overlapped == 2
-    with pytest.raises(ValueError, match=r"expected coalesce=True or None with overlap=True \(got coalesce=False\)"):
+    with pytest.raises(ValueError, match=r"expected coalescing with overlap=True \(got coalesce=False"):
         convert_sync_batchnorm(Net(), coalesce=False, overlap=True)
+    monkeypatch.setenv("BAGUA_SYNCBN_COALESCE", "0")
+    with pytest.raises(ValueError, match=r"or by BAGUA_SYNCBN_COALESCE=0\); omit overlap=True"):
+        convert_sync_batchnorm(Net(), overlap=True)
+    monkeypatch.delenv("BAGUA_SYNCBN_COALESCE")
     model = copy.deepcopy(convert_sync_batchnorm(Net(), overlap=False))
     assert plan_of(model).rounds_overlapped == 0
     _, channel = alone(model, overlap=False)
