@@ -1,1 +1,1 @@
-"""Which layers share a round: tracing, levels, the regrouped forward, the plan."""
+"""Assignment of layers to rounds: tracing, dependency levels, the regrouped forward and the plan."""

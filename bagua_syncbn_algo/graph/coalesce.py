@@ -1,4 +1,4 @@
-"""One round per dependency level: finds the submodules whose forward can be regrouped, and installs it on them."""
+"""The search for submodules whose forward can be regrouped into one round per dependency level."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ __all__ = ["coalesce", "plan_of", "uncoalesce"]
 
 logger = logging.getLogger(__name__)
 
-_SKIPPED = "_syncbn_skipped"  # attribute of the model: what is not coalesced, and what is not split
+_SKIPPED = "_syncbn_skipped"  # attribute of the model: `skipped` and `unsplit` of its plan
 
 
 def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None, overlap: bool = True) -> SyncPlan:
-    """Lets the SyncBatchNorm layers of ``model`` share rounds where they do not depend on each other.
+    """Regroups the forward of ``model``, so that SyncBatchNorm layers of one dependency level share a round.
 
-    The largest submodules whose forward can be traced faithfully are regrouped, the model itself first.
+    If the forward of the model cannot be traced faithfully, the largest submodules that can be traced are regrouped.
 
     Args:
-        model: a model with SyncBatchNorm layers; changed in place.
-        example_inputs: arguments of a training forward. With them, the regrouped forward is compared with the original
-            now; without them, on the first training batch.
+        model: a model with SyncBatchNorm layers; modified in place.
+        example_inputs: positional arguments of a training forward. With them, the regrouped forward is compared with
+            the original now; without them, on the first training batch.
         overlap: whether backward rounds overlap with weight gradients of the following convolutions and linear layers.
 
     Returns:
-        The plan.
+        The plan of a training step.
 
     Collectives:
         None.
@@ -43,7 +43,7 @@ def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None,
     search = _RegionSearch(type(model).__name__, overlap)
     modes = {part: part.training for part in model.modules()}
     if not model.training:
-        model.train()  # the plan is for training; a layer that is frozen later gets a graph of its own then
+        model.train()  # the plan is for training; other modes get their own graph at the first call
     try:
         search.visit(model, "", example_inputs)
     finally:
@@ -61,7 +61,7 @@ def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None,
 
 
 def uncoalesce(model: nn.Module) -> None:
-    """Removes what :func:`coalesce` has added to ``model``."""
+    """Removes the forwards and the attribute that :func:`coalesce` has added to ``model``."""
     for part in model.modules():
         if isinstance(part.__dict__.get("forward"), CoalescedForward):
             del part.__dict__["forward"]
@@ -69,9 +69,12 @@ def uncoalesce(model: nn.Module) -> None:
 
 
 def plan_of(model: nn.Module) -> SyncPlan:
-    """Returns the rounds of a training step of ``model`` as converted, and what is not coalesced and why.
+    """Returns the plan of a training step: the rounds, and the modules and layers that are not coalesced or not split.
 
-    A layer outside of every region counts as one round.
+    A layer outside of all regrouped modules counts as one round.
+
+    Args:
+        model: a converted model.
     """
     name = type(model).__name__
     rounds: List[PlannedRound] = []
@@ -95,7 +98,7 @@ class _RegionSearch:
         overlap: whether backward rounds overlap with weight gradients.
 
     Attributes:
-        forwards: forwards to install.
+        forwards: the forwards to install.
         skipped: qualified names of modules and layers that are not coalesced, with the reason.
         unsplit: qualified names of layers whose weight gradient cannot be deferred, with the reason.
     """
@@ -107,12 +110,12 @@ class _RegionSearch:
         self.unsplit: List[Tuple[str, str]] = []
 
     def visit(self, module: nn.Module, path: str, example: Optional[Tuple[Any, ...]] = None) -> None:
-        """Regroups ``module``, or else the largest submodules of it that can be.
+        """Regroups ``module``, or its largest submodules that can be regrouped.
 
         Args:
             module: a module of the model.
-            path: its path in the model.
-            example: arguments of its training forward, if known.
+            path: path of ``module`` in the model.
+            example: positional arguments of a training forward of ``module``, if known.
         """
         if isinstance(module, SyncBatchNorm) or not _has_layers(module):
             return
@@ -121,7 +124,7 @@ class _RegionSearch:
         children = [child for child, _ in module.named_children()]
         failure: Optional[str] = None
         if has_own_forward(module):
-            failure = "has a forward of its own making"
+            failure = "has a forward set on the instance"
         elif type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             forward = CoalescedForward(module, path, self._model, self._overlap)
             pattern, tensors = _expected_call(module, example)
@@ -141,7 +144,7 @@ class _RegionSearch:
             self.visit(module.get_submodule(child), f"{path}.{child}" if path else child)
 
     def _accept(self, forward: CoalescedForward, variant: Any) -> List[str]:
-        """Records a forward that can be regrouped; returns the paths of the submodules that it does not cover."""
+        """Records a forward that can be regrouped; returns the paths of submodules that its graph does not cover."""
         forward.rounds = tuple(variant.rounds)
         if variant.run is not None:
             self.forwards.append(forward)
@@ -162,7 +165,7 @@ def _expected_call(
     """Returns the call to trace: ``example``, else one tensor for each argument without a default.
 
     Returns:
-        The pattern, ``None`` where there is none, and the tensors.
+        The pattern and its values; the pattern is ``None`` if the arguments are unknown or of unsupported types.
     """
     if example is not None:
         return CallPattern.of(example, {})

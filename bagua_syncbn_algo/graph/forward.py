@@ -1,8 +1,8 @@
 """The training forward that :func:`~bagua_syncbn_algo.graph.coalesce.coalesce` installs on a module.
 
-The module keeps its class and its submodules. The installed object stands in the module's ``__dict__`` under
-``forward``. In training it runs the regrouped graph on the module itself, so that a replaced head or a new weight is
-used. In evaluation, and wherever the graph does not describe the call, the class's own forward runs.
+The module keeps its class and its submodules. The module's ``__dict__`` contains the object under ``forward``. In
+training, the object runs the regrouped graph on the module itself, so that replaced submodules and parameters are used.
+In evaluation, and for calls without a valid graph, the forward of the class runs.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from .verify import FAILED, PASSED, check_equivalence
 
 __all__ = ["CoalescedForward"]
 
-_MOST_VARIANTS = 32  # graphs of one module, by modes and calls; after these the module runs layer by layer
-_MOST_TRIALS = 3  # of a graph, on batches with which no rank can run the forward as written
+_MAX_VARIANTS = 32  # graphs of one module, by modes and calls; with more, the module runs layer by layer
+_MAX_TRIALS = 3  # equivalence checks of a graph that no rank can complete, after which the graph is disabled
 
 
 class CoalescedForward:
     """The training forward of one module, with one round of statistics for each level of its layers.
 
     Args:
-        module: the module whose forward this is.
+        module: the module on which this forward is installed.
         path: path of ``module`` in the model; ``""`` for the model itself.
-        model: class name of the model, with which the names of layers begin.
+        model: class name of the model, the prefix of layer names.
         overlap: whether backward rounds overlap with weight gradients.
     """
 
-    regroups = True  # distinguishes it from a forward that other code has put on a module
+    regroups = True  # distinguishes this forward from one that other code has set on a module
 
     def __init__(self, module: nn.Module, path: str, model: str, overlap: bool = True) -> None:
-        # Weakly: the module holds this object, and must be freed when its user releases it.
+        # A weak reference: the module holds this object, and a strong one would be a reference cycle.
         self._module = weakref.ref(module)
         self.path, self.model, self.overlap = path, model, overlap
         self.rounds: Tuple[PlannedRound, ...] = ()
@@ -60,7 +60,7 @@ class CoalescedForward:
 
     @property
     def module(self) -> nn.Module:
-        """The module whose forward this is."""
+        """The module on which this forward is installed."""
         module = self._module()
         assert module is not None
         return module
@@ -70,7 +70,7 @@ class CoalescedForward:
         """Qualified name of the module, for errors."""
         return f"{self.model}.{self.path}" if self.path else self.model
 
-    # -- attributes of a bound method, which other tools read -----------------------------------------------------
+    # -- attributes of a bound method, for other tools -----------------------------------------------------------------
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -92,7 +92,7 @@ class CoalescedForward:
     def __name__(self) -> str:
         return "forward"
 
-    # -- graphs ---------------------------------------------------------------------------------------------------
+    # -- graphs --------------------------------------------------------------------------------------------------------
 
     def prepare(self, pattern: CallPattern) -> _Variant:
         """Traces and regroups the forward for calls of ``pattern`` in the current modes of the module's parts."""
@@ -107,12 +107,12 @@ class CoalescedForward:
             variant.add_rounds(self, levels, candidates)
             if any(len(level.members) > 1 or overlap_with for level, overlap_with in zip(levels, candidates)):
                 graph = regroup(traced.graph, self.module, levels, candidates, variant.call_of)
-                # On the traced replica: GraphModule looks up the paths of the graph and keeps the modules.
+                # The root is the traced replica, because GraphModule looks up and keeps the modules of the graph.
                 generated = type(fx.GraphModule(traced.replica, graph)).forward
                 variant.run = _Regrouped(generated, traced.outputs)
         except UntraceableError as error:
             variant.failure = str(error)
-        except Exception as error:  # a graph that fx cannot handle costs rounds; it does not end the training
+        except Exception as error:  # a graph that fx cannot handle must not end the training
             variant.failure = f"cannot be regrouped ({type(error).__name__}: {error})"
         self._variants.append(variant)
         return variant
@@ -130,10 +130,10 @@ class CoalescedForward:
         """Compares the regrouped forward with the original on the first training batch of every rank.
 
         Returns:
-            Whether the regrouped forward can run: it passed on at least one rank and failed on none.
+            Whether the regrouped forward can run: the check passed on at least one rank and failed on none.
 
         Collectives:
-            One round over the ranks of ``layer``. Every rank must call.
+            One all-gather over the ranks of ``layer``; more if the rounds differ. Every rank must call this method.
         """
         assert variant.run is not None
         verdict, difference = check_equivalence(self.module, variant.run, variant.pattern, tensors, self.name)
@@ -146,21 +146,21 @@ class CoalescedForward:
             return False
         variant.trials += 1
         variant.verified = PASSED in verdicts
-        if not variant.verified and variant.trials == _MOST_TRIALS:
-            self._disable(variant, f"no rank could run a copy of it by itself in {_MOST_TRIALS} batches")
+        if not variant.verified and variant.trials == _MAX_TRIALS:
+            self._disable(variant, f"no rank could run the check in {_MAX_TRIALS} batches")
         return variant.verified
 
     def variant(self, pattern: CallPattern) -> Optional[_Variant]:
-        """Returns the graph for a call; the first call of a kind makes it. ``None`` if there are too many."""
+        """Returns the graph for a call, and creates it if necessary; ``None`` if there are too many graphs."""
         for variant in self._variants:
             if variant.pattern == pattern and variant.guard.holds():
                 return variant
         self._variants = [variant for variant in self._variants if not variant.guard.is_dead]
-        if len(self._variants) >= _MOST_VARIANTS:
+        if len(self._variants) >= _MAX_VARIANTS:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"expected at most {_MOST_VARIANTS} kinds of training forward of {self.name} (got more: other "
+                    f"expected at most {_MAX_VARIANTS} kinds of training forward of {self.name} (got more: other "
                     "modes, hooks, submodules or arguments that are not tensors); the module runs layer by layer from "
                     "now on",
                     stacklevel=2,
@@ -176,7 +176,7 @@ class CoalescedForward:
             stacklevel=2,
         )
 
-    # -- copies make their graphs when they first run -------------------------------------------------------------
+    # -- copies, which create their own graphs -------------------------------------------------------------------------
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, "_variants": [], "_module": self.module}
@@ -207,7 +207,7 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
 
 
 class _Regrouped:
-    """A regrouped graph as a function of the module and the call's values."""
+    """A regrouped graph as a function of the module and the values of a call."""
 
     def __init__(self, generated: Callable[..., Any], outputs: Any) -> None:
         self._generated, self._outputs = generated, outputs
@@ -221,7 +221,7 @@ class _Variant:
 
     def __init__(self, guard: Guard, pattern: CallPattern) -> None:
         self.guard, self.pattern = guard, pattern
-        self.run: Optional[Callable[..., Any]] = None  # of the module and the call's tensors; None: the original runs
+        self.run: Optional[Callable[..., Any]] = None  # the regrouped forward; None: the original runs
         self.failure: Optional[str] = None  # why the module cannot be regrouped
         self.verified = False
         self.trials = 0
@@ -254,11 +254,11 @@ def _key(level: Level) -> Tuple[str, ...]:
 
 
 class _LevelCall:
-    """Runs the layers of a level together. Generated code calls it."""
+    """Runs the layers of one level in one round; generated code calls it."""
 
     def __init__(self, planned: PlannedRound, shared: Sequence[bool]) -> None:
         self._cache = RecomputeCache()
-        self._name = planned.name if len(planned.layers) > 1 else None  # a single layer has a name of its own
+        self._name = planned.name if len(planned.layers) > 1 else None  # a single layer uses its own name
         self._candidates = [DeferrableLayer(*each) for each in zip(planned.overlapped_with, shared)]
         self.__name__, self.__module__ = "batch_norm_coalesced", __name__
 

@@ -1,4 +1,4 @@
-"""Guards: what a regrouped graph depends on in a module, compared before each use of the graph."""
+"""Guards: the properties of a module that a regrouped graph depends on, compared before each use of the graph."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Guard", "has_global_hooks"]
 
 
 class Guard:
-    """What a graph depends on in a module besides its code: submodules, their modes, and some of their hooks."""
+    """The properties of a module that a graph depends on: submodules, modes, tensor metadata and some hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         self._parts = [(weakref.ref(part), self._state(part)) for part in module.modules()]
 
     def holds(self) -> bool:
-        """Whether the module is as it was."""
+        """Returns whether these properties are unchanged."""
         for reference, state in self._parts:
             part = reference()
             if part is None or self._state(part) != state:
@@ -30,7 +30,7 @@ class Guard:
 
     @property
     def is_dead(self) -> bool:
-        """Whether a part of what was is gone for good."""
+        """Whether a part of the module has been freed, after which :meth:`holds` is always false."""
         return any(reference() is None for reference, _ in self._parts)
 
     @classmethod
@@ -39,7 +39,7 @@ class Guard:
         forward = own.get("forward")
         return (
             type(part),
-            None if isinstance(part, SyncBatchNorm) else type(part).forward,  # ours changes while a thread traces
+            None if isinstance(part, SyncBatchNorm) else type(part).forward,  # tracing in any thread replaces it
             None if forward is None or getattr(forward, "regroups", False) else id(forward),
             part.training,
             [id(child) for child in own["_modules"].values()],
@@ -50,16 +50,16 @@ class Guard:
 
     @staticmethod
     def _hooks(part: nn.Module) -> Tuple[bool, ...]:
-        if type(part).forward is SyncBatchNorm.forward:  # hooks after it run with the round
+        if type(part).forward is SyncBatchNorm.forward:  # the round runs forward hooks of the layer
             before, _, *backward = hooks_of(part)
             return (before, *backward)
         if type(part).__module__.startswith("torch.nn.") and not part._modules:
-            return ()  # the graph calls it as it is
+            return ()  # the graph calls the module, which runs its hooks
         return hooks_of(part)
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks of all modules are installed, which a graph would leave out."""
+    """Returns whether global module hooks are installed, which a graph does not run."""
     hooks = torch.nn.modules.module
     return any(
         getattr(hooks, name, None)

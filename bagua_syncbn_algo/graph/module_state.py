@@ -1,4 +1,4 @@
-"""The state of a module that a trace depends on or must leave alone: hooks, attributes, random numbers; copies."""
+"""State of a module that a trace depends on or must not change: hooks, attributes, random numbers; clean copies."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "DRAWS",
-    "SIMPLE",
-    "ModuleState",
-    "StateWatch",
+    "CONSTANT_TYPES",
+    "DRAWS_RANDOM_NUMBERS",
+    "ModuleSnapshot",
+    "StateSnapshot",
     "UntraceableError",
     "clean_copy",
     "has_own_forward",
     "hooks_of",
-    "random_states_kept",
+    "preserved_random_states",
 ]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MOST = 10000  # items of one container that are looked at
-DRAWS = "draws random numbers while it decides what to do"
-SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_MAX_ITEMS = 10000  # per container; later items are not compared
+DRAWS_RANDOM_NUMBERS = "draws random numbers while it is traced"
+CONSTANT_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _HOOK_ATTRIBUTES = frozenset(name for name in nn.Module().__dict__ if "_hooks" in name)
 
 
 class UntraceableError(Exception):
-    """Tracing would not be faithful; the text says why."""
+    """The error for a forward that cannot be traced faithfully. Its text is the reason."""
 
 
 def hooks_of(module: nn.Module) -> Tuple[bool, ...]:
-    """Returns which kinds of hooks a module has: before forward, after it, backward, before backward."""
+    """Returns whether a module has forward pre-hooks, forward hooks, backward hooks and backward pre-hooks."""
     return tuple(bool(module.__dict__.get(kind)) for kind in _HOOKS)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody has given the instance a forward that its class does not have."""
+    """Returns whether code other than this package has set a ``forward`` on the instance."""
     own = module.__dict__.get("forward")
     return own is not None and not getattr(own, "regroups", False)
 
 
 def clean_copy(module: nn.Module) -> nn.Module:
-    """Returns a copy to try things on: without hooks, and without what other libraries have hung on the module.
+    """Returns a deep copy without hooks, without a ``forward`` set on an instance and without Bagua's state.
 
     Raises:
         UntraceableError: if the module cannot be copied.
@@ -70,14 +70,14 @@ def clean_copy(module: nn.Module) -> nn.Module:
     return replica
 
 
-class ModuleState:
-    """The attributes of a module as they were."""
+class ModuleSnapshot:
+    """The attributes of a module at one time."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._attributes = dict(module.__dict__)
-        self._inside = {name: _frozen(value) for name, value in module.__dict__.items()}
-        self._copies = {
+        self._contents = {name: _comparable(value) for name, value in module.__dict__.items()}
+        self._containers = {
             name: copy.copy(value) for name, value in module.__dict__.items() if isinstance(value, (list, dict, set))
         }
         self._versions = {name: value._version for name, value in self._tensors()}
@@ -88,54 +88,60 @@ class ModuleState:
         return [(name, value) for group in groups for name, value in group.items() if isinstance(value, Tensor)]
 
     def difference(self) -> Optional[str]:
+        """Returns the first change since the snapshot, in words; ``None`` without one."""
         now = self._module.__dict__
         for name in {**self._attributes, **now}:
             if now.get(name, self) is not self._attributes.get(name, self):
                 return f"changes its attribute {name}"
-            if self._inside[name] != _frozen(now[name]):
-                return f"changes what is in its attribute {name}"
+            if self._contents[name] != _comparable(now[name]):
+                return f"changes the contents of its attribute {name}"
         for name, value in self._tensors():
             if self._versions.get(name) != value._version:
                 return f"changes its tensor {name}"
         return None
 
     def restore(self) -> None:
+        """Restores the attributes and the contents of containers; tensors keep their values."""
         now = self._module.__dict__
         now.clear()
         now.update(self._attributes)
-        for name, contents in self._copies.items():
-            if self._inside[name] != _frozen(now[name]):
+        for name, contents in self._containers.items():
+            if self._contents[name] != _comparable(now[name]):
                 now[name] = contents
 
 
-class StateWatch:
-    """What one forward must leave as it was: the module's attributes and the random numbers."""
+class StateSnapshot:
+    """The state that tracing a forward must not change: the module's attributes and the random number generators."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._snapshot, self._random = ModuleState(module), _random_states()
+        self._attributes, self._random = ModuleSnapshot(module), _random_states()
 
     def difference(self) -> Optional[str]:
+        """Returns the first change since the snapshot, in words; ``None`` without one."""
         if not _equal(self._random, _random_states()):
-            return DRAWS
-        return self._snapshot.difference()
+            return DRAWS_RANDOM_NUMBERS
+        return self._attributes.difference()
 
     def restore(self) -> None:
-        self._snapshot.restore()
+        """Restores the attributes and the random number generators."""
+        self._attributes.restore()
         _set_random_states(self._random)
 
 
-def _frozen(value: Any, depth: int = 4) -> Any:
-    """Returns what can be compared later: containers and plain objects by what they hold, the rest by identity."""
-    if isinstance(value, (*SIMPLE, bytes, complex)):
+def _comparable(value: Any, depth: int = 4) -> Any:
+    """Returns a value for later comparison: contents of containers and plain objects, else the identity."""
+    if isinstance(value, (*CONSTANT_TYPES, bytes, complex)):
         return repr(value)
     opaque = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
     if depth == 0 or isinstance(value, opaque):
         return id(value)
     if isinstance(value, dict):
-        return id(value), [(_frozen(key, 1), _frozen(item, depth - 1)) for key, item in list(value.items())[:_MOST]]
+        return id(value), [
+            (_comparable(key, 1), _comparable(item, depth - 1)) for key, item in list(value.items())[:_MAX_ITEMS]
+        ]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return id(value), len(value), [_frozen(item, depth - 1) for item in list(value)[:_MOST]]
-    return id(value), _frozen(getattr(value, "__dict__", None), depth - 1)
+        return id(value), len(value), [_comparable(item, depth - 1) for item in list(value)[:_MAX_ITEMS]]
+    return id(value), _comparable(getattr(value, "__dict__", None), depth - 1)
 
 
 def _random_states() -> List[Any]:
@@ -162,14 +168,14 @@ def _equal(first: Any, second: Any) -> bool:
         return all(_equal(a, b) for a, b in zip(first, second))
     if isinstance(first, Tensor):
         return torch.equal(first, second)
-    if hasattr(first, "tobytes"):  # numpy's own key
+    if hasattr(first, "tobytes"):  # the key array in numpy's state
         return bool((first == second).all())
     return bool(first == second)
 
 
 @contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Lets a block draw random numbers that nobody will miss: the generators are set back at its end."""
+def preserved_random_states() -> Iterator[None]:
+    """Restores the states of the random number generators after the block."""
     states = _random_states()
     try:
         yield

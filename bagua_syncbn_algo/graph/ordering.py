@@ -1,4 +1,4 @@
-"""What must keep its order in a traced graph: values, in-place writes to shared memory, random draws, opaque steps."""
+"""Operations of a traced graph that keep their order: in-place writes, random number generation and opaque steps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..compat import aten_op_draws
 from ..layer import SyncBatchNorm
 from .tracing import IN_PLACE_OPERATORS, normalize_standalone
 
-__all__ = ["Groups", "attribute_of", "dependencies"]
+__all__ = ["DisjointSets", "attribute_of", "dependencies"]
 
-# Functions and methods that draw random numbers, where PyTorch does not tag an operator of the name so.
+# Functions and methods that draw random numbers. PyTorch tags only some of their operators, none before torch 1.13.
 _RANDOM_FUNCTIONS = frozenset(
     (
         *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "random_", "uniform_"),
@@ -32,7 +32,7 @@ _RANDOM_MODULES = (
     nn.FractionalMaxPool3d,
     nn.RNNBase,
 )
-# Functions of torch.nn.functional and torch that are no ATen operator and have no effect besides their value.
+# Functions of torch and torch.nn.functional that are not ATen operators and have no side effects.
 _COMPOSITE_FUNCTIONS = frozenset(
     (
         *("adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices", "adaptive_max_pool3d_with_indices"),
@@ -42,7 +42,7 @@ _COMPOSITE_FUNCTIONS = frozenset(
         *("upsample", "upsample_bilinear", "upsample_nearest", "unique", "unravel_index", "is_tensor"),
     )
 )
-# Operators that always return memory of their own; whatever is not here may return a view of what it is given.
+# Modules and functions that always return new memory. All others may return a view of an argument.
 _FRESH_MODULES = (
     nn.modules.conv._ConvNd,
     nn.Linear,
@@ -67,15 +67,19 @@ _FRESH_FUNCTIONS = (
 
 
 def dependencies(graph: fx.Graph, module: nn.Module) -> Dict[fx.Node, List[fx.Node]]:
-    """Returns for each node those that must run before it, by value or by order."""
+    """Returns for each node the nodes that must run before it.
+
+    These are the inputs of the node and, for a node with a side effect, the previous node with one. An in-place write
+    runs after all earlier nodes that access its memory, and before all later ones.
+    """
     before = {node: list(node.all_input_nodes) for node in graph.nodes}
     position = {node: index for index, node in enumerate(graph.nodes)}
-    chain = [node for node in graph.nodes if _is_effect(node, module)]
-    for earlier, later in zip(chain, chain[1:]):
+    effects = [node for node in graph.nodes if _has_side_effect(node, module)]
+    for earlier, later in zip(effects, effects[1:]):
         before[later].append(earlier)
     memory = _Memory(graph, module)
     for node in graph.nodes:
-        target = _written(node, module)
+        target = _written_value(node, module)
         if target is None:
             continue
         for user in memory.users(target):
@@ -86,10 +90,10 @@ def dependencies(graph: fx.Graph, module: nn.Module) -> Dict[fx.Node, List[fx.No
     return before
 
 
-def _is_effect(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node draws random numbers or may have an effect that the graph does not show.
+def _has_side_effect(node: fx.Node, module: nn.Module) -> bool:
+    """Returns whether a node draws random numbers or may have a side effect that the graph does not represent.
 
-    Such nodes keep their order. A function that is not known to be free of effects is taken to have one.
+    Unknown functions count as functions with a side effect.
     """
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
@@ -103,18 +107,18 @@ def _is_effect(node: fx.Node, module: nn.Module) -> bool:
         return bool(draws)
     if node.op != "call_function" or node.target is normalize_standalone:
         return False
-    home = str(getattr(node.target, "__module__", None) or "torch").split(".")[0]
-    if home in ("_operator", "builtins", "math"):
+    package = str(getattr(node.target, "__module__", None) or "torch").split(".")[0]
+    if package in ("_operator", "builtins", "math"):
         return False
-    return home != "torch" or bool(draws) or (draws is None and name not in _COMPOSITE_FUNCTIONS)
+    return package != "torch" or bool(draws) or (draws is None and name not in _COMPOSITE_FUNCTIONS)
 
 
 def _has_children(part: nn.Module) -> bool:
     return next(part.children(), None) is not None
 
 
-def _written(node: fx.Node, module: nn.Module) -> Any:
-    """Returns the value that ``node`` changes in place, or ``None``."""
+def _written_value(node: fx.Node, module: nn.Module) -> Any:
+    """Returns the value that ``node`` modifies in place, or ``None``."""
     values = node.all_input_nodes
     if "out" in node.kwargs and isinstance(node.kwargs["out"], fx.Node):
         return node.kwargs["out"]
@@ -127,21 +131,22 @@ def _written(node: fx.Node, module: nn.Module) -> Any:
         return first if getattr(module.get_submodule(str(node.target)), "inplace", False) else None
     if node.op == "call_function":
         name = str(getattr(node.target, "__name__", ""))
-        home = str(getattr(node.target, "__module__", None) or "")
-        in_operator = home == "_operator" and name in IN_PLACE_OPERATORS
-        method = name.endswith("_") and not name.endswith("__") and home != "_operator"
-        return first if in_operator or method or name == "setitem" or node.kwargs.get("inplace") is True else None
+        defined_in = str(getattr(node.target, "__module__", None) or "")
+        in_place_operator = defined_in == "_operator" and name in IN_PLACE_OPERATORS
+        in_place_name = name.endswith("_") and not name.endswith("__") and defined_in != "_operator"
+        writes = in_place_operator or in_place_name or name == "setitem" or node.kwargs.get("inplace") is True
+        return first if writes else None
     return None
 
 
-class Groups:
-    """Keys that belong together (a union-find structure)."""
+class DisjointSets:
+    """A union-find structure over arbitrary keys."""
 
     def __init__(self) -> None:
         self._parent: Dict[Any, Any] = {}
 
     def root(self, key: Any) -> Any:
-        """Returns the same key for all that belong together."""
+        """Returns the representative of the set that contains ``key``."""
         self._parent.setdefault(key, key)
         while self._parent[key] is not key:
             self._parent[key] = self._parent[self._parent[key]]
@@ -149,42 +154,42 @@ class Groups:
         return key
 
     def join(self, first: Any, second: Any) -> None:
-        """Lets two keys, and all that belong to them, belong together."""
+        """Merges the sets of two keys."""
         self._parent[self.root(first)] = self.root(second)
 
 
 class _Memory:
-    """Which nodes may hold the same memory."""
+    """Sets of nodes whose values may share memory."""
 
     def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
-        self._groups = groups = Groups()
-        tensors: Dict[int, fx.Node] = {}  # those read by name: a module reads its own without a node
+        self._sets = sets = DisjointSets()
+        tensors: Dict[int, fx.Node] = {}  # by the id of a tensor: the get_attr node that reads it
         inputs: List[fx.Node] = []
         for node in graph.nodes:
             if node.op == "placeholder":
                 inputs.append(node)
-                groups.join(node, inputs[0])  # the caller may have given views of one tensor
+                sets.join(node, inputs[0])  # inputs may be views of one tensor
             elif node.op == "get_attr":
-                groups.join(node, tensors.setdefault(id(attribute_of(module, str(node.target))), node))
-            elif _written(node, module) is not None:
-                groups.join(node, _written(node, module))
+                sets.join(node, tensors.setdefault(id(attribute_of(module, str(node.target))), node))
+            elif _written_value(node, module) is not None:
+                sets.join(node, _written_value(node, module))
             elif not self._is_fresh(node, module):
                 for value in node.all_input_nodes:
-                    groups.join(node, value)
+                    sets.join(node, value)
         self._users: Dict[Any, List[fx.Node]] = {}
         for node in graph.nodes:
-            roots = {groups.root(value): None for value in node.all_input_nodes}
+            roots = {sets.root(value): None for value in node.all_input_nodes}
             if node.op == "call_module":
                 part = module.get_submodule(str(node.target))
                 for tensor in (*part.parameters(), *part.buffers()):
                     if id(tensor) in tensors:
-                        roots[groups.root(tensors[id(tensor)])] = None
+                        roots[sets.root(tensors[id(tensor)])] = None
             for root in roots:
                 self._users.setdefault(root, []).append(node)
 
     def users(self, node: fx.Node) -> List[fx.Node]:
         """Returns all nodes that read or write the memory of ``node``, in program order."""
-        return self._users.get(self._groups.root(node), [])
+        return self._users.get(self._sets.root(node), [])
 
     def _is_fresh(self, node: fx.Node, module: nn.Module) -> bool:
         if node.op == "call_module":
@@ -194,7 +199,7 @@ class _Memory:
 
 
 def attribute_of(module: nn.Module, path: str) -> Any:
-    """Returns what a path of attributes leads to, as a graph's ``get_attr`` nodes have it."""
+    """Returns the attribute of ``module`` at a path with dots, the target of a ``get_attr`` node."""
     value: Any = module
     for part in path.split("."):
         value = getattr(value, part)

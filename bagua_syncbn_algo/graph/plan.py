@@ -1,4 +1,4 @@
-"""Which layers share a round of statistics, in which order; and what that costs."""
+"""The plan of a training step: the rounds, their layers and a cost model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,29 @@ __all__ = ["PlannedRound", "Prediction", "SyncPlan", "text_table"]
 
 @dataclass(frozen=True)
 class PlannedRound:
-    """Layers that do not depend on each other; their statistics travel in one message."""
+    """A round of statistics, and the layers whose statistics are sent in one message."""
 
-    region: str  # the module whose forward runs the round, by qualified name; "" for the model itself
-    level: int  # 1 + the most rounds on any way to it inside its region; 0 for a layer outside of every region
-    layers: Tuple[str, ...]  # qualified names in the model, in program order; a layer applied twice is there twice
-    features: Tuple[int, ...]
-    backward: bool = True  # whether any input needs a gradient
-    overlapped_with: Tuple[str, ...] = ()  # layers whose weight gradients are computed while the backward round travels
+    region: str  # path of the regrouped module that runs the round; "" for the model itself or no such module
+    level: int  # dependency level inside the region, from 1; 0 for a layer outside of all regions
+    layers: Tuple[str, ...]  # qualified names in program order; a layer that is called twice occurs twice
+    features: Tuple[int, ...]  # number of channels of each of `layers`
+    backward: bool = True  # whether any input requires a gradient, so that backward has a round too
+    overlapped_with: Tuple[str, ...] = ()  # layers whose weight gradients overlap with the backward round
 
     @property
     def name(self) -> str:
-        """How errors and tables call it."""
+        """The name of the round in messages."""
         if len(self.layers) == 1:
             return self.layers[0]
         more = f" and {len(self.layers) - 2} more" if len(self.layers) > 2 else ""
         return f"round {self.level} ({', '.join(self.layers[:2])}{more})"
 
     def payload(self, itemsize: int = 4) -> int:
-        """Returns the bytes that a rank sends in forward: count, mean and variance of every layer."""
+        """Returns the bytes that a rank sends in forward: a header, and the count, mean and variance of each layer.
+
+        Args:
+            itemsize: bytes per element of mean and variance.
+        """
         return HEADER_BYTES + 8 * len(self.layers) + 2 * itemsize * sum(self.features)
 
 
@@ -40,33 +44,33 @@ class PlannedRound:
 class Prediction:
     """Modelled communication time of one training step, in seconds."""
 
-    upstream: float  # 3 all-gathers and 2 all-reduces a layer, as Bagua's own SyncBatchNorm
-    per_layer: float  # one all-gather a layer forward, one backward
-    planned: float  # one all-gather a round forward, one backward
+    upstream: float  # upstream Bagua's SyncBatchNorm: 3 all-gathers and 2 all-reduces for each layer
+    per_layer: float  # for each layer, one all-gather in forward and one in backward
+    planned: float  # for each round of the plan, one all-gather in forward and one in backward
 
 
 @dataclass(frozen=True)
 class SyncPlan:
     """The rounds of a model's training step."""
 
-    model: str
+    model: str  # class name of the model
     rounds: Tuple[PlannedRound, ...] = ()
-    skipped: Tuple[Tuple[str, str], ...] = ()  # modules and layers that are not coalesced, and why
-    unsplit: Tuple[Tuple[str, str], ...] = ()  # convolutions and linear layers with which no round overlaps, and why
+    skipped: Tuple[Tuple[str, str], ...] = ()  # modules and layers that are not coalesced, with the reason
+    unsplit: Tuple[Tuple[str, str], ...] = ()  # layers and modules with weight gradients not deferred, and why
 
     @property
     def layers(self) -> int:
-        """Applications of layers: as many rounds as it takes without a plan."""
+        """Number of layer calls: the number of forward rounds without coalescing."""
         return sum(len(planned.layers) for planned in self.rounds)
 
     @property
     def rounds_forward(self) -> int:
-        """Messages of a forward."""
+        """Number of forward rounds in one step."""
         return len(self.rounds)
 
     @property
     def rounds_backward(self) -> int:
-        """Messages of a backward."""
+        """Number of backward rounds in one step."""
         return sum(planned.backward for planned in self.rounds)
 
     def predict(
@@ -78,24 +82,28 @@ class SyncPlan:
         reduce_latency: Optional[float] = None,
         overhead: float = 0.0,
     ) -> Prediction:
-        """Models the communication time of a step in which all ranks arrive at every round together.
+        """Returns the modelled communication time of a step in which all ranks reach each round at the same time.
 
         With ``p`` ranks, latency ``α`` and bandwidth ``β`` an all-gather of ``m`` bytes a rank takes
         ``⌈log₂ p⌉·α + (p − 1)·m/β`` and an all-reduce ``⌈log₂ p⌉·ρ + 2·(p − 1)/p·m/β``: the recursive-doubling and
         reduce-scatter forms in Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in
-        MPICH", 2005. A packed and checked round takes the host ``overhead`` beyond its all-gather. What is left out:
-        the arithmetic, waiting for slower ranks, and NCCL's launches.
+        MPICH", 2005. Each round of this package takes ``overhead`` in addition to its all-gather. The model does not
+        include arithmetic, waiting for slower ranks, or kernel launches of NCCL.
 
         Args:
-            world_size: ranks.
-            latency: seconds that the smallest all-gather between two ranks takes.
-            bandwidth: bytes a second between two ranks.
-            itemsize: bytes of a statistic.
-            reduce_latency: ``ρ``, seconds that the smallest all-reduce between two ranks takes; ``None`` for ``2·α``.
-            overhead: seconds of packing a round's message and checking what came.
+            world_size: the number of ranks, ``p``.
+            latency: ``α``, the time of the smallest all-gather between two ranks, in seconds.
+            bandwidth: ``β``, the bandwidth between two ranks, in bytes per second.
+            itemsize: bytes per element of mean and variance.
+            reduce_latency: ``ρ``, the time of the smallest all-reduce between two ranks, in seconds; ``None``: ``2·α``.
+            overhead: the time to pack and check the message of a round, in seconds.
+
+        Returns:
+            The communication times of three schemes.
 
         Raises:
-            ValueError: for a world below 1, a negative latency or overhead, or a bandwidth that is not positive.
+            ValueError: if ``world_size`` is less than 1, ``latency`` or ``overhead`` is negative, or ``bandwidth`` is
+                not positive.
         """
         if world_size < 1 or latency < 0 or overhead < 0 or bandwidth <= 0:
             raise ValueError(
@@ -105,51 +113,52 @@ class SyncPlan:
         rho = 2 * latency if reduce_latency is None else reduce_latency
         hops = math.ceil(math.log2(world_size))
 
-        def gather(size: float) -> float:
+        def all_gather(size: float) -> float:
             return hops * latency + (world_size - 1) * size / bandwidth if hops else 0.0
 
-        def round_of(size: float) -> float:
-            return gather(size) + overhead if hops else 0.0
+        def round_time(size: float) -> float:
+            return all_gather(size) + overhead if hops else 0.0
 
-        def reduce(size: float) -> float:
+        def all_reduce(size: float) -> float:
             return hops * rho + 2 * (world_size - 1) / world_size * size / bandwidth if hops else 0.0
 
-        # One length for all messages: the longest one's.
+        # All messages have the length of the longest one.
         longest = max((planned.payload(itemsize) for planned in self.rounds), default=0)
         widest = max((max(planned.features) for planned in self.rounds), default=0)
         single = HEADER_BYTES + 8 + 2 * itemsize * widest
         upstream = per_layer = 0.0
         for planned in self.rounds:
             for features in planned.features:
-                upstream += gather(4) + 2 * gather(itemsize * features)
-                upstream += 2 * reduce(itemsize * features) * planned.backward
-                per_layer += round_of(single) * (1 + planned.backward)
-        together = round_of(longest) * (self.rounds_forward + self.rounds_backward)
-        return Prediction(upstream, per_layer, together)
+                upstream += all_gather(4) + 2 * all_gather(itemsize * features)
+                upstream += 2 * all_reduce(itemsize * features) * planned.backward
+                per_layer += round_time(single) * (1 + planned.backward)
+        coalesced = round_time(longest) * (self.rounds_forward + self.rounds_backward)
+        return Prediction(upstream, per_layer, coalesced)
 
     @property
     def rounds_overlapped(self) -> int:
-        """Backward rounds that overlap with weight gradients."""
+        """Number of backward rounds that overlap with weight gradients."""
         return sum(planned.backward and bool(planned.overlapped_with) for planned in self.rounds)
 
     def agreement(self) -> Tuple[Tuple[str, Tuple[int, ...]], ...]:
-        """Returns what must be the same on all ranks, in words: the rounds of several layers; and their features.
+        """Returns a description and the features of each round of several layers, for comparison between ranks.
 
-        The layers that a round overlaps with are included: they decide in which order a backward sends its rounds.
+        The description includes the layers that the round overlaps with, because they determine the order of the
+        backward rounds.
         """
-        words = []
+        descriptions = []
         for planned in self.rounds:
             overlap = f" overlapped with {', '.join(planned.overlapped_with)}" if planned.overlapped_with else ""
             if len(planned.layers) > 1:
-                words.append((f"round of {', '.join(planned.layers)}{overlap}", planned.features))
-        return tuple(words)
+                descriptions.append((f"round of {', '.join(planned.layers)}{overlap}", planned.features))
+        return tuple(descriptions)
 
     def summary(self) -> str:
         """Returns the plan in one line."""
         return f"layers {self.layers}, rounds forward {self.rounds_forward}, backward {self.rounds_backward}"
 
     def table(self) -> List[str]:
-        """Returns the plan as lines of text: one for each round, then what is not coalesced or not split and why."""
+        """Returns the plan as lines of text: the rounds, then the entries of ``skipped`` and ``unsplit``."""
         rows: List[Sequence[Any]] = [("round", "region", "level", "layers", "bytes", "members", "overlapped with")]
         prefix = f"{self.model}."
 
@@ -165,20 +174,23 @@ class SyncPlan:
         return [*text_table(rows, left_aligned=(5, 6)), *skipped, *unsplit]
 
     def to_json(self) -> str:
-        """Returns the plan as text that :meth:`from_json` reads."""
+        """Returns the plan as JSON text for :meth:`from_json`."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> SyncPlan:
-        """Reads a plan that :meth:`to_json` wrote.
+        """Returns the plan that :meth:`to_json` wrote.
+
+        Args:
+            text: the JSON text.
 
         Raises:
-            ValueError: if the text is no plan.
+            ValueError: if ``text`` is not a plan.
         """
         try:
             fields: Dict[str, Any] = json.loads(text)
             rounds = tuple(
-                PlannedRound(**{key: _frozen(value) for key, value in entry.items()}) for entry in fields["rounds"]
+                PlannedRound(**{key: _as_tuple(value) for key, value in entry.items()}) for entry in fields["rounds"]
             )
             skipped, unsplit = (
                 tuple((name, reason) for name, reason in pairs)
@@ -192,7 +204,7 @@ class SyncPlan:
 
 
 def text_table(rows: Sequence[Sequence[Any]], left_aligned: Sequence[int] = ()) -> List[str]:
-    """Returns rows of cells as lines of text; columns are right-aligned except for the indices in ``left_aligned``."""
+    """Returns rows of cells as lines of text, with right-aligned columns except for the indices in ``left_aligned``."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return [
@@ -204,5 +216,5 @@ def text_table(rows: Sequence[Sequence[Any]], left_aligned: Sequence[int] = ()) 
     ]
 
 
-def _frozen(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value

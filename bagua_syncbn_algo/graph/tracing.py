@@ -1,8 +1,8 @@
-"""Faithful tracing: a graph of what a module's forward does, or the reason why there is none.
+"""Faithful tracing: the graph of a module's forward, or the reason why the forward cannot be traced.
 
-``torch.fx`` drops or bakes in much without a word: contexts, random choices, changes to attributes, hooks, in-place
-arithmetic. Each of these is looked for here. A submodule whose forward cannot be traced faithfully stays one opaque
-step of the graph around it, and is named.
+``torch.fx`` silently drops contexts, attribute changes and hooks, makes random choices constant, and replaces in-place
+operators. This module detects each of these. A submodule whose forward cannot be traced faithfully is one opaque step
+of the graph, and is reported with the reason.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from torch.utils import _pytree as pytree
 
 from ..layer import SyncBatchNorm
 from .module_state import (
-    DRAWS,
-    SIMPLE,
-    ModuleState,
-    StateWatch,
+    CONSTANT_TYPES,
+    DRAWS_RANDOM_NUMBERS,
+    ModuleSnapshot,
+    StateSnapshot,
     UntraceableError,
     clean_copy,
     has_own_forward,
     hooks_of,
-    random_states_kept,
+    preserved_random_states,
 )
 
 __all__ = [
@@ -43,33 +43,33 @@ __all__ = [
     "trace",
 ]
 
-_LOCK = threading.RLock()  # tracing changes torch.nn.Module while it runs
-_ATTEMPTS = 3  # where random numbers were drawn, perhaps by another thread
-_FUNCTION = "applies an autograd function of its own"
-_is_grad_enabled = torch.is_grad_enabled  # which tracing takes away from others
+_LOCK = threading.RLock()  # tracing patches classes and functions of torch for the whole process
+_MAX_ATTEMPTS = 3  # if random numbers are drawn during tracing, perhaps by another thread
+_CUSTOM_FUNCTION = "applies a custom autograd function"
+_is_grad_enabled = torch.is_grad_enabled  # tracing replaces the public function
 
 
 class CallPattern(NamedTuple):
-    """How a forward is called: which arguments may differ from call to call, and what the others are."""
+    """The arguments of a call: constants, and slots for values that may differ between calls."""
 
-    structure: Any  # of the arguments, as torch.utils._pytree has it
-    constants: Tuple[Tuple[int, type, Any], ...]  # leaves that are the same in every call: position, type, value
-    slots: Tuple[int, ...]  # of each other leaf: which of the call's values it is; a tensor may be there twice
-    kinds: Tuple[type, ...]  # of the values: Tensor, int or float
-    autocast: Tuple[bool, ...]  # on CUDA, on the CPU
+    structure: Any  # the TreeSpec of (args, kwargs)
+    constants: Tuple[Tuple[int, type, Any], ...]  # position, type and value of each constant leaf
+    slots: Tuple[int, ...]  # index into the values, for each other leaf; a tensor passed twice has one index
+    kinds: Tuple[type, ...]  # type of each value: Tensor, int or float
+    autocast: Tuple[bool, ...]  # whether autocast is enabled: CUDA, CPU
 
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: Dict[str, Any]) -> Tuple[Optional[CallPattern], List[Any]]:
-        """Returns the pattern of a call and its values; ``None`` if there are some that no pattern can hold."""
+        """Returns the pattern of a call and its values; the pattern is ``None`` for leaves of unsupported types."""
         leaves, structure = pytree.tree_flatten((tuple(args), kwargs))
         values: List[Any] = []
         constants, slots = [], []
         for position, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) or type(leaf) in (int, float):
-                known = [i for i, value in enumerate(values) if value is leaf and isinstance(leaf, Tensor)]
-                slots.append(known[0] if known else len(values))
-                values += [] if known else [leaf]
-            elif isinstance(leaf, SIMPLE):
+                same = [i for i, value in enumerate(values) if value is leaf and isinstance(leaf, Tensor)]
+                slots.append(same[0] if same else len(values))
+                values += [] if same else [leaf]
+            elif isinstance(leaf, CONSTANT_TYPES):
                 constants.append((position, type(leaf), leaf))
             else:
                 return None, values
@@ -77,7 +77,7 @@ class CallPattern(NamedTuple):
         return cls(structure, tuple(constants), tuple(slots), kinds, _autocast()), values
 
     def fill(self, values: Sequence[Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
-        """Returns the arguments of a call with these values."""
+        """Returns the positional and keyword arguments of a call with ``values``."""
         constants, rest = {position: value for position, _, value in self.constants}, iter(self.slots)
         leaves = [constants[i] if i in constants else values[next(rest)] for i in range(self.structure.num_leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
@@ -93,39 +93,46 @@ def _autocast() -> Tuple[bool, ...]:
 
 
 class Trace(NamedTuple):
-    """What tracing found."""
+    """The result of tracing a module."""
 
-    graph: fx.Graph  # takes the call's values, returns the leaves of the output
-    outputs: Any  # the structure of the output, as torch.utils._pytree has it
-    opaque: Dict[str, str]  # paths of submodules that stay one step, and why
-    uncoalesced: Dict[str, str]  # paths of SyncBatchNorm layers that must run by themselves, and why
+    graph: fx.Graph  # its inputs are the values of a call, its outputs the leaves of the output
+    outputs: Any  # the TreeSpec of the output
+    opaque: Dict[str, str]  # paths of submodules that are one step in the graph, with the reason
+    uncoalesced: Dict[str, str]  # paths of SyncBatchNorm layers that cannot share a round, with the reason
     replica: nn.Module  # the copy that was traced
 
 
 def normalize_standalone(layer: SyncBatchNorm, input: Tensor) -> Tensor:
-    """What a layer of a subclass does within its own forward: stands in traced graphs."""
+    """Returns the normalized input: the graph node for ``super().forward(input)`` of a subclass."""
     return SyncBatchNorm.forward(layer, input)
 
 
 def trace(module: nn.Module, pattern: CallPattern) -> Trace:
-    """Traces ``module.forward`` for calls of ``pattern``, in the modes (training, evaluation) that its parts are in.
+    """Traces ``module.forward`` for calls of ``pattern``, in the current modes (training, evaluation) of its parts.
 
-    The module itself is never run: a replica of it is.
+    Runs a replica of the module, never the module itself.
+
+    Args:
+        module: the module to trace.
+        pattern: the pattern of the calls.
+
+    Returns:
+        The graph of the forward, and the submodules and layers that it does not cover.
 
     Raises:
-        UntraceableError: if the forward of ``module`` itself cannot be traced.
+        UntraceableError: if the module cannot be copied or its forward cannot be traced.
 
     Collectives:
         None.
     """
-    for attempt in range(_ATTEMPTS):
-        with contextlib.suppress(_RandomError):
-            return _trace(module, pattern, last=attempt == _ATTEMPTS - 1)
-    raise AssertionError("the last attempt says why")
+    for attempt in range(_MAX_ATTEMPTS):
+        with contextlib.suppress(_RandomDrawError):
+            return _trace(module, pattern, last=attempt == _MAX_ATTEMPTS - 1)
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-class _RandomError(Exception):
-    """Random numbers were drawn: by the forward, or by another thread meanwhile."""
+class _RandomDrawError(Exception):
+    """Random numbers were drawn, by the forward or by another thread during tracing."""
 
 
 def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
@@ -133,27 +140,27 @@ def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
     pairs = list(zip(module.modules(), replica.modules()))
     hooks = {replica_: hooks_of(part) for part, replica_ in pairs}
     tracer = _Tracer(pattern, hooks, [replica_ for part, replica_ in pairs if has_own_forward(part)])
-    with _LOCK, random_states_kept(), torch.enable_grad(), tracer.watching():
-        everything = {part: ModuleState(part) for part in replica.modules()}
-        here = StateWatch(replica)
+    with _LOCK, preserved_random_states(), torch.enable_grad(), tracer.patched_torch():
+        snapshots = [ModuleSnapshot(part) for part in replica.modules()]
+        state = StateSnapshot(replica)
         try:
             graph = tracer.trace(replica)
         except Exception as error:
             raise UntraceableError(tracer.reason(error)) from error
-        reason = here.difference() or next(filter(None, (s.difference() for s in everything.values())), None)
-        if reason is None and tracer.swallowed:
-            reason = tracer.swallowed[0]
-        if reason is None and tracer.has_leaked():
-            reason = "keeps a tensor of its forward, in a global, a default argument or an object of its own"
-    if DRAWS in (reason, *tracer.opaque.values()) and not last:
-        raise _RandomError
+        reason = state.difference() or next(filter(None, (snapshot.difference() for snapshot in snapshots)), None)
+        if reason is None and tracer.refusals:
+            reason = tracer.refusals[0]
+        if reason is None and tracer.has_live_proxies():
+            reason = "keeps a tensor of its forward pass in a global, a default argument or another object"
+    if DRAWS_RANDOM_NUMBERS in (reason, *tracer.opaque.values()) and not last:
+        raise _RandomDrawError
     if reason is not None:
         raise UntraceableError(reason)
     return Trace(graph, tracer.outputs, tracer.opaque, tracer.uncoalesced, replica)
 
 
 class _Proxy(fx.Proxy):
-    """A traced value. Unlike fx's own it keeps in-place arithmetic in place, and refuses to be changed unseen."""
+    """An fx proxy that records in-place operators as in-place, and refuses assignments to attributes of a tensor."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("node", "tracer"):
@@ -189,55 +196,55 @@ class _Tracer(fx.Tracer):
         self.outputs: Any = None
         self.opaque: Dict[str, str] = {}
         self.uncoalesced: Dict[str, str] = {}
-        self._thread = threading.get_ident()  # others that run modules meanwhile are not to be traced
-        self.swallowed: List[str] = []  # reasons raised, which the module's own code may have caught
+        self._thread = threading.get_ident()  # calls in other threads are not traced
+        self.refusals: List[str] = []  # also those whose exception the module's own code has caught
 
-    # -- what fx asks -----------------------------------------------------------------------------------------------
+    # -- methods that fx calls ---------------------------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Tuple[Any, List[Any]]:
         pattern = self._pattern
         values = [self.create_proxy("placeholder", f"value_{i}", (), {}) for i in range(len(pattern.kinds))]
         args, kwargs = pattern.fill(values)
-        given = pytree.tree_flatten((args, kwargs))[0]
+        arguments = pytree.tree_flatten((args, kwargs))[0]
 
         def call() -> List[Any]:
             leaves, self.outputs = pytree.tree_flatten(root_fn(self.root, *args, **kwargs))
-            now, structure = pytree.tree_flatten((args, kwargs))
-            if structure != pattern.structure or any(a is not b for a, b in zip(now, given)):
+            current, structure = pytree.tree_flatten((args, kwargs))
+            if structure != pattern.structure or any(a is not b for a, b in zip(current, arguments)):
                 self.refuse("changes its arguments")
             for leaf in leaves:
-                if not isinstance(leaf, (fx.Proxy, Tensor, *SIMPLE)):
+                if not isinstance(leaf, (fx.Proxy, Tensor, *CONSTANT_TYPES)):
                     self.refuse(f"returns a {type(leaf).__name__}")
             return leaves
 
         return call, []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        if not _is_grad_enabled():  # as it is inside of one, however it was called
-            self.refuse(_FUNCTION)
+        if not _is_grad_enabled():  # only inside an autograd function, also if `apply` was captured
+            self.refuse(_CUSTOM_FUNCTION)
         proxy = _Proxy(node, self)
         self._proxies.append(weakref.ref(proxy))
         return proxy
 
-    def has_leaked(self) -> bool:
-        """Whether the forward has left traced values anywhere."""
+    def has_live_proxies(self) -> bool:
+        """Returns whether the forward has stored traced values, which are still referenced."""
         for pause in (0.0, 0.01, 0.1):
             if not any(proxy() is not None for proxy in self._proxies):
                 return False
             time.sleep(pause)
-            gc.collect()  # Frees values in reference cycles; does nothing while another thread is collecting.
+            gc.collect()  # frees values in reference cycles; has no effect while another thread collects
         return any(proxy() is not None for proxy in self._proxies)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
             return attr_val
-        # Without fx's cache: it would hold nodes of a forward that was given up half-way.
+        # Without the cache of fx, which would keep nodes of a submodule whose trace was erased.
         return super().getattr(attr, attr_val, {})
 
     def create_arg(self, a: Any) -> Any:
-        own = isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs
-        if own and not any(a is buffer for buffer in self.root.buffers()):
-            raise UntraceableError("makes a tensor of its own")
+        unknown = isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs
+        if unknown and not any(a is buffer for buffer in self.root.buffers()):
+            raise UntraceableError("uses a tensor that is no input, parameter, buffer or attribute")
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -245,7 +252,7 @@ class _Tracer(fx.Tracer):
         name = module_qualified_name
         if isinstance(m, SyncBatchNorm) and type(m).forward is SyncBatchNorm.forward:
             if before or any(backward):
-                self.uncoalesced[name] = "has hooks before or in backward"
+                self.uncoalesced[name] = "has forward pre-hooks or backward hooks"
             return True
         if super().is_leaf_module(m, name):
             return True
@@ -253,7 +260,7 @@ class _Tracer(fx.Tracer):
             self.opaque[name] = "has hooks"
             return True
         if m in self._overridden or type(m).__call__ is not nn.Module.__call__:
-            self.opaque[name] = "has a forward or __call__ of its own making"
+            self.opaque[name] = "has a forward set on the instance, or its class overrides __call__"
             return True
         return False
 
@@ -263,29 +270,29 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if path in self.opaque:
             return self.create_proxy("call_module", path, args, kwargs)
-        state = _TraceState(self)
-        here = StateWatch(m)
+        progress = _TraceProgress(self)
+        state = StateSnapshot(m)
         try:
             result = super().call_module(m, forward, args, kwargs)
-            reason = here.difference()
-            if reason is None and len(self.swallowed) > state.swallowed:
-                reason = self.swallowed[state.swallowed]
+            reason = state.difference()
+            if reason is None and len(self.refusals) > progress.refusals:
+                reason = self.refusals[progress.refusals]
         except Exception as error:
             reason = self.reason(error)
         if reason is None:
             return result
-        # In the graph around it, a forward that cannot be traced is one step.
-        here.restore()
+        # A submodule whose forward cannot be traced is one node in the graph.
         state.restore()
+        progress.restore()
         for inner in [name for name in self.opaque if name.startswith(f"{path}.")]:
             del self.opaque[inner]
         self.opaque[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 
-    # -- what it looks for ------------------------------------------------------------------------------------------
+    # -- reasons not to trace a forward ------------------------------------------------------------------------------
 
     def reason(self, error: BaseException) -> str:
-        """Returns in words why a forward was given up."""
+        """Returns the reason for an exception in a traced forward, in words."""
         if isinstance(error, UntraceableError):
             return str(error)
         if isinstance(error, fx.proxy.TraceError):
@@ -293,32 +300,33 @@ class _Tracer(fx.Tracer):
         return f"cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
 
     def refuse(self, reason: str) -> None:
-        self.swallowed.append(reason)
+        """Records and raises the reason why the forward cannot be traced."""
+        self.refusals.append(reason)
         raise UntraceableError(reason)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Refuses contexts and custom gradients while the block runs; passes a subclass's normalization on to fx."""
+    def patched_torch(self) -> Iterator[None]:
+        """Patches torch during the block: refuses contexts and custom gradients, records a subclass's normalization."""
 
-        def refusing(owner: Any, name: str, what: str) -> Any:
-            usual = getattr(owner, name)
+        def refusing(owner: Any, name: str, reason: str) -> Any:
+            original = getattr(owner, name)
 
             def refuse(*args: Any, **kwargs: Any) -> Any:
-                return self.refuse(what) if threading.get_ident() == self._thread else usual(*args, **kwargs)
+                return self.refuse(reason) if threading.get_ident() == self._thread else original(*args, **kwargs)
 
             return refuse
 
         def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == self._thread:
-                self.refuse(_FUNCTION)
-            return usual_apply.__get__(None, function)(*args, **kwargs)
+                self.refuse(_CUSTOM_FUNCTION)
+            return original_apply.__get__(None, function)(*args, **kwargs)
 
-        usual_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")
-        original = SyncBatchNorm.forward
+        original_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")
+        original_forward = SyncBatchNorm.forward
 
         def normalize(layer: SyncBatchNorm, input: Any) -> Any:
             if not isinstance(input, fx.Proxy):
-                return original(layer, input)
+                return original_forward(layer, input)
             path = self.create_proxy("get_attr", self.path_of_module(layer), (), {})
             return self.create_proxy("call_function", normalize_standalone, (path, input), {})
 
@@ -329,31 +337,31 @@ class _Tracer(fx.Tracer):
             (torch.set_grad_enabled, "__init__", "sets the gradient mode"),
             (torch.inference_mode, "__enter__", "enters inference_mode"),
             (torch.autocast, "__enter__", "enters autocast"),
-            (hooks, "__enter__", "enters a context for saved tensors, as checkpointing does"),
+            (hooks, "__enter__", "enters saved_tensors_hooks, as activation checkpointing does"),
             (torch.utils.checkpoint, "checkpoint", "calls checkpoint"),
-            (torch, "is_grad_enabled", "asks for the gradient mode"),
+            (torch, "is_grad_enabled", "queries the gradient mode"),
             *((Tensor, name, "reads a tensor's value") for name in ("item", "tolist", "__bool__", "__float__")),
         ]
         with contextlib.ExitStack() as stack:
-            for owner, name, what in contexts:
-                stack.enter_context(_replaced(owner, name, refusing(owner, name, what)))
+            for owner, name, reason in contexts:
+                stack.enter_context(_replaced(owner, name, refusing(owner, name, reason)))
             stack.enter_context(_replaced(torch.autograd.Function, "apply", classmethod(apply)))
             stack.enter_context(_replaced(SyncBatchNorm, "forward", normalize))
             yield
 
 
-class _TraceState:
-    """The state of a tracer before it traces a submodule, to which it returns if that fails."""
+class _TraceProgress:
+    """The state of a tracer before it traces a submodule, restored if the submodule cannot be traced."""
 
     def __init__(self, tracer: _Tracer) -> None:
         self._tracer = tracer
         self._last = self._last_node()
         self._stack = dict(self._module_stack())
         self._calls = dict(getattr(tracer, "num_calls", {}))
-        self.swallowed = len(tracer.swallowed)
+        self.refusals = len(tracer.refusals)
 
     def restore(self) -> None:
-        """Erases the nodes, module stack, call counts and reasons that were added since."""
+        """Erases the nodes, module stack entries, call counts and refusals that were added since then."""
         tracer = self._tracer
         node = self._last_node()
         while node is not None and node is not self._last:
@@ -364,7 +372,7 @@ class _TraceState:
         stack.update(self._stack)
         if hasattr(tracer, "num_calls"):
             tracer.num_calls = self._calls
-        del tracer.swallowed[self.swallowed :]
+        del tracer.refusals[self.refusals :]
 
     def _last_node(self) -> Optional[fx.Node]:
         return next(iter(reversed(self._tracer.graph.nodes)), None)
@@ -382,6 +390,6 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         if own is None:
-            delattr(owner, name)  # it was inherited
+            delattr(owner, name)  # the original is inherited
         else:
             setattr(owner, name, own)

@@ -541,7 +541,9 @@ def test_a_graph_that_differs_on_one_rank_is_given_up_on_all() -> None:
         convert_sync_batchnorm(model)
         return rounds, trained(model, x[rank])
 
-    with pytest.warns(UserWarning, match="expected the regrouped forward of Flagged to compute what the original computes"):
+    with pytest.warns(
+        UserWarning, match="expected the regrouped forward of Flagged to compute what the original computes"
+    ):
         assert run_threads(2, body) == [(2, 1)] * 2  # forward only: the input needs no gradient
 
 
@@ -639,7 +641,7 @@ def test_what_cannot_be_checked_stays_as_written(monkeypatch: Any) -> None:
         model = convert_sync_batchnorm(Flagged(), group)
         return [trained(model, x) for _ in range(3)], model.__dict__["forward"]._variants[0].trials
 
-    with pytest.warns(UserWarning, match="no rank could run a copy of it by itself in 3 batches"):
+    with pytest.warns(UserWarning, match="no rank could run the check in 3 batches"):
         assert run_threads(2, body) == [([2, 2, 2], 3)] * 2
 
 

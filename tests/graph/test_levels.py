@@ -167,12 +167,14 @@ def test_what_is_read_before_a_change_stays_before_it() -> None:
     assert checked(Later()) == 2
 
 
-@pytest.mark.parametrize("remedy", ["_written", "_is_effect"])
+@pytest.mark.parametrize("remedy", ["_written_value", "_has_side_effect"])
 def test_these_tests_fail_without_the_remedies(remedy: str, monkeypatch: Any) -> None:
     """Catches test cases that pass in any order."""
     monkeypatch.setattr(ordering_module, remedy, lambda node, module: None)
     cases = (
-        [Dropping()] if remedy == "_is_effect" else [*map(Aliased, ("operator", "method", "function", "out")), Later()]
+        [Dropping()]
+        if remedy == "_has_side_effect"
+        else [*map(Aliased, ("operator", "method", "function", "out")), Later()]
     )
     for model in cases:
         with pytest.raises(UserWarning, match="its regrouped forward differs"):

@@ -213,8 +213,8 @@ WHOLE: Dict[str, Tuple[Callable[[], nn.Module], str, str]] = {
     "forward hook": (lambda: _hooked("forward"), "has hooks", "has hooks"),
     "pre-hook": (lambda: _hooked("pre"), "has hooks", "has hooks"),
     "backward hook": (lambda: _hooked("backward"), "has hooks", "has hooks"),
-    "patched": (_patched, "has a forward of its own making", ""),
-    "uneven": (lambda: nn.Conv2d(3, 3, 4, padding="same"), "pads one side", "pads one side more than the other"),
+    "patched": (_patched, "has a forward set on the instance", ""),
+    "uneven": (lambda: nn.Conv2d(3, 3, 4, padding="same"), "has different padding", "has different padding"),
 }
 
 
@@ -340,7 +340,7 @@ def test_small_layers_are_not_split_twice(monkeypatch: pytest.MonkeyPatch, mocke
     """
     monkeypatch.setattr(overlap_module, "WORTHWHILE", 5e6)
     model, _ = alone(Net())
-    spy = mocker.spy(overlap_module, "_Late")
+    spy = mocker.spy(overlap_module, "_ParameterInfo")
     x = torch.randn(2, 3, 6, 6)
     total(model(x)).backward()
     before = spy.call_count
