@@ -231,7 +231,7 @@ def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
         max((layer.itemsize for _, layer in named), default=4),
     )
     for order, (name, (_, layer)) in enumerate(zip(names, named)):
-        layer._go_unbound()
+        layer._unbind()
         layer.tag = SyncTag(name, order, _global_ranks(layer.process_group), roster)
     return [layer for _, layer in named]
 
@@ -377,7 +377,7 @@ def _transform(layer: _BatchNorm, target: Type[SyncBatchNorm], process_group: Op
     # them, and the original layer is no longer used.
     converted.__dict__.update(layer.__dict__)
     own_group = layer.__dict__.get("process_group")
-    converted._adopt(process_group if own_group is None else own_group)
+    converted._init_sync(process_group if own_group is None else own_group)
     converted._converted_from = type(layer)  # type: ignore[assignment]
     return converted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -23,51 +24,79 @@ from .ops.running_stats import RunningPool, Slot
 
 __all__ = ["SyncBatchNorm", "SyncTag", "batch_norm_coalesced"]
 
-_NO_ROSTER = Roster()  # of layers that were never tagged: they agree on nothing but a message length
+_NO_ROSTER = Roster()  # for untagged layers, for which the ranks agree only on the length of messages
 
 
 class SyncTag(NamedTuple):
-    """How a layer is known to the algorithm and to the other ranks."""
+    """Identification of a layer in errors, tables and messages to the other ranks.
 
-    name: str  # qualified name in the model
-    order: int  # position among the model's synchronized layers
-    group: Optional[Tuple[int, ...]]  # global ranks that it normalizes over; None: all of them
-    roster: Roster  # all layers tagged together
+    Attributes:
+        name: the qualified name of the layer, with the class name of the model as prefix.
+        order: the position of the layer among the synchronized layers of the model.
+        group: the global ranks that the layer normalizes over; ``None`` for all ranks.
+        roster: all layers that were tagged together.
+    """
+
+    name: str
+    order: int
+    group: Optional[Tuple[int, ...]]
+    roster: Roster
 
 
 class SyncBatchNorm(_BatchNorm):
-    r"""Batch normalization over the batches of all ranks together.
+    r"""Applies Batch Normalization over the mini-batches of all ranks of a process group.
 
-    In training, mean and variance are those of the concatenation of all ranks' inputs (exactly, not an average of
-    per-rank statistics; ranks may hold different numbers of samples, some none). In evaluation it is
-    ``torch.nn.BatchNorm*d`` and never communicates. The output keeps the input's dtype and memory format.
+    .. math::
 
-    Works on CPU and CUDA, by itself under any data parallelism (``DistributedDataParallel`` included) or bound to Bagua
-    communication by :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm`. With one rank, or without an initialised
-    process group, it is a plain BatchNorm.
+        y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
+
+    In training, the mean and the biased variance of each channel are those of the concatenated mini-batches of all
+    ranks, not averages of per-rank statistics. Ranks may have different numbers of samples, including none. With one
+    rank, or without an initialized process group, the layer equals ``torch.nn.BatchNorm*d``.
+
+    In evaluation, the layer equals ``torch.nn.BatchNorm*d`` on every rank and does not communicate.
+
+    The layer runs on CPU and CUDA, under any data parallelism such as ``DistributedDataParallel``.
+    :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm` makes it exchange statistics through Bagua. Double backward is not
+    supported.
 
     Args:
-        num_features: channels ``C`` of the input ``(N, C, ...)``, 2-D or more.
-        eps: added to the variance.
-        momentum: weight of the new value in the running statistics; ``None`` for the cumulative average.
-        affine: whether to have ``weight`` and ``bias``.
-        track_running_stats: whether to keep running statistics. Without them evaluation normalizes with the statistics
-            of this rank's batch.
-        process_group: the ranks to normalize over; ``None`` for all.
-        device, dtype: of the parameters and buffers.
+        num_features: the number of channels :math:`C` of the input.
+        eps: a value added to the variance for numerical stability. Default: ``1e-5``
+        momentum: the weight :math:`m` of a new value :math:`x_t` in the running statistics,
+            :math:`\hat{x}_\text{new} = (1 - m) \times \hat{x} + m \times x_t`. ``None`` for the cumulative average.
+            Default: ``0.1``
+        affine: whether the layer has the learnable parameters ``weight`` (:math:`\gamma`, initially 1) and ``bias``
+            (:math:`\beta`, initially 0). Default: ``True``
+        track_running_stats: whether the layer has running statistics. Without them, evaluation uses the statistics of
+            this rank's batch. Default: ``True``
+        process_group: the process group whose ranks normalize together. Default: ``None``, all ranks
+        device, dtype: the device and the dtype of the parameters and buffers.
+
+    Shape:
+        - Input: :math:`(N, C, *)` with any number of further dimensions, of a floating point dtype
+        - Output: the shape, dtype and memory format of the input
 
     Raises:
-        ValueError: at a forward whose input has fewer than 2 dimensions, another channel count or no floating dtype, or
-            where the whole group holds at most one value per channel.
-        SyncBatchNormError: if another rank failed, is elsewhere or did not arrive.
-
-    Layers of a model that was not converted, and is not given to the algorithm, are known to other ranks by the order
-    of their first use; :func:`~bagua_syncbn_algo.tag_sync_batchnorm` gives them their names.
+        ValueError: in forward, if the input has fewer than 2 dimensions, another number of channels or no floating
+            point dtype, or if batch statistics would be those of at most one value per channel.
+        SyncBatchNormError: if another rank failed, is at another layer, or did not arrive before the timeout.
 
     Collectives:
-        In training, one all-gather in forward (``8 + 2C·itemsize`` payload bytes a rank; itemsize 4, for float64 input
-        8) and one in backward (``(1 + 2C)·itemsize``). The first training forward also creates the statistics group.
-        Every rank of the group must call.
+        Training forward: one all-gather of ``8 + 2C·itemsize`` payload bytes per rank. Backward: one all-gather of
+        ``(1 + 2C)·itemsize`` bytes, if the input requires a gradient. ``itemsize`` is 4, or 8 for float64 inputs. The
+        first training forward also creates the statistics group, unless an algorithm has bound the layer. Every rank of
+        the process group must call. A forward that activation checkpointing recomputes does not communicate.
+
+    .. note::
+        Other ranks identify a layer by its tag. :func:`~bagua_syncbn_algo.convert_sync_batchnorm` and
+        :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm` tag the layers of a model. Untagged layers are identified by
+        the order of their first use; :func:`~bagua_syncbn_algo.tag_sync_batchnorm` tags them.
+
+    Example::
+
+        layer = SyncBatchNorm(100)
+        output = layer(torch.randn(20, 100, 35, 45))
     """
 
     process_group: Optional[Any]
@@ -85,15 +114,15 @@ class SyncBatchNorm(_BatchNorm):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self._adopt(process_group)
+        self._init_sync(process_group)
 
-    def _adopt(self, process_group: Optional[Any]) -> None:
-        """Sets what this class has beyond BatchNorm; also how the converter turns a BatchNorm's state into this."""
+    def _init_sync(self, process_group: Optional[Any]) -> None:
+        """Sets the attributes that BatchNorm does not have. The converter also calls this method."""
         self.process_group = process_group
         self.tag = None
-        self._go_unbound()
+        self._unbind()
 
-    def _go_unbound(self) -> None:
+    def _unbind(self) -> None:
         self._channel: Optional[Channel] = None
         self._channel_source: Optional[weakref.ref[Any]] = None
         self._point: SyncPoint = sync_point("")
@@ -105,35 +134,31 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def sync_name(self) -> str:
-        """The name of this layer in errors and tables."""
+        """The name of this layer in errors and tables; empty before an untagged layer is bound."""
         return self._point.name if self.tag is None else self.tag.name
 
     @property
     def device(self) -> Optional[torch.device]:
-        """The device of the parameters or buffers; ``None`` for a layer without any."""
-        own = next((t for t in (self.weight, self.running_mean) if t is not None), None)
-        return None if own is None else own.device
+        """The device of the parameters or buffers; ``None`` if the layer has neither."""
+        tensor = next((t for t in (self.weight, self.running_mean) if t is not None), None)
+        return None if tensor is None else tensor.device
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one of this layer's statistics, by the dtype of its parameters now."""
+        """The bytes per statistic for the current dtype of the parameters: 4, or 8 for float64."""
         doubles = any(t is not None and t.dtype == torch.float64 for t in (self.weight, self.running_mean))
         return 8 if doubles else 4
 
     def bind(
-        self,
-        channel: Channel,
-        point: SyncPoint,
-        running: Optional[RunningPool] = None,
-        empty_shards: bool = False,
+        self, channel: Channel, point: SyncPoint, running: Optional[RunningPool] = None, empty_shards: bool = False
     ) -> None:
-        """Makes this layer exchange its statistics at ``point`` of ``channel``; the algorithm calls it.
+        """Binds this layer to ``channel``, on which it exchanges its statistics at ``point``. The algorithm calls this.
 
         Args:
-            channel: the ranks to normalize over.
-            point: this layer.
-            running: takes its moments for the running statistics, if ``channel`` is less than the world.
-            empty_shards: whether this rank may have no samples although it normalizes alone: other ranks have some.
+            channel: the channel of the ranks to normalize over.
+            point: the sync point of this layer.
+            running: the pool for the moments of the running statistics, if ``channel`` spans fewer ranks than the world.
+            empty_shards: whether inputs may be empty although ``channel`` has one rank, because other ranks have samples.
         """
         self._running, self._empty_shards = running, empty_shards
         source = source_group(self.process_group)
@@ -142,10 +167,13 @@ class SyncBatchNorm(_BatchNorm):
         channel.register(point)
 
     def _bound_channel(self, device: Optional[torch.device] = None) -> Channel:
-        """Returns the ranks to normalize over; binds the layer at its first use.
+        """Returns the channel of the ranks to normalize over. The first call binds the layer.
 
         Args:
-            device: of the statistics; ``None`` for the parameters'.
+            device: the device of the statistics; ``None`` for the device of the parameters.
+
+        Collectives:
+            The first call: those of :func:`channel_of` and :meth:`Channel.join`.
         """
         source = source_group(self.process_group)
         if source is None:
@@ -178,12 +206,12 @@ class SyncBatchNorm(_BatchNorm):
         if input.shape[1] != self.num_features:
             raise ValueError(
                 f"expected {self.num_features} channels in dimension 1 at {self.sync_name or 'SyncBatchNorm'} "
-                f"(got input of shape {tuple(input.shape)}); make num_features and the input agree"
+                f"(got input of shape {tuple(input.shape)}); change the input or num_features"
             )
         if not input.is_floating_point():
             raise ValueError(
-                f"expected floating-point input at {self.sync_name or 'SyncBatchNorm'} (got {input.dtype}); "
-                "convert it, e.g. input.float()"
+                f"expected a floating point input at {self.sync_name or 'SyncBatchNorm'} (got {input.dtype}); "
+                "cast the input, e.g. input.float()"
             )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -193,60 +221,64 @@ class SyncBatchNorm(_BatchNorm):
         return batch_norm_coalesced([self], [input])[0]
 
     def _normalize_single_rank(self, input: Tensor) -> Tensor:
-        """A training forward of this rank only."""
-        # A forward inside a backward recomputes an earlier one, which has updated the statistics.
+        """Runs a training forward with the statistics of this rank only."""
+        # A forward inside backward is a recomputation: the first forward has updated the running statistics.
         if self._running is not None and self.track_running_stats:
-            return self._pooling_batch_norm(input, self._running, update=not inside_backward())
+            return self._pooled_batch_norm(input, self._running, update=not inside_backward())
         if self._empty_shards and input.numel() == 0:
             return input.clone()
         return self._local_batch_norm(input, True, update=not inside_backward())
 
     def _local_batch_norm(self, input: Tensor, batch_statistics: bool, update: bool = False) -> Tensor:
-        """Normalizes with this rank's batch or the running statistics, by PyTorch's own kernels."""
+        """Normalizes with PyTorch's kernels, by the statistics of this rank's batch or the running statistics."""
         if batch_statistics and input.numel() <= input.shape[1]:
             raise ValueError(
                 f"expected more than 1 value per channel at {self.sync_name or 'SyncBatchNorm'} (got input of shape "
-                f"{tuple(input.shape)} on one rank); use a larger batch or eval()"
+                f"{tuple(input.shape)} on one rank); use a larger batch or call eval()"
             )
         momentum = 0.0
-        tracks = self.track_running_stats or not self.training
-        running_mean, running_var = (self.running_mean, self.running_var) if tracks else (None, None)
+        uses_buffers = self.track_running_stats or not self.training
+        running_mean, running_var = (self.running_mean, self.running_var) if uses_buffers else (None, None)
         if self.training and running_mean is not None and running_var is not None:
             assert self.num_batches_tracked is not None
             if update:
                 self.num_batches_tracked.add_(1)
                 momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             else:
-                # Copies, not None: checkpointing counts the tensors that a recomputation saves.
+                # Copies, not None: activation checkpointing compares the number of saved tensors.
                 running_mean, running_var = running_mean.clone(), running_var.clone()
         return F.batch_norm(
             input, running_mean, running_var, self.weight, self.bias, batch_statistics, momentum, self.eps
         )
 
-    def _pooling_batch_norm(self, input: Tensor, running: RunningPool, update: bool) -> Tensor:
-        """Normalizes over this rank by PyTorch's own kernels, and leaves the moments to the pool."""
+    def _pooled_batch_norm(self, input: Tensor, running: RunningPool, update: bool) -> Tensor:
+        """Normalizes over this rank with PyTorch's kernels. ``running`` receives the moments if ``update`` is set."""
         count = input.numel() // input.shape[1]
         if count == 1:
-            return self._local_batch_norm(input, True)  # raises
+            return self._local_batch_norm(input, True)  # raises ValueError
         dtype = statistics_dtype(input.dtype)
         pooled = update and running.collects
-        slot = running.place(self, dtype) if pooled else Slot.of(self, dtype, input.device)
-        if count == 0:  # must not reach a native kernel
+        slot = running.slot(self, dtype) if pooled else Slot.of(self, dtype, input.device)
+        if count == 0:  # native kernels must not be called on an empty shard
             output = input.clone()
         else:
-            # With a momentum of 1 the kernel leaves the batch's own statistics in the buffers that it is given.
+            # With momentum 1, the kernel writes the statistics of the batch to the given buffers.
             weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
             output = F.batch_norm(input, slot.mean, slot.variance, weight, bias, True, 1.0, self.eps)
         if pooled:
             running.add(slot, count)
-        elif update:  # an empty shard has left zeros
+        elif update:  # the slot of an empty shard contains zeros
             local = LocalMoments(count, slot.mean, slot.variance * ((count - 1) / max(count, 1)))
             running.merge(self, self._point, local)
         return output
 
     @torch.no_grad()
     def update_running_statistics(self, merged: GlobalMoments) -> None:
-        """Moves the running statistics towards ``merged``, the moments of the whole world's batch; counts a batch."""
+        """Updates the running statistics, and counts one batch.
+
+        Args:
+            merged: the moments of the batch of all ranks.
+        """
         _update_running_statistics([self], merged)
 
     def extra_repr(self) -> str:
@@ -257,8 +289,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> Dict[str, Any]:
         state = self.__dict__.copy()
-        for live in ("_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards"):
-            state.pop(live, None)
+        for process_local in ("_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards"):
+            state.pop(process_local, None)
         if self.process_group is not None:
             state["process_group"] = _GroupReference(self.process_group, self.sync_name)
         return state
@@ -267,18 +299,18 @@ class SyncBatchNorm(_BatchNorm):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if isinstance(self.process_group, _GroupReference):
             self.process_group = self.process_group.group
-        self._go_unbound()
+        self._unbind()
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Optional[Any] = None) -> torch.nn.Module:
-        """Converts ``module``'s BatchNorm layers; see :func:`bagua_syncbn_algo.convert_sync_batchnorm`."""
+        """Converts the BatchNorm layers of ``module``; see :func:`bagua_syncbn_algo.convert_sync_batchnorm`."""
         from .convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
 
 
 class _GroupReference:
-    """Lets a layer with a process group be deep-copied, and refuses to pickle a live group."""
+    """The process group of a layer that is copied. ``deepcopy`` keeps the same group; ``pickle`` raises an error."""
 
     def __init__(self, group: Any, name: str) -> None:
         self.group, self._name = group, name
@@ -288,8 +320,8 @@ class _GroupReference:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            f"expected a layer over all ranks to pickle (got {self._name or 'SyncBatchNorm'} with a process group, "
-            "which lives in this process only); save state_dict(), or set process_group = None first"
+            f"expected a layer without a process group in pickle (got {self._name or 'SyncBatchNorm'} with a process "
+            "group, which exists in this process only); save state_dict(), or set process_group = None first"
         )
 
 
@@ -301,29 +333,31 @@ def batch_norm_coalesced(
     cache: Optional[RecomputeCache] = None,
     overlap_with: Optional[OverlapCandidates] = None,
 ) -> Tuple[Tensor, ...]:
-    """Runs training forwards that do not depend on each other, in one round of statistics.
+    """Runs the training forwards of independent layers in one round of statistics.
+
+    Layers that cannot share a message, such as layers on different devices, run one after the other.
 
     Args:
-        layers: in program order; one may be there several times.
-        inputs: one for each.
-        name: of the round; ``None`` for a layer by itself.
-        cache: the round's, for recomputed forwards; ``None`` for the layer's own.
-        overlap_with: gradients that backward can compute while the all-gather is in flight.
+        layers: the layers in program order. A layer may occur several times.
+        inputs: the input of each layer.
+        name: the name of the round; ``None`` for a single layer.
+        cache: the statistics of this round's forwards, for recomputations; ``None`` for the cache of the layer.
+        overlap_with: the gradients that backward can compute while the all-gather is in flight.
 
     Returns:
-        The outputs. Layers that cannot share a message, on different devices say, have run one after the other.
+        The output of each layer.
 
     Raises:
-        ValueError: for an input that does not fit its layer.
-        SyncBatchNormError: if another rank failed, is elsewhere or did not arrive.
+        ValueError: if an input is invalid for its layer; see :class:`SyncBatchNorm`.
+        SyncBatchNormError: if another rank failed, is at another layer, or did not arrive before the timeout.
 
     Collectives:
-        One all-gather forward, one in backward. Every rank must call.
+        Forward: one all-gather. Backward: one all-gather, if an input requires a gradient. Every rank must call.
     """
     first = layers[0]
     channel = first._bound_channel(inputs[0].device)
     if len(layers) > 1 and not _can_share(layers, inputs, channel):
-        # Not by calling them: hooks and what a subclass does beyond normalizing are the caller's.
+        # Not `layer(input)`: the caller runs the hooks, and the operations that a subclass adds to the normalization.
         return tuple(SyncBatchNorm.forward(layer, input) for layer, input in zip(layers, inputs))
     point = first._point
     if name is not None:
@@ -341,31 +375,28 @@ def batch_norm_coalesced(
     members = [
         Member(input, layer.weight, layer.bias, layer.eps, layer.sync_name) for layer, input in zip(layers, inputs)
     ]
-
-    def update(local: List[LocalMoments], merged: GlobalMoments) -> None:
-        _leave_running_statistics(layers, local, merged)
-
-    own = first._recompute_cache if cache is None else cache
-    return sync_batch_norm(members, channel, point, None if channel.trial else own, overlap_with, update)
+    cache = first._recompute_cache if cache is None else cache
+    update = partial(_record_moments, layers)
+    return sync_batch_norm(members, channel, point, None if channel.trial else cache, overlap_with, update)
 
 
 def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:
+    """Returns whether all layers are in training mode, on the same channel, with inputs on the same device."""
     device = inputs[0].device
     return all(layer.training and layer._bound_channel() is channel for layer in layers) and all(
         input.device == device for input in inputs
     )
 
 
-def _leave_running_statistics(
-    layers: Sequence[SyncBatchNorm], local: Sequence[LocalMoments], merged: GlobalMoments
-) -> None:
+def _record_moments(layers: Sequence[SyncBatchNorm], local: Sequence[LocalMoments], merged: GlobalMoments) -> None:
+    """Updates the running statistics of each layer, or adds the local moments to the layer's pool."""
     pools = [layer._running if layer.track_running_stats else None for layer in layers]
     if all(pool is None for pool in pools) and len(set(map(id, layers))) == len(layers):
         _update_running_statistics(layers, merged)
         return
-    for layer, pool, own, world in zip(layers, pools, local, merged.split([x.num_features for x in layers])):
+    for layer, pool, own, total in zip(layers, pools, local, merged.split([x.num_features for x in layers])):
         if pool is None:
-            _update_running_statistics([layer], world)
+            _update_running_statistics([layer], total)
         elif pool.collects:
             pool.add(Slot(layer, own.mean, own.unbiased_variance()), own.elements)
         else:
@@ -374,23 +405,23 @@ def _leave_running_statistics(
 
 @torch.no_grad()
 def _update_running_statistics(layers: Sequence[SyncBatchNorm], merged: GlobalMoments) -> None:
-    """Moves the running statistics of layers, each there once, towards the moments of the whole world's batch."""
+    """Updates the running statistics of distinct layers with the moments of all ranks."""
     features = [layer.num_features for layer in layers]
     unbiased = merged.unbiased_variance()
     pairs = list(zip(layers, split_channels(merged.mean, features), split_channels(unbiased, features)))
-    kept = [pair for pair in pairs if pair[0].track_running_stats and pair[0].running_mean is not None]
-    if not kept:
+    tracked = [pair for pair in pairs if pair[0].track_running_stats and pair[0].running_mean is not None]
+    if not tracked:
         return
-    counts: List[Tensor] = [layer._buffers["num_batches_tracked"] for layer, _, _ in kept]  # type: ignore[misc]
+    counts: List[Tensor] = [layer._buffers["num_batches_tracked"] for layer, _, _ in tracked]  # type: ignore[misc]
     torch._foreach_add_(counts, 1)
-    for count, (layer, mean, variance) in zip(counts, kept):
+    for count, (layer, mean, variance) in zip(counts, tracked):
         weight: Any = layer.momentum
-        if weight is None:  # the cumulative average; stays on the device
+        if weight is None:  # the cumulative average, computed on the device
             weight = count.to(mean.dtype).reciprocal()
         for buffer, value in ((layer.running_mean, mean), (layer.running_var, variance)):
             assert buffer is not None
             if buffer.dtype == value.dtype:
                 buffer.lerp_(value, weight)
             else:
-                # The arithmetic is the statistics', the storage the buffer's own: half precision is rounded once.
+                # Computed in the dtype of the statistics: a half-precision buffer is rounded once.
                 buffer.copy_(torch.lerp(buffer.to(value.dtype), value, weight))

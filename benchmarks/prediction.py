@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bagua_syncbn_algo import SyncPlan, convert_sync_batchnorm, plan_of
 from bagua_syncbn_algo.bench.measure import RANKS, interleave, run_ranks, write
-from bagua_syncbn_algo.bench.schemes import OriginalScheme
+from bagua_syncbn_algo.bench.schemes import UpstreamScheme
 from bagua_syncbn_algo.comm.channel import Channel
 from bagua_syncbn_algo.comm.transport import TorchChannel
 from bagua_syncbn_algo.comm.wire import BACKWARD, FORWARD, HEADER_BYTES, sync_point
@@ -68,7 +68,7 @@ def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
     variants: Dict[str, Callable[[], None]] = {}
     for name, plan in plans.items():
         for scheme in SCHEMES:
-            channel: Channel = OriginalScheme(group()) if scheme == "upstream" else TorchChannel(group())
+            channel: Channel = UpstreamScheme(group()) if scheme == "upstream" else TorchChannel(group())
             widest = max(planned.payload() for planned in plan.rounds)
             single = HEADER_BYTES + 8 + 8 * max(max(planned.features) for planned in plan.rounds)
             channel.capacity = widest if scheme == "planned" else single
@@ -81,7 +81,7 @@ def run_rank(rank: int, repeats: int) -> Dict[str, Any]:
         variants[str(size)] = lambda probe=probe, part=part, count=count: [  # type: ignore[misc]
             probe.exchange(sync_point("probe"), FORWARD, [part]) for _ in range(count)
         ]
-    bare, sums = OriginalScheme(group()), torch.zeros(8)
+    bare, sums = UpstreamScheme(group()), torch.zeros(8)
     for name, collective in (("gather", bare.gather), ("reduce", bare.reduce)):
         variants[name] = lambda collective=collective: [  # type: ignore[misc]
             collective(sums) for _ in range(_CONSECUTIVE)

@@ -1,1 +1,1 @@
-"""What a model's statistics cost on real ranks: the schemes side by side, and where the time of a step goes."""
+"""Measurements of a model on several ranks: step times of all schemes, and the timeline of one step."""

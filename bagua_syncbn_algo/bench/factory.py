@@ -1,4 +1,4 @@
-"""Models by name, as the command line has them."""
+"""Models by name, for the command line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ __all__ = ["build"]
 
 
 def build(name: str) -> nn.Module:
-    """Returns the model that ``package.module:factory`` builds; ends the program if there is none."""
+    """Returns the model of a factory.
+
+    Args:
+        name: the name of a function, a class or an ``nn.Module`` instance, as ``package.module:factory``. The working
+            directory is searched, too.
+
+    Raises:
+        SystemExit: if the name cannot be resolved or is not a ``torch.nn.Module``.
+    """
     module_name, _, attribute = name.partition(":")
     if not attribute:
-        sys.exit(f"expected a model as package.module:factory (got {name}); e.g. torchvision.models:resnet50")
+        sys.exit(f"expected a model as package.module:factory (got {name}); use e.g. torchvision.models:resnet50")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -1,4 +1,4 @@
-"""A network for benchmarks on one machine: rounds that take longer than the messages between local processes."""
+"""Added latency for benchmarks on one machine: rounds that take longer than messages between local processes."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from .schemes import BareScheme
 
 __all__ = ["add_latency"]
 
-_PROBE, _PROBES = sync_point("a round that measures the latency"), 51
-_STAMP_BYTES = 8  # when a rank has sent its message, in nanoseconds
+_PROBE, _PROBES = sync_point("measurement of the latency"), 51
+_STAMP_BYTES = 8  # an int64: the time at which a rank has sent its message, in nanoseconds
 
 AllGather = Callable[[Tensor], Tuple[Tensor, Any]]
 
 
 def add_latency(channel: Channel, seconds: float) -> None:
-    """Makes every round of ``channel`` take its duration between idle ranks, and ``seconds`` more.
+    """Makes every round of ``channel`` last its duration between idle ranks plus ``seconds``.
 
-    As on a wire, the duration counts from when the last rank has sent, whether or not a core is free meanwhile.
+    As on a network, the time counts from the moment at which the last rank has sent, whether or not a core is free. For
+    a :class:`~.schemes.BareScheme`, it counts from the moment at which this rank sends.
 
     Args:
-        channel: whose rounds take longer; its ranks must be idle.
-        seconds: 0 to take the latency away.
+        channel: the channel; its ranks must be idle.
+        seconds: the added latency; 0 removes an earlier one.
 
     Collectives:
-        Some rounds. Every rank must call.
+        51 rounds if ``seconds`` is not 0, to measure the duration. Every rank must call.
     """
-    # The algorithm creates the channel, so a subclass is no choice: its all-gather is replaced.
+    # Replaces the all-gather of the instance: a subclass is not possible, because the algorithm creates the channel.
     channel.__dict__.pop("_all_gather", None)
     if isinstance(channel, BareScheme):
         channel.latency = 0.0
-    if not seconds or type(channel) is Channel:  # the channel of a model without rounds
+    if not seconds or type(channel) is Channel:  # a model without rounds
         return
     durations = []
     for _ in range(_PROBES):
@@ -56,7 +57,12 @@ def add_latency(channel: Channel, seconds: float) -> None:
 
 
 class _DelayedAllGather:
-    """An all-gather whose messages arrive ``latency`` seconds after the last rank has sent its own, or later."""
+    """An all-gather that completes ``latency`` seconds after the last rank has sent, or later.
+
+    Args:
+        all_gather: the method of the channel.
+        latency: the least time from the last rank's message to completion, in seconds.
+    """
 
     def __init__(self, all_gather: AllGather, latency: float) -> None:
         self._all_gather, self.latency = all_gather, latency
@@ -74,11 +80,20 @@ class _DelayedAllGather:
 
 
 class _DelayedWork:
-    """The ``Work`` of a delayed all-gather."""
+    """The ``Work`` of a delayed all-gather.
+
+    Args:
+        work: the ``Work`` of the all-gather itself.
+        stamps: the times at which the ranks have sent, as bytes.
+        latency: as in :class:`_DelayedAllGather`.
+
+    Attributes:
+        arrival: the time at which all messages have arrived, in seconds of ``time.perf_counter``; infinite before
+            :meth:`wait`.
+    """
 
     def __init__(self, work: Any, stamps: Tensor, latency: float) -> None:
         self._work, self._stamps, self._latency = work, stamps, latency
-        #: When all messages had arrived, in seconds of ``time.perf_counter``; infinite before :meth:`wait`.
         self.arrival = self._received = float("inf")
         with contextlib.suppress(AttributeError, RuntimeError):  # some backends have no futures
             work.get_future().add_done_callback(self._note_received)

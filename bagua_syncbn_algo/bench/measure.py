@@ -1,7 +1,4 @@
-"""Fair timing: variants interleaved in one run, medians with spread, results with their machine.
-
-Also how ranks are started.
-"""
+"""Interleaved timing of variants, medians with spread, start of rank processes, result files."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ RANKS = 2
 
 
 class Spread(NamedTuple):
-    """Seconds: the median and the middle half around it."""
+    """The median and the quartiles of times, in seconds."""
 
     median: float
     low: float
@@ -32,7 +29,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
-        """Returns the spread of at least two times."""
+        """Returns the spread of at least two times, in seconds."""
         low, median, high = statistics.quantiles(seconds, n=4)
         return cls(median, low, high)
 
@@ -43,16 +40,16 @@ def interleave(
     warmup: int = 10,
     progress: Optional[Callable[[], None]] = None,
 ) -> Dict[str, Spread]:
-    """Times every variant once in each round, so that a machine that slows down slows them all.
+    """Times the variants in turn, once per repetition, so that a change of the machine's speed affects all of them.
 
     Args:
-        variants: what to run, by name.
-        repeats: counted rounds, at least 2.
-        warmup: rounds not counted, first.
-        progress: called after every call of a variant.
+        variants: the functions to time, by name.
+        repeats: the number of timed repetitions, at least 2.
+        warmup: the number of repetitions before them that are not timed.
+        progress: a function that is called after every call of a variant.
 
     Returns:
-        Seconds a call, by name.
+        The spread of the seconds per call, by name.
     """
     return {name: Spread.of(values) for name, values in take_times(variants, repeats, warmup, progress).items()}
 
@@ -63,7 +60,7 @@ def take_times(
     warmup: int = 10,
     progress: Optional[Callable[[], None]] = None,
 ) -> Dict[str, List[float]]:
-    """As :func:`interleave`, but returns the seconds of every counted call: to be put together with other runs'."""
+    """Returns the seconds of every timed call, by name, to combine them with other runs; see :func:`interleave`."""
     times: Dict[str, List[float]] = {name: [] for name in variants}
     for number in range(warmup + repeats):
         for name, call in variants.items():
@@ -77,18 +74,18 @@ def take_times(
 
 
 def run_ranks(body: Callable[..., Any], *arguments: Any, ranks: int = RANKS) -> Any:
-    """Runs ``body(rank, *arguments)`` in processes with a launcher's environment and one thread each.
+    """Runs ``body(rank, *arguments)`` on rank processes with the environment of a launcher and one thread each.
 
     Args:
-        body: a function at module level; initialises the process group.
-        *arguments: passed on.
-        ranks: processes.
+        body: a function at module level, which initialises the process group.
+        *arguments: its arguments after the rank.
+        ranks: the number of processes.
 
     Returns:
-        What it returned on rank 0.
+        The result of rank 0.
 
     Raises:
-        torch.multiprocessing.ProcessException: if a rank failed; the others are ended.
+        torch.multiprocessing.ProcessException: if a rank failed; the other ranks are terminated.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -98,7 +95,7 @@ def run_ranks(body: Callable[..., Any], *arguments: Any, ranks: int = RANKS) -> 
     context = spawn(_rank_main, (ranks, port, body, arguments, results), ranks, join=False)
     value = None
     while not context.join(0.1):
-        while not results.empty():  # read while it is written: a pipe holds 64 KiB
+        while not results.empty():  # a full pipe (64 KiB) would block the rank
             value = results.get()
     return value if results.empty() else results.get()
 
@@ -115,7 +112,7 @@ def _rank_main(rank: int, ranks: int, port: int, body: Callable[..., Any], argum
 
 
 def machine() -> Dict[str, Any]:
-    """Returns what a reader needs to judge the numbers."""
+    """Returns the processor, the number of cores and threads, and the versions of Python and PyTorch."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -126,6 +123,6 @@ def machine() -> Dict[str, Any]:
 
 
 def write(path: Path, rows: Any) -> None:
-    """Writes ``rows`` with the machine to a file in JSON."""
+    """Writes ``rows`` and the description of the machine to a JSON file."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

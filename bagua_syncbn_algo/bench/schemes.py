@@ -1,4 +1,4 @@
-"""Ways to exchange the same statistics, by the project's own kernels: so that only the rounds differ."""
+"""Schemes of statistics exchange for comparison. All use this package's kernels, so that only the rounds differ."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..comm.wire import FORWARD, SyncPoint, sync_point
 from ..convert import convert_sync_batchnorm, sync_batchnorm_layers
 from ..host import bagua
 
-__all__ = ["COLORS", "BareScheme", "OriginalScheme", "TorchScheme", "VARIANTS", "build_variant", "channel_of_model"]
+__all__ = ["COLORS", "BareScheme", "TorchScheme", "UpstreamScheme", "VARIANTS", "build_variant", "channel_of_model"]
 
-# By name, what a table says of it.
+# Names and descriptions.
 VARIANTS = {
-    "local": "BatchNorm of each rank alone",
-    "upstream": "3 all-gathers and 2 all-reduces a layer, as Bagua's own SyncBatchNorm",
+    "local": "BatchNorm over the batch of each rank",
+    "upstream": "3 all-gathers and 2 all-reduces a layer, as upstream Bagua's SyncBatchNorm",
     "torch": "1 all-gather and 1 all-reduce a layer, as torch.nn.SyncBatchNorm",
     "per layer": "1 round a layer forward, 1 backward",
     "coalesced": "1 round a level forward, 1 backward",
     "overlapped": "coalesced, the backward round overlapped with weight gradients",
 }
 
-# In pictures.
+# The variants' colors in figures.
 COLORS = {
     "local": "#A6A6A6",
     "upstream": "#D55E00",
@@ -39,28 +39,32 @@ COLORS = {
 
 
 class BareScheme(Channel):
-    """Bare collectives without headers or checks: as fast as the scheme can be."""
+    """Collectives without headers or checks: a lower bound of the scheme's cost.
+
+    Args:
+        group: the communicator, a backend of a process group.
+    """
 
     def __init__(self, group: Any) -> None:
         super().__init__()
         self._group, self.rank, self.world_size = group, group.rank(), group.size()
-        self.latency = 0.0  # seconds before which no collective ends
+        self.latency = 0.0  # least duration of a collective, in seconds
 
     def _exchange(self, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
         raise NotImplementedError
 
     def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
-        found = self._exchange(phase, parts)
-        return lambda: found
+        result = self._exchange(phase, parts)
+        return lambda: result
 
     def gather(self, part: Tensor) -> Tensor:
-        """Returns every rank's ``part``."""
+        """Returns ``part`` of every rank, shape ``(W, *part.shape)``."""
         start, gathered = time.perf_counter(), part.new_empty((self.world_size, *part.shape))
         self._finish(start, self._group.allgather([list(gathered.unbind(0))], [part]))
         return gathered
 
     def reduce(self, part: Tensor) -> Tensor:
-        """Returns the sum over all ranks, as if it were of one."""
+        """Returns the sum of ``part`` over all ranks, shape ``(1, *part.shape)``: the format of one rank."""
         start, total = time.perf_counter(), part.clone()
         self._finish(start, self._group.allreduce([total]))
         return total.unsqueeze(0)
@@ -68,15 +72,18 @@ class BareScheme(Channel):
     def _finish(self, start: float, work: Any) -> None:
         self.rounds += 1
         work.wait()
-        if self.latency:  # counted from when this rank sends, not the last one: in doubt in favour of the scheme
+        if self.latency:  # from the time at which this rank sends, not the last one, which favors the scheme
             time.sleep(max(0.0, start + self.latency - time.perf_counter()))
 
     def fail(self, point: SyncPoint, phase: int, error: BaseException, wait: bool = True) -> None:
         raise error
 
 
-class OriginalScheme(BareScheme):
-    """As Bagua's contrib SyncBatchNorm: all-gathers of count, mean and variance, all-reduces of both gradient sums."""
+class UpstreamScheme(BareScheme):
+    """The scheme of upstream Bagua's SyncBatchNorm, of five collectives a layer.
+
+    All-gathers of count, mean and variance, all-reduces of both gradient sums.
+    """
 
     def _exchange(self, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
         if phase == FORWARD:
@@ -87,7 +94,7 @@ class OriginalScheme(BareScheme):
 
 
 class TorchScheme(BareScheme):
-    """As torch.nn.SyncBatchNorm: one all-gather of count, mean and variance, one all-reduce of the gradient sums."""
+    """The scheme of torch.nn.SyncBatchNorm: an all-gather of count, mean and variance, an all-reduce of both sums."""
 
     def _exchange(self, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
         if phase == FORWARD:
@@ -98,17 +105,17 @@ class TorchScheme(BareScheme):
 
 
 def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = None) -> Any:
-    """Returns ``model`` in ``with_bagua``, with its statistics exchanged by one of :data:`VARIANTS`.
+    """Returns ``model`` wrapped by ``with_bagua``, with the statistics exchange of one of :data:`VARIANTS`.
 
     Args:
-        name: of the variant.
-        model: changed in place.
+        name: the name of the variant.
+        model: the model; changed in place.
         inner: the algorithm for the gradients; all-reduce by default.
-        group: what the original's or torch's scheme communicates over; one of ``torch.distributed`` by default, as
-            these two have.
+        group: the communicator of upstream's or torch's scheme. By default a new group of ``torch.distributed``, the
+            kind of group that both schemes use.
 
     Collectives:
-        Every rank must call.
+        Those of ``with_bagua``, and of ``torch.distributed.new_group`` by default. Every rank must call.
     """
     if inner is None:
         inner = bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm()
@@ -120,7 +127,7 @@ def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = N
     if coalesce or name == "per layer":
         return wrapped.with_bagua([], SyncBatchNormAlgorithm(inner))
     wrapped.with_bagua([], inner)
-    schemes: Dict[str, Any] = {"upstream": OriginalScheme, "torch": TorchScheme}
+    schemes: Dict[str, Any] = {"upstream": UpstreamScheme, "torch": TorchScheme}
     channel = schemes[name](dist.new_group()._get_backend(torch.device("cpu")) if group is None else group)
     for layer in sync_batchnorm_layers(wrapped):
         layer.bind(channel, sync_point(layer.sync_name))
@@ -128,7 +135,7 @@ def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = N
 
 
 def channel_of_model(model: nn.Module) -> Channel:
-    """Returns the channel of the model's synchronized layers; of one without, a channel without rounds."""
+    """Returns the channel of the model's synchronized layers; without such layers, a channel without rounds."""
     for layer in sync_batchnorm_layers(model):
         if layer._channel is not None:
             return layer._channel

@@ -1,4 +1,4 @@
-"""Step times of a model by every way to exchange its statistics, measured side by side on ranks of its own."""
+"""Step times of a model with every scheme of statistics exchange, measured interleaved on new rank processes."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from .schemes import COLORS, VARIANTS, build_variant, channel_of_model
 
 __all__ = ["Options", "bars_of", "draw", "measure", "rows_of", "training_step"]
 
-_RECORDED = 5  # steps of each variant under record_rounds, after the timed ones
+_RECORDED = 5  # steps of each variant under record_rounds, after the timed steps
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """The options of a measurement.
 
     Raises:
-        ValueError: for an input or numbers that no step can be run with.
+        ValueError: for no or an unknown variant, a shape of fewer than two dimensions or with a size below 1, fewer
+            than 2 ranks or steps, or a negative latency.
     """
 
     model: str  # package.module:factory
-    shape: Tuple[int, ...] = (4, 3, 64, 64)  # of one rank's input
+    shape: Tuple[int, ...] = (4, 3, 64, 64)  # the input of one rank
     ranks: int = RANKS
-    steps: int = 20  # timed, of each variant
+    steps: int = 20  # timed steps of each variant
     latency: float = 0.0  # seconds added to every round of statistics
     variants: Tuple[str, ...] = tuple(VARIANTS)
 
@@ -43,22 +44,22 @@ class Options:
         if len(self.shape) < 2 or min(self.shape) < 1:
             raise ValueError(
                 f"expected an input of two dimensions or more, each at least 1 (got {','.join(map(str, self.shape))}); "
-                "give batch, channels and size, e.g. 4,3,64,64"
+                "use batch, channels and size, e.g. 4,3,64,64"
             )
         if self.ranks < 2 or self.steps < 2 or self.latency < 0:
             raise ValueError(
                 f"expected at least 2 ranks and 2 steps and a latency of at least 0 (got {self.ranks}, {self.steps}, "
-                f"{self.latency}); statistics are exchanged between ranks"
+                f"{self.latency}); increase the value that is too small"
             )
         unknown = [name for name in self.variants if name not in VARIANTS]
         if unknown or not self.variants:
             raise ValueError(
-                f"expected variants among {', '.join(VARIANTS)} (got {', '.join(unknown) or 'none'}); choose of these"
+                f"expected variants among {', '.join(VARIANTS)} (got {', '.join(unknown) or 'none'}); use these names"
             )
 
 
 def training_step(model: nn.Module, input: Tensor) -> Callable[[], None]:
-    """Returns a function that runs forward and backward; the loss is :func:`loss_of` the output."""
+    """Returns a function that runs one forward and backward. The loss is :func:`loss_of` the output."""
 
     def step() -> None:
         for parameter in model.parameters():
@@ -69,36 +70,43 @@ def training_step(model: nn.Module, input: Tensor) -> Callable[[], None]:
 
 
 def loss_of(output: Any) -> Tensor:
-    """Returns the sum of the squared outputs' means: something to differentiate, whatever a model returns.
+    """Returns the sum over all floating-point output tensors of the mean of their squares.
+
+    Args:
+        output: a tensor, or tensors in nested containers.
 
     Raises:
-        ValueError: if the output holds no floating-point tensor.
+        ValueError: if the output has no floating-point tensor.
     """
     leaves = [leaf for leaf in pytree.tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not leaves:
         raise ValueError(
-            f"expected the model to return floating-point tensors (got {type(output).__name__} without any); name a "
-            "factory whose model does"
+            f"expected the model to return floating-point tensors (got {type(output).__name__} without any); use "
+            "a model that does"
         )
     return torch.stack([leaf.float().square().mean() for leaf in leaves]).sum()
 
 
 def measure(options: Options) -> Dict[str, Any]:
-    """Runs all variants on ranks of their own, interleaved.
+    """Measures all variants, interleaved, on new rank processes.
 
     Args:
-        options: what to measure.
+        options: the options of the measurement.
 
     Returns:
-        What was asked, the plan in words, and for each variant its rounds a step, the seconds of a step (``median``,
-        ``low`` and ``high`` of the middle half) and, where this package's own channel exchanges, the seconds of its
-        rounds and of waiting for them by phase.
+        The results:
+
+        - ``options``: the fields of ``options``;
+        - ``plan``: a summary of the plan, or ``None`` without a coalesced variant;
+        - ``variants``: for each variant the number of ``rounds`` per step, the seconds of a step (``median``, and the
+          quartiles ``low`` and ``high``), and ``phases``: the ``duration`` and the ``exposed`` seconds of the rounds
+          per step, in forward and in backward. ``phases`` is empty for a variant without this package's channel.
 
     Raises:
         torch.multiprocessing.ProcessException: if a rank failed.
     """
-    found: Dict[str, Any] = run_ranks(_run_rank, options, ranks=options.ranks)
-    return found
+    results: Dict[str, Any] = run_ranks(_run_rank, options, ranks=options.ranks)
+    return results
 
 
 def _run_rank(rank: int, options: Options) -> Dict[str, Any]:
@@ -115,7 +123,7 @@ def _run_rank(rank: int, options: Options) -> Dict[str, Any]:
     warmup = 5
     with Progress(transient=True, disable=rank != 0) as progress:
         task = progress.add_task("measuring", total=len(built) * (options.steps + warmup))
-        for step in steps.values():  # the first batch checks the regrouped graph: without added latency
+        for step in steps.values():  # without added latency: the first batch checks the regrouped graph
             step()
         channels = {name: channel_of_model(each) for name, each in built.items()}
         for channel in channels.values():
@@ -131,11 +139,12 @@ def _run_rank(rank: int, options: Options) -> Dict[str, Any]:
         rounds = (channels[name].rounds - before) // _RECORDED
         variants[name] = {"rounds": rounds, **spreads[name]._asdict(), "phases": _phases(record)}
     plan = next((plan_of(built[name]) for name in ("overlapped", "coalesced") if name in built), None)
-    words = None if plan is None else f"{plan.summary()}, overlapped {plan.rounds_overlapped}"
-    return {"options": asdict(options), "plan": words, "variants": variants}
+    summary = None if plan is None else f"{plan.summary()}, overlapped {plan.rounds_overlapped}"
+    return {"options": asdict(options), "plan": summary, "variants": variants}
 
 
 def _phases(record: RoundRecords) -> Dict[str, Dict[str, float]]:
+    """Returns the median over steps of the rounds' seconds, by phase."""
     phases: Dict[str, Dict[str, float]] = {}
     for phase in ("forward", "backward"):
         entries = [[e for e in step if e.phase == phase] for step in record.by_step().values()]
@@ -147,16 +156,16 @@ def _phases(record: RoundRecords) -> Dict[str, Dict[str, float]]:
     return phases
 
 
-def rows_of(found: Mapping[str, Any]) -> List[Tuple[str, ...]]:
-    """Returns a table: a heading, then a row for each variant."""
-    variants = found["variants"]
-    local, original = variants.get("local"), variants.get("upstream")
-    heading = ("variant", "step, ms", "x local", "overhead of original's", "rounds", "waits, ms: forward", "backward")
+def rows_of(results: Mapping[str, Any]) -> List[Tuple[str, ...]]:
+    """Returns a table of the results of :func:`measure`: a heading, then a row for each variant."""
+    variants = results["variants"]
+    local, upstream = variants.get("local"), variants.get("upstream")
+    heading = ("variant", "step, ms", "x local", "overhead / upstream's", "rounds", "waits, ms: forward", "backward")
     rows: List[Tuple[str, ...]] = [heading]
     for name, each in variants.items():
         median, low, high = (f"{1000 * each[key]:.1f}" for key in ("median", "low", "high"))
         ratio = "" if local is None else f"{each['median'] / local['median']:.2f}"
-        overhead = overhead_of(found, name) if local is not None and original is not None else None
+        overhead = overhead_of(results, name) if local is not None and upstream is not None else None
         waits = [
             f"{1000 * each['phases'][phase]['exposed']:.1f}" if phase in each["phases"] else ""
             for phase in ("forward", "backward")
@@ -166,14 +175,20 @@ def rows_of(found: Mapping[str, Any]) -> List[Tuple[str, ...]]:
     return rows
 
 
-def overhead_of(found: Mapping[str, Any], name: str, of: str = "upstream") -> float:
-    """Returns a variant's step beyond local BatchNorm's as a share of another's, by default the original's."""
-    local, other, this = (found["variants"][each]["median"] for each in ("local", of, name))
+def overhead_of(results: Mapping[str, Any], name: str, of: str = "upstream") -> float:
+    """Returns the overhead of a variant over local BatchNorm, relative to the overhead of another variant.
+
+    Args:
+        results: the results of :func:`measure`.
+        name: the name of the variant.
+        of: the name of the other variant.
+    """
+    local, other, this = (results["variants"][each]["median"] for each in ("local", of, name))
     return float((this - local) / (other - local))
 
 
 def title_of(options: Mapping[str, Any]) -> str:
-    """Returns what was measured, with what was added, in words; by the fields of :class:`Options`."""
+    """Returns a title for figures and tables from the fields of :class:`Options`."""
     shape = "x".join(map(str, options["shape"]))
     latency = options["latency"]
     added = f"{1000 * latency:g} ms added to every round" if latency else "no latency added"
@@ -181,28 +196,41 @@ def title_of(options: Mapping[str, Any]) -> str:
 
 
 def bars_of(spreads: Mapping[str, Any], names: Sequence[str]) -> Tuple[List[float], List[List[float]], Dict[str, Any]]:
-    """Returns how variants' bars look: lengths in ms, the middle halves around them, matplotlib's other options."""
+    """Returns the data of a bar chart of step times.
+
+    Args:
+        spreads: ``median``, ``low`` and ``high`` in seconds, by variant.
+        names: the variants, in the order of the bars.
+
+    Returns:
+        The lengths of the bars in ms, the error bars below and above them, and further options of matplotlib.
+    """
     times = [1000 * spreads[name]["median"] for name in names]
     below = [time - 1000 * spreads[name]["low"] for time, name in zip(times, names)]
     above = [1000 * spreads[name]["high"] - time for time, name in zip(times, names)]
-    looks = {"color": [COLORS[name] for name in names], "error_kw": {"elinewidth": 1, "ecolor": "#404040"}}
-    return times, [below, above], looks
+    style = {"color": [COLORS[name] for name in names], "error_kw": {"elinewidth": 1, "ecolor": "#404040"}}
+    return times, [below, above], style
 
 
-def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Draws the step times as bars, with the rounds of a step on them."""
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Draws a bar chart of the step times, labeled with the rounds of a step.
+
+    Args:
+        results: the results of :func:`measure`.
+        path: the image file to write.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
     axis = figure.subplots()
-    variants = found["variants"]
+    variants = results["variants"]
     names = list(variants)[::-1]
-    times, errors, looks = bars_of(variants, names)
-    bars = axis.barh(names, times, xerr=errors, **looks)
+    times, errors, style = bars_of(variants, names)
+    bars = axis.barh(names, times, xerr=errors, **style)
     labels = [f"{time:.0f} ms, {variants[name]['rounds']} rounds" for time, name in zip(times, names)]
     axis.bar_label(bars, labels, fontsize=8, padding=8)
     axis.set_xlim(0, 1.3 * max(times))
     axis.set_xlabel("step time, ms (median and middle half)")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(title_of(found["options"]), fontsize=9, loc="left")
+    axis.set_title(title_of(results["options"]), fontsize=9, loc="left")
     figure.savefig(path)

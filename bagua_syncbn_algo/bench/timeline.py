@@ -1,4 +1,4 @@
-"""One training step as it was: what each rank computed, which rounds were in flight, and for which it waited."""
+"""The timeline of one training step: the computation of each rank, the rounds in flight, the waits for rounds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from .steps import Options, loss_of, title_of
 
 __all__ = ["Span", "draw", "record_step", "write_trace"]
 
-_STEPS = 7  # recorded; the one of median length is shown
+_STEPS = 7  # recorded steps; the one of median length is drawn
 LANES = ("computation", "statistics", "gradients")
-_LOOKS = {
+# Color and legend by kind of span.
+_STYLES = {
     "forward": ("#56B4E9", "forward"),
     "backward": ("#0072B2", "backward"),
     "wait": ("#D55E00", "waiting for statistics"),
@@ -33,18 +34,24 @@ _LOOKS = {
 
 
 class Span(NamedTuple):
-    """Something that took time on one rank. Seconds from the beginning of the step."""
+    """A period of time on one rank."""
 
     rank: int
     lane: str  # one of LANES
-    kind: str  # forward, backward, wait; overlapped, exposed; bucket
+    kind: str  # computation: forward, backward, wait; statistics: overlapped, exposed; gradients: bucket
     name: str
-    start: float
+    start: float  # seconds from the beginning of the step
     end: float
 
 
 def record_step(options: Options) -> List[Span]:
-    """Runs steps of the first of ``options.variants`` on ranks of its own, and returns the one of median length.
+    """Runs steps of the first of ``options.variants`` on new rank processes and returns the step of median length.
+
+    Args:
+        options: the options of the measurement.
+
+    Returns:
+        The spans of all ranks.
 
     Raises:
         torch.multiprocessing.ProcessException: if a rank failed.
@@ -53,12 +60,12 @@ def record_step(options: Options) -> List[Span]:
     return spans
 
 
-def _watched_algorithm(events: List[Tuple[str, float, float]]) -> Any:
-    """Returns gradient all-reduce that notes when each bucket was on its way."""
+def _recorded_algorithm(events: List[Tuple[str, float, float]]) -> Any:
+    """Returns a gradient all-reduce that appends the name, start and end of each bucket to ``events``."""
 
-    class Watched(bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm):  # type: ignore[misc]
+    class RecordedAllReduce(bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm):  # type: ignore[misc]
         def reify(self, process_group: Any) -> Any:
-            live = super().reify(process_group)
+            implementation = super().reify(process_group)
             starts: Dict[str, float] = {}
 
             def init_operations(ddp: Any, bucket: Any) -> None:
@@ -69,10 +76,10 @@ def _watched_algorithm(events: List[Tuple[str, float, float]]) -> Any:
                     lambda name: events.append((name, starts[name], time.perf_counter())), group=process_group
                 )
 
-            live.init_operations = init_operations
-            return live
+            implementation.init_operations = init_operations
+            return implementation
 
-    return Watched()
+    return RecordedAllReduce()
 
 
 def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
@@ -81,10 +88,10 @@ def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
     input = torch.randn(options.shape)
     torch.manual_seed(0)
     buckets: List[Tuple[str, float, float]] = []
-    model = build_variant(options.variants[0], build(options.model), _watched_algorithm(buckets))
+    model = build_variant(options.variants[0], build(options.model), _recorded_algorithm(buckets))
     steps: List[List[Span]] = []
     for number in range(3 + _STEPS):
-        if number == 3:  # the first ones check the graph and grow the buckets
+        if number == 3:  # the first steps check the graph and form the buckets
             add_latency(channel_of_model(model), options.latency)
         dist.barrier()
         buckets.clear()
@@ -116,7 +123,7 @@ def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
     gathered: List[Any] = [None] * options.ranks
     dist.all_gather_object(gathered, steps)
 
-    # All ranks run on one machine, whose clock they share.
+    # All ranks run on one machine and share its clock.
     def length(index: int) -> float:
         ends = [span.end for each in gathered for span in each[index]]
         return float(max(ends) - min(span.start for each in gathered for span in each[index]))
@@ -128,7 +135,7 @@ def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
 
 
 def write_trace(spans: List[Span], path: Path) -> None:
-    """Writes a Chrome trace, which ``chrome://tracing`` and Perfetto open: a process a rank, a thread a lane."""
+    """Writes a Chrome trace for ``chrome://tracing`` and Perfetto, with a process per rank and a thread per lane."""
     events: List[Dict[str, Any]] = []
     for rank in sorted({span.rank for span in spans}):
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
@@ -150,27 +157,33 @@ def write_trace(spans: List[Span], path: Path) -> None:
 
 
 def draw(spans: List[Span], options: Options, path: Path) -> None:
-    """Draws the step, a group of lanes a rank, and below it the middle of backward enlarged."""
+    """Draws the step, with one group of lanes per rank, and below it an enlarged part of backward.
+
+    Args:
+        spans: the result of :func:`record_step`.
+        options: the options of that call.
+        path: the image file to write.
+    """
     from matplotlib.figure import Figure
 
     ranks = sorted({span.rank for span in spans})
     figure = Figure(figsize=(13, 2.2 + 2.0 * len(ranks)), dpi=140, layout="constrained")
-    whole, part = figure.subplots(2, 1)
+    full, detail = figure.subplots(2, 1)
     backward = next(span for span in spans if span.kind == "backward")
     width = (backward.end - backward.start) / 5
     middle = (backward.start + backward.end) / 2
-    _draw_lanes(whole, spans, ranks)
-    whole.axvspan(1000 * (middle - width / 2), 1000 * (middle + width / 2), color="#F0E442", alpha=0.25, zorder=0)
-    _draw_lanes(part, spans, ranks)
-    part.set_xlim(1000 * (middle - width / 2), 1000 * (middle + width / 2))
-    part.set_title("the part of backward marked above, enlarged", fontsize=9, loc="left")
-    part.set_xlabel("ms")
+    _draw_lanes(full, spans, ranks)
+    full.axvspan(1000 * (middle - width / 2), 1000 * (middle + width / 2), color="#F0E442", alpha=0.25, zorder=0)
+    _draw_lanes(detail, spans, ranks)
+    detail.set_xlim(1000 * (middle - width / 2), 1000 * (middle + width / 2))
+    detail.set_title("the part of backward marked above, enlarged", fontsize=9, loc="left")
+    detail.set_xlabel("ms")
     waited = sum(span.end - span.start for span in spans if span.kind == "wait" and span.rank == ranks[0])
     overlapped = sum(span.end - span.start for span in spans if span.kind == "overlapped" and span.rank == ranks[0])
-    facts = f"rank {ranks[0]} waits {1000 * waited:.0f} ms; {1000 * overlapped:.0f} ms of rounds pass while it computes"
-    whole.set_title(f"One step ({options.variants[0]}): {facts}", fontsize=10, loc="left")
+    summary = f"rank {ranks[0]} waits {1000 * waited:.0f} ms, {1000 * overlapped:.0f} ms of rounds are overlapped"
+    full.set_title(f"One step ({options.variants[0]}): {summary}", fontsize=10, loc="left")
     shown = {span.kind for span in spans}
-    handles = [_patch(color, label) for kind, (color, label) in _LOOKS.items() if kind in shown and kind != "exposed"]
+    handles = [_patch(color, label) for kind, (color, label) in _STYLES.items() if kind in shown and kind != "exposed"]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     figure.suptitle(title_of(vars(options)), fontsize=9, x=0.01, ha="left")
     figure.savefig(path)
@@ -189,7 +202,7 @@ def _draw_lanes(axis: Any, spans: List[Span], ranks: List[int]) -> None:
         for number, lane in enumerate(LANES):
             place = -(rank * height + number)
             ticks[place] = f"rank {rank}: {lane}" if lane == LANES[0] else lane
-            for kind, (color, _) in _LOOKS.items():
+            for kind, (color, _) in _STYLES.items():
                 bars = [
                     (1000 * span.start, 1000 * (span.end - span.start))
                     for span in spans

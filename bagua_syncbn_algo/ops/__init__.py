@@ -1,1 +1,1 @@
-"""What one round computes: moments, autograd Functions, running statistics."""
+"""The arithmetic of one round: moments, autograd Functions, running statistics."""

@@ -1,13 +1,13 @@
-"""Pure tensor mathematics of batch normalization: local moments, their merge, normalization, input gradient.
+"""Tensor functions of batch normalization: local moments, their merge, normalization, input gradient.
 
-Legend: ``N`` batch, ``C`` channels (dimension 1 of the input), ``W`` ranks. Nothing here communicates. Every function
-takes a non-empty *dense* input (see :func:`dense`); an empty shard must never reach a native kernel, some of which
-divide by its size and end the process.
+Symbols: ``N`` is the batch size, ``C`` the number of channels (dimension 1 of the input), ``L`` the number of layers,
+``ΣC`` the channels of all layers, ``W`` the number of ranks. The functions do not communicate. Their input is *dense*
+(see :func:`dense`) and not empty: some native kernels divide by the size of an empty shard and end the process.
 
-On CUDA the functions call the fused kernels under ``torch.nn.SyncBatchNorm``, which take half-precision input with
-float32 statistics. Everywhere else they call ATen's operators. Their elementwise steps work in place on one fresh
-tensor: at these sizes the page faults of a second allocation cost more than a pass over memory. They never fold the
-mean into an additive term (x·a − mean·a), which would lose as many digits as the mean has over the standard deviation.
+On CUDA the functions call the fused kernels of ``torch.nn.SyncBatchNorm``, which take half-precision input with float32
+statistics. On other devices they call ATen operators. Elementwise steps work in place on one new tensor, because the
+page faults of a second allocation cost more than a pass over memory. No step folds the mean into an additive term
+(x·a − mean·a), because that loses about log₁₀(|mean| / standard deviation) digits.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ __all__ = [
 ]
 
 
-# The overload itself: finding it by its arguments at every call costs as much as the arithmetic of a small layer.
+# The overload, not the packet: overload resolution at every call costs as much as the arithmetic of a small layer.
 _BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
 
 
 class LocalMoments(NamedTuple):
-    """Moments of one rank's own elements."""
+    """Moments of the elements of one rank."""
 
     elements: int  # per channel
     mean: Tensor  # (C,)
-    variance: Tensor  # (C,) biased: the centred sum of squares over the elements
-    centred: Optional[Tensor] = None  # scratch of the input's shape: input − shift; `normalize` writes its result there
-    shift: Optional[Tensor] = None  # (C,) what was subtracted from the input to get `centred`
+    variance: Tensor  # (C,) biased: the centred sum of squares divided by the elements
+    centred: Optional[Tensor] = None  # scratch of the input's shape: input − shift; `normalize` overwrites it
+    shift: Optional[Tensor] = None  # (C,) subtracted from the input in `centred`
 
     def unbiased_variance(self) -> Tensor:
-        """Returns the variance over ``elements − 1``; for a single element the variance itself, 0."""
+        """Returns the variance over ``elements − 1``; 0 for a single element."""
         return self.variance * (self.elements / max(self.elements - 1, 1))
 
     def forget(self) -> LocalMoments:
@@ -58,21 +58,25 @@ class LocalMoments(NamedTuple):
 
 
 class GlobalMoments(NamedTuple):
-    """Moments of all ranks' elements together, of one layer or of several one after the other."""
+    """Moments of the elements of all ranks, of one layer or concatenated over several."""
 
     elements: Tensor  # float64 (exact to 2⁵³), per channel: a scalar, or (L,) for L layers
     mean: Tensor  # (C,), or (ΣC,)
-    variance: Tensor  # the same shape; biased: what normalizes
-    layer_of: Optional[Tensor] = None  # (ΣC,) of which layer each channel is; None for one layer
+    variance: Tensor  # the same shape; biased, for the normalization
+    layer_of: Optional[Tensor] = None  # (ΣC,) the layer index of each channel; None for one layer
 
     def unbiased_variance(self) -> Tensor:
-        """Returns the variance over ``elements − 1``, what running_var takes."""
+        """Returns the variance over ``elements − 1``, for ``running_var``."""
         factor = self.elements / (self.elements - 1)  # float64
         factor = factor.to(self.variance.dtype)
         return self.variance * (factor if self.layer_of is None else factor[self.layer_of])
 
     def split(self, features: List[int]) -> List[GlobalMoments]:
-        """Returns the moments of each layer by itself."""
+        """Returns the moments of each layer.
+
+        Args:
+            features: the channel count of each layer.
+        """
         if self.layer_of is None:
             return [self]
         parts = zip(self.elements, self.mean.split(features), self.variance.split(features))
@@ -85,7 +89,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def memory_format(input: Tensor) -> torch.memory_format:
-    """Returns the memory format of the output for ``input``: channels-last where the input is, else contiguous."""
+    """Returns the memory format of the output for ``input``: channels-last if the input is, else contiguous."""
     if not input.is_contiguous():
         if input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
@@ -100,23 +104,23 @@ def dense(input: Tensor) -> Tensor:
 
 
 def has_fused_kernels(input: Tensor) -> bool:
-    """Whether PyTorch has fused batch normalization kernels for the input's device."""
+    """Returns whether PyTorch has fused batch normalization kernels for the input's device."""
     return input.is_cuda
 
 
 def local_moments(input: Tensor) -> LocalMoments:
     """Computes count, mean and biased variance per channel.
 
-    Never by ``E[x²] − E[x]²``, which at a mean of 1000 standard deviations is off by a fifth in float32.
+    The variance is not ``E[x²] − E[x]²``. In float32, at a mean of 1000 standard deviations, that is off by a fifth.
 
     Args:
         input: shape ``(N, C, ...)``, dense, at least one element.
 
     Returns:
-        Moments in :func:`statistics_dtype`.
+        Moments in :func:`statistics_dtype` of the input's dtype.
     """
     if has_fused_kernels(input):
-        # Not batch_norm_stats, whose invstd is 0, not infinite, where variance and eps are 0: a constant channel.
+        # Not batch_norm_stats, whose invstd is 0 instead of infinite if variance and eps are 0 (a constant channel).
         mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
         return LocalMoments(input.numel() // input.shape[1], mean, variance)
     channels = input.shape[1]
@@ -127,8 +131,8 @@ def local_moments(input: Tensor) -> LocalMoments:
         return LocalMoments(count, mean, variance)
     shift = input.mean([d for d in range(input.dim()) if d != 1])
     centred = torch.sub(input, _per_channel(shift, input))
-    # ATen has no vectorized sum of squares per channel; its backward kernel, given the centred input for both the
-    # gradient and the input and a mean of zero, returns Σc² and Σc in one pass, summed in double precision.
+    # ATen has no vectorized sum of squares per channel. With the centred input as gradient and as input, and a mean of
+    # zero, the backward kernel returns Σc² and Σc in one pass, summed in double precision.
     _, squares, residual = _BATCH_NORM_BACKWARD(
         centred,
         centred,
@@ -141,23 +145,23 @@ def local_moments(input: Tensor) -> LocalMoments:
         0.0,
         [False, True, True],
     )
-    error = residual / count  # the float32 mean's own rounding error
+    error = residual / count  # the rounding error of the float32 mean
     variance = (squares / count).addcmul_(error, error, value=-1).clamp_(min=0)
     return LocalMoments(count, shift + error, variance, centred, shift)
 
 
 def merge_moments(counts: Tensor, means: Tensor, variances: Tensor, layer_of: Optional[Tensor] = None) -> GlobalMoments:
-    """Merges the moments of ``W`` ranks, in rank order, so that every rank gets the same bits.
+    """Merges the moments of ``W`` ranks, in rank order, so that every rank gets bitwise the same result.
 
     ``N = Σ n_r``, ``M = Σ n_r m_r / N``, ``V = Σ n_r [v_r + (m_r − M)²] / N``: Chan, Golub, LeVeque, "Updating formulae
-    and a pairwise algorithm for computing sample variances", 1979, with variances for sums of squares. Done in
-    float64, whatever the statistics' dtype: the tensors are small and an int64 count stays exact to 2⁵³.
+    and a pairwise algorithm for computing sample variances", 1979, with variances instead of sums of squares. The
+    arithmetic is in float64 for every dtype: the tensors are small, and an int64 count is exact to 2⁵³.
 
     Args:
-        counts: shape ``(W, 1)``, or ``(W, L)`` for L layers; int64; the sum over ranks must be at least 2.
-        means: shape ``(W, C)``; for several layers one after the other.
-        variances: shape ``(W, C)``, biased.
-        layer_of: shape ``(C,)``: of which layer each channel is; ``None`` for one layer.
+        counts: shape ``(W, 1)``, or ``(W, L)`` for ``L`` layers; int64; the sum over ranks is at least 2.
+        means: shape ``(W, C)``; for several layers ``(W, ΣC)``.
+        variances: the shape of ``means``; biased.
+        layer_of: shape ``(ΣC,)``: the layer index of each channel; ``None`` for one layer.
 
     Returns:
         Moments in the dtype of ``means``.
@@ -186,7 +190,7 @@ def normalize(
 
     Args:
         input: shape ``(N, C, ...)``, dense.
-        local: what :func:`local_moments` gave for this input; its scratch tensor is overwritten.
+        local: the result of :func:`local_moments` for this input; its scratch tensor is overwritten.
         mean: shape ``(C,)``, statistics dtype.
         invstd: shape ``(C,)``, statistics dtype.
         weight: shape ``(C,)`` or ``None``; any floating dtype.
@@ -209,13 +213,16 @@ def normalize(
 def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
     """Returns the local sums ``Σ dy`` and ``Σ dy · x̂`` per channel, where ``x̂ = (x − mean) · invstd``.
 
-    They are also the gradients of bias and weight on this rank.
+    The sums are also the gradients of bias and weight on this rank.
 
     Args:
         grad_output: shape ``(N, C, ...)``, dense, in the memory format of ``input``.
         input: shape ``(N, C, ...)``, dense.
         mean: shape ``(C,)``, statistics dtype.
         invstd: shape ``(C,)``, statistics dtype.
+
+    Returns:
+        Two tensors of shape ``(C,)``.
     """
     if has_fused_kernels(input):
         dy, dy_xmu, _, _ = torch.batch_norm_backward_reduce(grad_output, input, mean, invstd, None, True, False, False)
@@ -246,8 +253,8 @@ def input_gradient(
 ) -> Tensor:
     """Returns ``dx = weight · invstd · (dy − mean(dy) − x̂ · mean(dy · x̂))`` in the input's dtype.
 
-    The derivative of :func:`normalize` with respect to its input through the global moments (Ioffe, Szegedy, "Batch
-    Normalization", 2015, section 3, with means over all ranks).
+    This is the gradient of :func:`normalize` with respect to its input, including the dependence of the global moments
+    on the input (Ioffe, Szegedy, "Batch Normalization", 2015, section 3, with means over all ranks).
 
     Args:
         grad_output: shape ``(N, C, ...)``, dense, in the memory format of ``input``.
@@ -260,7 +267,7 @@ def input_gradient(
     """
     weight = None if weight is None else cast(weight, mean.dtype)
     if has_fused_kernels(input):
-        # The kernel divides both sums by an int32 count, which a wide cluster overflows: it is given means and 1.
+        # The kernel divides both sums by an int32 count, which could overflow on many ranks. It gets means and a 1.
         one = torch.ones(1, dtype=torch.int32, device=input.device)
         return torch.batch_norm_backward_elemt(
             grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one
@@ -274,24 +281,29 @@ def input_gradient(
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As ``tensor.to(dtype)``, which takes a microsecond to find that there is nothing to do."""
+    """Returns ``tensor.to(dtype)``, without the microsecond which that call takes if the dtype is the same."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def split_channels(vector: Tensor, features: Sequence[int]) -> Sequence[Tensor]:
-    """Returns the parts ``(C,)`` of each layer in a vector ``(ΣC,)``."""
+    """Splits a vector ``(ΣC,)`` into one vector ``(C,)`` per layer.
+
+    Args:
+        vector: shape ``(ΣC,)``.
+        features: the channel count of each layer.
+    """
     return (vector,) if len(features) == 1 else vector.split(features)
 
 
 @lru_cache(maxsize=256)
 def _filled(value: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a constant vector, never to be written to."""
-    with torch.inference_mode(False):  # it outlives the block that may be running
+    """Returns a cached, read-only constant vector."""
+    with torch.inference_mode(False):  # the cached tensor is also used outside of the caller's inference mode
         return torch.full((size,), value, dtype=dtype, device=device)
 
 
 def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
-    """Shapes a ``(C,)`` vector so that it broadcasts over an input ``(N, C, ...)``."""
+    """Returns a view of a ``(C,)`` vector that broadcasts over an input ``(N, C, ...)``."""
     return vector.view((1, -1) + (1,) * (like.dim() - 2))
 
 
@@ -302,5 +314,5 @@ def _scale_and_shift_(tensor: Tensor, scale: Tensor, offset: Optional[Tensor]) -
     scale, offset = _per_channel(scale, tensor), _per_channel(offset, tensor)
     if tensor.is_contiguous():
         return tensor.mul_(scale).add_(offset)
-    # One pass for two; channels-first the same operator is not vectorized, and slower than both above.
+    # One pass instead of two. For channels-first, this operator is not vectorized and slower than the two above.
     return torch.addcmul(offset, tensor, scale, out=tensor)

@@ -1,18 +1,18 @@
-"""Reuse of a forward's statistics by activation checkpointing.
+"""Reuse of the statistics of a forward by activation checkpointing.
 
-Activation checkpointing runs a layer's forward a second time, inside the backward pass. The recomputed forward must
-normalize with the statistics of the first one: another exchange would cost a round, and the running statistics would
-move twice.
+Activation checkpointing runs the forward of a layer a second time, inside the backward pass. The recomputed forward
+must normalize with the statistics of the first one. Another exchange would cost a round, and the running statistics
+would be updated twice.
 
-The statistics of a forward live exactly as long as a recomputation can ask for them. Their owner is an object that the
-autograd graph holds:
+The statistics of a forward are kept exactly as long as a recomputation may need them. Their owner is an object that the
+autograd graph references:
 
 - ``checkpoint(..., use_reentrant=False)`` saves tensors through hooks. The owner is the unpack hook, which every
-  tensor saved in the checkpointed region refers to.
-- ``checkpoint(..., use_reentrant=True)``, and other autograd Functions that run layers without gradients, are nodes of
-  the graph themselves. The owner is the node.
+  tensor saved in the checkpointed region references.
+- ``checkpoint(..., use_reentrant=True)`` is itself a node of the graph, as are other autograd Functions that run layers
+  without gradients. The owner is the node.
 
-A forward that runs in neither of them cannot be recomputed, and nothing is kept for it.
+A forward outside of both cannot be recomputed, and its statistics are not kept.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from .moments import GlobalMoments, LocalMoments
 
 __all__ = ["RecomputeCache", "SavedStatistics", "inside_backward", "recomputation_owners"]
 
-_AGREEMENT = 1e-4  # a recomputation repeats the same arithmetic; other batches differ by more, up to 10⁸ elements
+# Relative. A recomputation repeats the same arithmetic. Moments of other batches of up to 10⁸ elements differ by more.
+_TOLERANCE = 1e-4
 
 
 def inside_backward() -> bool:
-    """Whether the caller runs inside a backward pass of this thread; always ``False`` before torch 2.0."""
+    """Returns whether the caller runs inside a backward pass of this thread; always ``False`` before torch 2.0."""
     return graph_task() != -1
 
 
 def recomputation_owners() -> List[Any]:
     """Returns the objects of the autograd graph that may run the current forward a second time.
 
-    The list is empty in an ordinary forward. The objects can be referred to weakly.
+    The list is empty in a forward that cannot be recomputed. The objects support weak references.
     """
     if not torch.is_grad_enabled():
         return list(_enclosing_functions())
@@ -50,9 +51,10 @@ def recomputation_owners() -> List[Any]:
 
 
 def _enclosing_functions() -> Iterator[Any]:
-    """Yields the nodes of the autograd Functions whose ``forward`` is running, from the innermost outwards.
+    """Yields the nodes of the autograd Functions whose ``forward`` is running, the innermost first.
 
-    PyTorch does not say which Functions are running. The context that each ``forward`` takes first is the node itself.
+    PyTorch has no list of running Functions, so this searches the call stack. The first argument of each ``forward`` is
+    its context, which is the node.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -68,26 +70,32 @@ class SavedStatistics:
     """Statistics of one training forward of a round.
 
     Args:
-        local: moments of this rank, by which a recomputation is recognized.
-        merged: moments of all ranks, which a recomputation normalizes with.
+        local: the moments of this rank, which identify a recomputation.
+        merged: the moments of all ranks, with which a recomputation normalizes.
+
+    Attributes:
+        elements: the elements per channel on this rank, for each layer.
+        moments: means and variances of this rank, shape ``(2, ΣC)``.
+        merged: the argument of the same name.
+        sequence: the position of the forward's autograd node in program order.
     """
 
     __slots__ = ("__weakref__", "_node", "_task", "_uses", "elements", "merged", "moments", "sequence")
 
     def __init__(self, local: Sequence[LocalMoments], merged: GlobalMoments) -> None:
         self.elements = tuple(part.elements for part in local)
-        self.moments = _flat(local)
+        self.moments = _stack_moments(local)
         self.merged = merged
         self.sequence = 0
         self._node: Any = None
         self._task, self._uses = -1, 0
 
-    def belongs_to(self, node: Any, has_graph: bool) -> None:
-        """Notes the autograd node of the forward, which must not be held: it holds these statistics.
+    def set_node(self, node: Any, has_graph: bool) -> None:
+        """Sets the autograd node of the forward. A call has no effect while the node of an earlier call exists.
 
         Args:
-            node: the node.
-            has_graph: whether the node is part of a graph; else it is freed with the forward.
+            node: the node. It holds these statistics, so the reference to it is weak.
+            has_graph: whether the node is part of a graph. If not, it is freed when the forward ends.
         """
         if self.node is None:
             self._node = ref(node) if has_graph else None
@@ -95,104 +103,104 @@ class SavedStatistics:
 
     @property
     def node(self) -> Any:
-        """The autograd node of the forward; ``None`` if it has none, or no longer."""
+        """The autograd node of the forward; ``None`` if there is none or it is freed."""
         return None if self._node is None else self._node()
 
     @property
-    def is_over(self) -> bool:
-        """Whether the forward had an autograd node, which is freed."""
+    def node_is_freed(self) -> bool:
+        """Whether the forward had an autograd node that is freed."""
         return self._node is not None and self._node() is None
 
     @property
     def uses(self) -> int:
-        """How many recomputations have used these statistics in the current backward pass."""
+        """The number of recomputations that used these statistics in the current backward pass."""
         return self._uses if self._task == graph_task() else 0
 
-    def use(self) -> None:
+    def count_use(self) -> None:
         """Counts a recomputation in the current backward pass."""
         self._task, self._uses = graph_task(), self.uses + 1
 
 
 class RecomputeCache:
-    """Statistics of the forwards of one round that may be recomputed."""
+    """Statistics of the forwards of one round that may be recomputed. Its length is the number of saved statistics."""
 
     def __init__(self) -> None:
-        # By owner, in program order. Statistics never refer to their owner: an entry ends with it.
+        # By owner, in program order. Statistics never reference their owner, so an entry is freed with its owner.
         self._saved: WeakKeyDictionary[Any, List[SavedStatistics]] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._all())
 
     def save(self, statistics: SavedStatistics, owners: Sequence[Any]) -> None:
-        """Keeps ``statistics`` as long as one of ``owners`` lives."""
+        """Keeps ``statistics`` as long as one of ``owners`` exists."""
         for owner in owners:
             earlier = self._saved.get(owner, [])
-            if not isinstance(owner, BackwardCFunction):  # hooks may serve many steps
-                earlier = [each for each in earlier if not each.is_over]
+            if not isinstance(owner, BackwardCFunction):  # hooks may be reused in many steps
+                earlier = [each for each in earlier if not each.node_is_freed]
             self._saved[owner] = [*earlier, statistics]
 
     def match(self, local: Sequence[LocalMoments]) -> Optional[SavedStatistics]:
         """Returns the statistics of the forward that is being recomputed; ``None`` for an ordinary forward.
 
-        A recomputation repeats the moments of its forward. Where several forwards have the same moments on this rank,
-        the autograd graph tells in which checkpointed region the backward pass is, and the forwards of that region are
-        taken in program order. A forward on new data has other moments: it is an ordinary one inside a backward, too.
+        A recomputation has the moments of its first forward. If several forwards have the same moments on this rank,
+        the autograd graph identifies the checkpointed region that the backward pass is in. The forwards of that region
+        are then matched in program order. A forward on new data inside a backward has other moments and is ordinary.
 
         Args:
-            local: moments of the layers in this forward.
+            local: the moments of each layer in this forward.
         """
         if not self._saved or not inside_backward():
             return None
         node = current_node()
-        own = self._saved.get(node, ()) if isinstance(node, BackwardCFunction) else ()  # others own nothing
-        candidates = _agreeing(own, local)
+        own = self._saved.get(node, ()) if isinstance(node, BackwardCFunction) else ()  # other nodes own no statistics
+        candidates = _matching(own, local)
         if not candidates:
-            candidates = _agreeing(self._all(), local)
+            candidates = _matching(self._all(), local)
             if len(candidates) > 1 and node is not None:
                 candidates = self._region_of(node, candidates)
         if not candidates:
             return None
-        found = min(candidates, key=lambda statistics: statistics.uses)  # the first of those that were used least
-        found.use()
-        return found
+        chosen = min(candidates, key=lambda statistics: statistics.uses)  # the first of the least used
+        chosen.count_use()
+        return chosen
 
     def _region_of(self, node: Any, candidates: Sequence[SavedStatistics]) -> List[SavedStatistics]:
-        """Returns the candidates of the checkpointed region whose backward ``node`` is, in program order."""
+        """Returns the candidates of the checkpointed region that ``node`` belongs to, in program order."""
         reachable, sequence = _reachable(node, candidates), sequence_of(node)
         if reachable:
             nearest = max(reachable, key=lambda each: each.sequence)
-        else:  # of another branch: the latest one before the node, else the first one after it
+        else:  # all are in other branches: the latest one before the node, else the first one after it
             nearest = min(candidates, key=lambda each: (each.sequence > sequence, abs(each.sequence - sequence)))
         region = next(saved for saved in list(self._saved.values()) if nearest in saved)
         return [each for each in region if each in candidates]
 
     def _all(self) -> List[SavedStatistics]:
-        """Returns all statistics, each once, the latest first."""
+        """Returns all statistics without duplicates, the latest first."""
         unique = {id(each): each for saved in list(self._saved.values()) for each in saved}
         return sorted(unique.values(), key=lambda statistics: statistics.sequence, reverse=True)
 
 
-def _agreeing(saved: Sequence[SavedStatistics], local: Sequence[LocalMoments]) -> List[SavedStatistics]:
-    """Returns those with the moments ``local``: means in standard deviations, variances relative.
+def _matching(saved: Sequence[SavedStatistics], local: Sequence[LocalMoments]) -> List[SavedStatistics]:
+    """Returns the statistics of ``saved`` whose local moments equal ``local`` within the tolerance.
 
-    A value that is not a number agrees with every other one.
+    Means are compared relative to the standard deviation, variances relative to the variance. NaN equals every value.
     """
     elements = tuple(part.elements for part in local)
     candidates = [statistics for statistics in saved if statistics.elements == elements]
     if not candidates:
         return []
-    means, variances = _flat(local)
-    information = torch.finfo(means.dtype)
+    means, variances = _stack_moments(local)
+    info = torch.finfo(means.dtype)
     all_means, all_variances = torch.stack([statistics.moments for statistics in candidates]).unbind(1)
-    scale = all_variances.sqrt() + information.eps * all_means.abs() + information.tiny
-    spread = scale.square() + information.tiny
-    apart = torch.cat([(means - all_means).abs() / scale, (variances - all_variances).abs() / spread], dim=1)
-    agrees = (apart.nan_to_num(0.0).amax(1) < _AGREEMENT).tolist()
-    return [statistics for statistics, agreed in zip(candidates, agrees) if agreed]
+    scale = all_variances.sqrt() + info.eps * all_means.abs() + info.tiny
+    spread = scale.square() + info.tiny
+    deviations = torch.cat([(means - all_means).abs() / scale, (variances - all_variances).abs() / spread], dim=1)
+    matches = (deviations.nan_to_num(0.0).amax(1) < _TOLERANCE).tolist()
+    return [statistics for statistics, is_match in zip(candidates, matches) if is_match]
 
 
 def _reachable(node: Any, candidates: Sequence[SavedStatistics]) -> List[SavedStatistics]:
-    """Returns those whose autograd node is ``node`` or one that ``node`` was computed from."""
+    """Returns the candidates whose autograd node is ``node`` or reachable from it, towards the inputs."""
     wanted = {each.node: each for each in candidates if each.node is not None}
     if not wanted:
         return []
@@ -209,8 +217,8 @@ def _reachable(node: Any, candidates: Sequence[SavedStatistics]) -> List[SavedSt
     return found
 
 
-def _flat(local: Sequence[LocalMoments]) -> Tensor:
-    """Returns means and variances of all layers, shape ``(2, ΣC)``."""
+def _stack_moments(local: Sequence[LocalMoments]) -> Tensor:
+    """Returns the means and variances of all layers, shape ``(2, ΣC)``."""
     dtype = torch.float64 if any(part.mean.dtype == torch.float64 for part in local) else torch.float32
     rows = [torch.cat([row.to(dtype) for row in rows]) for rows in zip(*((part.mean, part.variance) for part in local))]
     return torch.stack(rows)

@@ -1,8 +1,8 @@
-"""World-wide running statistics for layers that normalize over less than the world, at no exposed cost.
+"""Running statistics over the whole world for layers that normalize over fewer ranks.
 
-Each layer leaves its local moments in a pool. When backward begins, the pool of all layers travels as one tensor, by
-two sums over all ranks, while gradients are computed and sent; when backward is done, every rank applies the same
-update.
+A pool collects the local moments of all layers. From the first gradient of backward on, two all-reduces sum the pool
+over all ranks, as one tensor. They overlap with the computation and the communication of gradients. After backward,
+every rank applies the same update.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .moments import LocalMoments, merge_moments
 __all__ = ["RunningPool", "Slot"]
 
 
-class _FirstSums(NamedTuple):
-    """What the second sum needs of the first, per layer ``(L,)`` or per channel ``(ΣC,)``."""
+class _LocalSummands(NamedTuple):
+    """This rank's moments, from the first all-reduce to the second. Each has shape ``(ΣC,)``."""
 
-    counts: Tensor  # (ΣC,): this rank's elements
-    means: Tensor  # (ΣC,)
-    variances: Tensor  # (ΣC,)
+    counts: Tensor  # elements
+    means: Tensor
+    variances: Tensor  # biased
 
 
 class Slot(NamedTuple):
@@ -34,25 +34,30 @@ class Slot(NamedTuple):
     layer: Any
     mean: Tensor
     variance: Tensor
-    in_pool: bool = False  # whether the tensors are the pool's own memory
+    in_pool: bool = False  # whether the tensors are views of the pool's memory
 
     @classmethod
     def of(cls, layer: Any, dtype: torch.dtype, device: torch.device) -> Slot:
-        """Returns a slot of zeros that belongs to no pool."""
+        """Returns a slot of zeros outside of the pool's memory."""
         mean, variance = torch.zeros(2, layer.num_features, dtype=dtype, device=device).unbind(0)
         return cls(layer, mean, variance)
 
 
 class RunningPool:
-    """Moments of all layers since the last update, and the tensor in which they travel.
+    """Moments of all layers since the last update, and the tensor that is summed over all ranks.
 
-    A plain sum cannot merge variances, so two follow each other: first ``(n, n·m)``, which gives every rank the world's
-    ``N`` and ``M``, then ``n[v + (m − M)²]`` (Chan, Golub, LeVeque 1979, in two passes). The bytes do not grow with the
-    number of ranks.
+    One sum cannot merge variances. The first all-reduce sums ``(n, n·m)``, from which every rank computes the world's
+    ``N`` and ``M``. The second one sums ``n[v + (m − M)²]`` (Chan, Golub, LeVeque 1979, in two passes). The size of the
+    messages does not depend on the number of ranks.
 
     Args:
-        layers: SyncBatchNorm layers that keep running statistics; the same on all ranks.
-        channel: over the whole world, for forwards that no backward follows.
+        layers: the SyncBatchNorm layers that keep running statistics; the same on all ranks.
+        channel: a channel over the whole world, for forwards without a backward.
+
+    Attributes:
+        layers: the argument of the same name.
+        payload: the tensor that is summed, shape ``(L + ΣC,)``: ``(n, n·m)``, then zeros and ``n[v + (m − M)²]``.
+        trains: whether any parameter is trained, so that a backward can follow a forward with gradients.
     """
 
     def __init__(self, layers: Sequence[Any], channel: Channel) -> None:
@@ -62,43 +67,41 @@ class RunningPool:
         doubles = any(layer.running_mean.dtype == torch.float64 for layer in self.layers)
         self._dtype, self._device = (torch.float64 if doubles else torch.float32), first.device
         self._features = features
-        # Of which layer each channel is: turns a value per layer into one per channel.
+        # The layer index of each channel. It expands a value per layer to one per channel.
         self._layer_of = torch.repeat_interleave(torch.tensor(features)).to(self._device)
-        #: What is communicated: ``(n, n·m)``, later zeros and ``n[v + (m − M)²]``; shape ``(L + ΣC,)``.
         self.payload = torch.zeros(len(features) + sum(features), dtype=self._dtype, device=self._device)
         self._index = {id(layer): index for index, layer in enumerate(self.layers)}
         self._elements = [0] * len(features)
-        # Mean and unbiased variance of what each layer has run since the last launch. Kernels write to `_places`, and
-        # autograd keeps these with them; the pool writes to the same memory past autograd's version counter.
+        # Mean and unbiased variance of each layer's forwards since the last launch. Kernels write to `_slots`, which
+        # autograd saves. The pool writes to the same memory through `.data`, which autograd's version counter ignores.
         moments = torch.zeros(2, sum(features), dtype=self._dtype, device=self._device)
         self._moments = moments.data
-        self._places = list(zip(*(row.split(features) for row in moments)))
+        self._slots = list(zip(*(row.split(features) for row in moments)))
         self._views = list(zip(*(row.split(features) for row in self._moments)))
-        #: Whether a backward can follow a forward with gradients: whether any parameter is trained.
         self.trains = True
-        self._flight: Optional[_FirstSums] = None
-        self._world: Optional[Tensor] = None
+        self._summands: Optional[_LocalSummands] = None
+        self._world_sums: Optional[Tensor] = None  # counts (L,) and means (ΣC,) of the world
 
     @property
     def collects(self) -> bool:
-        """Whether moments of a forward wait for a backward, :meth:`add`; else :meth:`merge` takes them at once."""
+        """Whether :meth:`add` pools the moments of a forward until backward. If not, use :meth:`merge`."""
         return self.trains and torch.is_grad_enabled()
 
-    def place(self, layer: Any, dtype: torch.dtype) -> Slot:
-        """Returns a slot of zeros to which a kernel may write; pass it to :meth:`add` afterwards."""
+    def slot(self, layer: Any, dtype: torch.dtype) -> Slot:
+        """Returns a slot of zeros to which a kernel may write. Pass the slot to :meth:`add` afterwards."""
         index = self._index[id(layer)]
         if self._elements[index] == 0 and dtype == self._dtype:
-            mean, variance = self._places[index]
+            mean, variance = self._slots[index]
             return Slot(layer, mean, variance, in_pool=True)
         return Slot.of(layer, dtype, self._device)
 
     @torch.no_grad()
     def add(self, slot: Slot, elements: int) -> None:
-        """Takes the local moments of one training forward; several of a layer before a launch are pooled.
+        """Adds the local moments of one training forward to the pool, which merges several forwards of a layer.
 
         Args:
-            slot: the moments, variance unbiased, as BatchNorm kernels compute it.
-            elements: per channel; 0 for an empty shard.
+            slot: the moments, with unbiased variance, as BatchNorm kernels compute it.
+            elements: the elements per channel; 0 for an empty shard.
         """
         index = self._index[id(slot.layer)]
         earlier = self._elements[index]
@@ -116,7 +119,16 @@ class RunningPool:
         own_variance.copy_(variance)
 
     def merge(self, layer: Any, point: SyncPoint, local: LocalMoments) -> None:
-        """Updates ``layer`` at once by the moments of one training forward of all ranks.
+        """Updates the running statistics of ``layer`` at once, with the moments of one training forward on all ranks.
+
+        Args:
+            layer: the layer.
+            point: the sync point of the layer.
+            local: the moments of this rank.
+
+        Raises:
+            ValueError: if the world has at most one value per channel.
+            SyncBatchNormError: if another rank failed, is at another sync point or did not arrive.
 
         Collectives:
             One all-gather of ``8 + 2C·itemsize`` payload bytes. Every rank must call.
@@ -125,73 +137,78 @@ class RunningPool:
 
     @torch.no_grad()
     def load(self) -> None:
-        """Moves what was pooled into the payload, for the first sum; forwards from now on are pooled anew."""
+        """Moves the pooled moments into the payload for the first all-reduce. The pool is empty afterwards."""
         elements, self._elements = self._elements, [0] * len(self._elements)
-        # Variances are unbiased and here become biased.
+        # Factors from unbiased to biased variances.
         factors = [(n - 1) / n if n else 0.0 for n in elements]
         per_layer = torch.tensor([elements, factors], dtype=self._dtype).to(self._device)
         counts, factors_of = per_layer[:, self._layer_of]
         means, variances = self._moments[0].clone(), self._moments[1] * factors_of
-        self._moments.zero_()  # a value that is no number would outlast even a momentum of 1
-        self._flight = _FirstSums(counts, means, variances)
+        self._moments.zero_()  # a kernel with a momentum of 1 computes 0 · old + new: an old NaN would remain
+        self._summands = _LocalSummands(counts, means, variances)
         self.payload[: len(elements)] = per_layer[0]
         torch.mul(counts, means, out=self.payload[len(elements) :])
 
     @torch.no_grad()
     def second_reduction(self, *unused: Any) -> None:
-        """Between the two sums: takes ``N`` and ``M`` out of the payload and puts the second summand in."""
-        flight = self._flight
-        assert flight is not None
+        """Takes ``N`` and ``M`` from the payload after the first all-reduce and writes the summand of the second one.
+
+        Args:
+            *unused: the arguments that the host passes to an operation of a bucket.
+        """
+        local = self._summands
+        assert local is not None
         layers = len(self._features)
-        self._world = self.payload.clone()
-        mean = self._world[layers:] / self._world[:layers].clamp(min=1)[self._layer_of]
-        self._world[layers:] = mean
+        self._world_sums = self.payload.clone()
+        mean = self._world_sums[layers:] / self._world_sums[:layers].clamp(min=1)[self._layer_of]
+        self._world_sums[layers:] = mean
         self.payload[:layers] = 0
-        self.payload[layers:] = flight.counts * (flight.variances + (flight.means - mean).square())
+        self.payload[layers:] = local.counts * (local.variances + (local.means - mean).square())
 
     @torch.no_grad()
     def apply(self) -> None:
-        """After the second sum: updates every layer that any rank has run since the last update."""
-        assert self._world is not None
+        """Updates, after the second all-reduce, every layer that any rank has run since the last update."""
+        assert self._world_sums is not None
         layers = len(self._features)
-        counts, means = self._world[:layers], self._world[layers:]
-        self._flight = self._world = None
-        # All layers at once: twenty small operations for each would cost more than the statistics' communication.
+        counts, means = self._world_sums[:layers], self._world_sums[layers:]
+        self._summands = self._world_sums = None
+        # All layers at once, because twenty small operations per layer would cost more than the communication.
         ran = counts > 0
-        # What nobody ran stays untouched: evaluation saves its buffers for backward. On CUDA the host does not know.
+        # Buffers of layers that no rank ran are not written: evaluation saves them for backward. On CUDA all are
+        # written, because the host would have to wait for the counts.
         chosen = [True] * layers if counts.is_cuda else ran.tolist()
         if not any(chosen):
             return
-        # Past Module.__getattr__, which costs more than some of the operations below.
+        # Not through Module.__getattr__, which takes longer than some of the operations below.
         tracked = [layer._buffers["num_batches_tracked"] for layer in self.layers]
-        torch._foreach_add_(_those(tracked, chosen), _those(ran.to(tracked[0].dtype).unbind(0), chosen))
+        torch._foreach_add_(_select(tracked, chosen), _select(ran.to(tracked[0].dtype).unbind(0), chosen))
         momenta = [-1.0 if layer.momentum is None else layer.momentum for layer in self.layers]
         weights = torch.tensor(momenta, dtype=self._dtype).to(self._device)
         if min(momenta) < 0:  # the cumulative average
             cumulative = torch.stack(tracked).clamp(min=1).to(self._dtype).reciprocal()
             weights = torch.where(weights < 0, cumulative, weights)
-        # Where nobody ran the layer all of these are zeros, and so is the weight.
+        # For a layer that no rank ran, the weight and the values are zero.
         per_layer = torch.stack([weights * ran, (counts - 1).clamp(min=1)])
         weights_of, divisors = per_layer[:, self._layer_of]
         values = torch.cat([means, self.payload[layers:] / divisors])
         buffers = [layer._buffers[name] for name in ("running_mean", "running_var") for layer in self.layers]
         moved = torch.cat([buffer.to(self._dtype) for buffer in buffers])
         moved.lerp_(values, weights_of.repeat(2))
-        # A half-precision buffer is rounded once.
-        buffers = _those(buffers, chosen * 2)
+        # The only rounding of a half-precision buffer.
+        buffers = _select(buffers, chosen * 2)
         torch._foreach_zero_(buffers)
-        torch._foreach_add_(buffers, _those(moved.split(self._features * 2), chosen * 2))
+        torch._foreach_add_(buffers, _select(moved.split(self._features * 2), chosen * 2))
 
     @property
     def in_flight(self) -> bool:
         """Whether the payload is loaded and not yet applied."""
-        return self._flight is not None
+        return self._summands is not None
 
     @property
     def names(self) -> List[str]:
-        """The layers' names."""
+        """The names of the layers."""
         return [layer.sync_name for layer in self.layers]
 
 
-def _those(values: Sequence[Tensor], chosen: Sequence[bool]) -> List[Tensor]:
+def _select(values: Sequence[Tensor], chosen: Sequence[bool]) -> List[Tensor]:
     return [value for value, is_chosen in zip(values, chosen) if is_chosen]
