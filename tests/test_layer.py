@@ -66,7 +66,7 @@ def test_evaluation_of_an_empty_batch() -> None:
             r"expected at least 2D input \(N, C, \.\.\.\) at SyncBatchNorm \(got 1D input of shape \(3,\)",
         ),
         (torch.randn(2, 4, 5), r"expected 3 channels in dimension 1 at SyncBatchNorm \(got input of shape \(2, 4, 5\)"),
-        (torch.ones(2, 3, dtype=torch.int64), r"expected floating-point input at SyncBatchNorm \(got torch.int64\)"),
+        (torch.ones(2, 3, dtype=torch.int64), r"expected a floating point input at SyncBatchNorm \(got torch.int64\)"),
         (torch.randn(1, 3), r"expected more than 1 value per channel at SyncBatchNorm \(got input of shape \(1, 3\)"),
         (torch.randn(0, 3, 2, 2), r"expected more than 1 value per channel at SyncBatchNorm"),
     ],
@@ -85,7 +85,7 @@ def test_bad_input_on_one_rank(input: Tensor, message: str) -> None:
     [
         (torch.randn(3), "expected at least 2D input"),
         (torch.randn(2, 4, 5), "expected 3 channels in dimension 1"),
-        (torch.ones(2, 3, dtype=torch.int64), "expected floating-point input"),
+        (torch.ones(2, 3, dtype=torch.int64), "expected a floating point input"),
     ],
 )
 def test_bad_input_on_all_ranks(input: Tensor, message: str) -> None:
@@ -289,7 +289,7 @@ def test_a_layer_with_a_process_group_is_not_pickled_in_silence() -> None:
         pickle.dumps(SyncBatchNorm(3, process_group=group))
 
     for failure in run_threads(2, body, errors=True):
-        assert isinstance(failure, TypeError) and "expected a layer over all ranks to pickle" in str(failure)
+        assert isinstance(failure, TypeError) and "expected a layer without a process group in pickle" in str(failure)
 
 
 @pytest.mark.multirank
