@@ -54,7 +54,7 @@ __all__ = [
     "tag_table",
 ]
 
-# Resolved at first use (PEP 562): they patch `torch.nn.Module.with_bagua`, and a plain import must not.
+# Imported at first use (PEP 562): importing the package must not patch `torch.nn.Module.with_bagua`.
 _LAZY = {
     "SyncBatchNormAlgorithm": "algorithm",
     "SyncBatchNormAlgorithmImpl": "algorithm",

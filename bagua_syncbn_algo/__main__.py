@@ -1,4 +1,4 @@
-"""``python -m bagua_syncbn_algo plan | bench | timeline package.module:factory``: what a model's statistics cost."""
+"""The command line: ``python -m bagua_syncbn_algo plan | bench | timeline package.module:factory``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from .graph.coalesce import coalesce
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
-    """Runs the command line; a mistake in it ends the program with a message."""
-    parser = argparse.ArgumentParser(prog="python -m bagua_syncbn_algo", description="What a model's statistics cost.")
+    """Runs a command.
+
+    Args:
+        arguments: the command-line arguments; ``None`` for those of the process.
+
+    Raises:
+        SystemExit: if an argument is invalid, with the error message.
+    """
+    description = "Shows the cost of exchanging the statistics of a model."
+    parser = argparse.ArgumentParser(prog="python -m bagua_syncbn_algo", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands)
     _add_bench(commands)
@@ -34,12 +42,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser("plan", help="which layers share a round of statistics, and why others do not")
+    plan = commands.add_parser("plan", help="print the rounds of statistics, their layers and the modelled cost")
     _add_model(plan)
-    plan.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
-    plan.add_argument("--ranks", type=int, default=2, help="for the modelled communication time (default: 2)")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="also write the plan to this file")
+    plan.add_argument("--ranks", type=int, default=2, help="ranks in the cost model (default: 2)")
     plan.add_argument("--latency", type=float, default=500e-6, help="seconds of the smallest round (default: 0.0005)")
-    plan.add_argument("--bandwidth", type=float, default=1e9, help="bytes a second between two ranks (default: 1e9)")
+    plan.add_argument("--bandwidth", type=float, default=1e9, help="bytes per second between two ranks (default: 1e9)")
     plan.set_defaults(run=_plan)
 
 
@@ -65,7 +73,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument(
-        "--input", type=_shape, default=(4, 3, 64, 64), metavar="N,C,H,W", help="of one rank (default: 4,3,64,64)"
+        "--input", type=_shape, default=(4, 3, 64, 64), metavar="N,C,H,W", help="input of one rank (default: 4,3,64,64)"
     )
     parser.add_argument("--nproc", type=int, default=2, help="gloo ranks to start on this machine (default: 2)")
     parser.add_argument(
@@ -78,22 +86,22 @@ def _shape(text: str) -> Sequence[int]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"expected numbers with commas between them (got {text}); e.g. 4,3,64,64"
+            f"expected numbers separated by commas (got {text}); pass e.g. 4,3,64,64"
         ) from None
 
 
 def _add_bench(commands: Any) -> None:
-    bench = commands.add_parser("bench", help="step times of every scheme, side by side, on ranks of its own")
+    bench = commands.add_parser("bench", help="measure step times of all variants on local ranks, interleaved")
     _add_ranks(bench)
     bench.add_argument("--steps", type=int, default=20, help="timed steps of each variant (default: 20)")
-    bench.add_argument("--variants", nargs="+", metavar="NAME", help="some of the variants only")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
-    bench.add_argument("-o", "--plot", type=Path, metavar="FILE", help="also draw them there")
+    bench.add_argument("--variants", nargs="+", metavar="NAME", help="the variants to measure (default: all)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    bench.add_argument("-o", "--plot", type=Path, metavar="FILE", help="also draw the results to this file")
     bench.set_defaults(run=_bench)
 
 
 def _bench(options: argparse.Namespace) -> None:
-    _need("rich", *(["matplotlib"] if options.plot else []))
+    _require("rich", *(["matplotlib"] if options.plot else []))
     from rich.console import Console
     from rich.table import Table
 
@@ -101,15 +109,15 @@ def _bench(options: argparse.Namespace) -> None:
     from .bench.measure import write
 
     chosen = {} if options.variants is None else {"variants": tuple(options.variants)}
-    asked = steps.Options(options.model, options.input, options.nproc, options.steps, options.latency / 1000, **chosen)
-    build(options.model)  # a wrong name is said here, not by every rank
-    found = steps.measure(asked)
+    run = steps.Options(options.model, options.input, options.nproc, options.steps, options.latency / 1000, **chosen)
+    build(options.model)  # reports a wrong name once, before any rank starts
+    found = steps.measure(run)
     heading, *rows = steps.rows_of(found)
-    caption = f"medians (middle half) of {asked.steps} steps, interleaved"
-    shown = Table(*heading, title=steps.title_of(found["options"]), caption=caption)
+    caption = f"medians (middle half) of {run.steps} steps, interleaved"
+    table = Table(*heading, title=steps.title_of(found["options"]), caption=caption)
     for row in rows:
-        shown.add_row(*row)
-    Console(width=120).print(shown)
+        table.add_row(*row)
+    Console(width=120).print(table)
     if found["plan"] is not None:
         print(found["plan"])
     if options.json is not None:
@@ -119,37 +127,37 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _add_timeline(commands: Any) -> None:
-    timeline = commands.add_parser("timeline", help="a picture of one step: rounds in flight, waits, gradients")
+    timeline = commands.add_parser("timeline", help="draw one step: rounds in flight, waits and gradients")
     _add_ranks(timeline)
     timeline.add_argument("-o", "--output", type=Path, default=Path("step.png"), help="the picture (default: step.png)")
-    timeline.add_argument("--trace", type=Path, help="the Chrome trace (default: as the picture, .json)")
-    timeline.add_argument("--variant", default="overlapped", help="how statistics are exchanged (default: overlapped)")
+    timeline.add_argument("--trace", type=Path, help="the Chrome trace (default: the output, with suffix .json)")
+    timeline.add_argument("--variant", default="overlapped", help="variant to draw (default: overlapped)")
     timeline.set_defaults(run=_timeline)
 
 
 def _timeline(options: argparse.Namespace) -> None:
-    _need("matplotlib")
+    _require("matplotlib")
     from .bench import steps, timeline
 
-    asked = steps.Options(
+    run = steps.Options(
         options.model, options.input, options.nproc, latency=options.latency / 1000, variants=(options.variant,)
     )
     build(options.model)
-    spans = timeline.record_step(asked)
+    spans = timeline.record_step(run)
     trace = options.output.with_suffix(".json") if options.trace is None else options.trace
     timeline.write_trace(spans, trace)
-    timeline.draw(spans, asked, options.output)
-    print(f"the step: {options.output}; for chrome://tracing or Perfetto: {trace}")
+    timeline.draw(spans, run, options.output)
+    print(f"picture: {options.output}; trace for chrome://tracing or Perfetto: {trace}")
 
 
-def _need(*packages: str) -> None:
+def _require(*packages: str) -> None:
     import importlib.util
 
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
-            f"expected {' and '.join(packages)} to be installed (got none of {', '.join(missing)}); "
-            "pip install bagua_syncbn_algo[bench]"
+            f"expected {' and '.join(packages)} to be installed (got an environment without {' and '.join(missing)}); "
+            "run pip install bagua_syncbn_algo[bench]"
         )
 
 

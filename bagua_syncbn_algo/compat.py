@@ -1,6 +1,6 @@
-"""Shims for versions of PyTorch, and every private function of PyTorch that this package calls.
+"""Compatibility with versions of PyTorch, and all private functions of PyTorch that this package calls.
 
-Each says from which version on it exists, and what happens before.
+Each description states the first version that has the function, or the result in versions without it.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ __all__ = [
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-#: The id of the backward pass that this thread runs; -1 outside of one, and always before torch 2.0.
+#: Returns the id of the backward pass that this thread runs; -1 outside of a backward pass, and before torch 2.0.
 graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
-#: The autograd node that this thread runs; ``None`` outside of one, and in versions without the function.
+#: Returns the autograd node that this thread runs; ``None`` outside of a node, and in versions without the function.
 current_node: Callable[[], Any] = getattr(torch._C, "_current_autograd_node", lambda: None)
 
-#: Whether the backward pass that runs will run a node; before torch 2.0 always yes.
+#: Returns whether the current backward pass will run a node; always ``True`` before torch 2.0.
 will_run: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
-#: Whether autocast is on for any device; before torch 2.4 always yes, and :func:`autocast_dtype` decides.
+#: Returns whether autocast is enabled for any device. Always ``True`` before torch 2.4: use :func:`autocast_dtype`.
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 _top_hooks: Optional[Callable[[bool], Any]] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def saved_tensors_hooks() -> Optional[Any]:
-    """Returns the hooks that pack and unpack saved tensors; ``None`` without any, and in versions that do not tell."""
+    """Returns the current hooks for saved tensors; ``None`` without hooks, and in versions without the function."""
     return None if _top_hooks is None else _top_hooks(True)
 
 
 def sequence_of(node: Any) -> int:
-    """Returns the position of an autograd node in program order; 0 in versions that do not tell."""
+    """Returns the position of an autograd node in program order; 0 in versions without the method."""
     number: Optional[Callable[[], int]] = getattr(node, "_sequence_nr", None)
     return 0 if number is None else number()
 
@@ -55,7 +55,7 @@ def sequence_of(node: Any) -> int:
 def aten_op_draws(name: str) -> Optional[bool]:
     """Returns whether an ATen operator draws random numbers; ``None`` if there is no operator of this name.
 
-    Before torch 1.13, which is the first to tag its operators, never ``True``.
+    Never ``True`` before torch 1.13, the first version that tags operators.
     """
     try:
         packet = getattr(torch.ops.aten, name)
@@ -68,7 +68,7 @@ def aten_op_draws(name: str) -> Optional[bool]:
 
 
 def autocast_dtype(device: str) -> Optional[torch.dtype]:
-    """Returns the dtype to which autocast casts on a type of device; ``None`` where it is off."""
+    """Returns the autocast dtype of a device type; ``None`` if autocast is disabled for this type."""
     try:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     except (AttributeError, TypeError):  # before torch 2.4
@@ -78,7 +78,7 @@ def autocast_dtype(device: str) -> Optional[torch.dtype]:
 
 
 def uncompiled(function: _F) -> _F:
-    """Excludes a function from torch.compile: communication with other ranks is no part of a graph."""
+    """Excludes a function from ``torch.compile``, because a compiled graph must not contain communication."""
     disabled: Any = None
 
     @functools.wraps(function)
@@ -86,7 +86,7 @@ def uncompiled(function: _F) -> _F:
         nonlocal disabled
         if disabled is None:
             disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)
-            if disable is None:  # nobody compiles; importing the compiler takes seconds
+            if disable is None:  # torch.compile is not in use; importing it would take seconds
                 return function(*args, **kwargs)
             disabled = disable(function)
         return disabled(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Picks the Bagua that runs algorithms: upstream where it can run, else the embedded host. Exports it as ``bagua``."""
+"""The host of Bagua algorithms, exported as ``bagua``: upstream Bagua if it runs here, else the embedded host."""
 
 from __future__ import annotations
 
@@ -21,22 +21,29 @@ _EMBEDDED = f"{__package__}.embedded.torch_api"
 
 
 def _choose(choice: str) -> Any:
-    """Returns the host module for ``choice``: auto, upstream or embedded."""
+    """Returns the host module.
+
+    Args:
+        choice: ``"auto"``, ``"upstream"`` or ``"embedded"``.
+
+    Raises:
+        ImportError: if ``choice`` is ``"upstream"`` and upstream Bagua cannot be imported.
+    """
     if choice == "embedded":
         return importlib.import_module(_EMBEDDED)
     try:
-        # On a machine without CUDA upstream's first native call ends the process: being importable is not enough.
+        # Without CUDA, upstream Bagua may be importable, but its first native call terminates the process.
         if choice == "auto" and not torch.cuda.is_available():
             raise ImportError("CUDA is not available")
         return importlib.import_module(_UPSTREAM)
-    except Exception as error:  # a native module that does not fit raises more than ImportError
+    except Exception as error:  # an incompatible native module raises other errors than ImportError
         if choice == "upstream":
             raise ImportError(
-                f"expected an installed Bagua that runs here, since BAGUA_SYNCBN_HOST=upstream (got {error!r}); "
-                "install the extra bagua_syncbn_algo[bagua] (Python < 3.10, CUDA 11), or set "
+                f"expected an installed Bagua that runs on this machine with BAGUA_SYNCBN_HOST=upstream (got {error!r}"
+                "); install the extra bagua_syncbn_algo[bagua] (Python < 3.10, CUDA 11), or set "
                 "BAGUA_SYNCBN_HOST=embedded"
             ) from error
-        logger.debug("upstream Bagua does not run here (%s); the embedded host does", error)
+        logger.debug("upstream Bagua does not run on this machine (%s); using the embedded host", error)
         return importlib.import_module(_EMBEDDED)
 
 
@@ -45,7 +52,7 @@ is_upstream = bagua.__name__ == _UPSTREAM
 
 
 def streams() -> CpuStreams:
-    """Returns how communication is ordered against computation on this host."""
+    """Returns the stream operations of the host, which order communication and computation."""
     if is_upstream:
         return CudaStreams()
     chosen: CpuStreams = bagua.communication.streams()
@@ -53,11 +60,14 @@ def streams() -> CpuStreams:
 
 
 def statistics_group(ranks: List[int], timeout: Optional[float]) -> Any:
-    """Returns a new Bagua process group with a stream of its own.
+    """Creates a Bagua process group with a separate stream.
 
     Args:
-        ranks: global ranks.
-        timeout: seconds; ``None`` for the default group's. Upstream's communicators know none.
+        ranks: the global ranks of the group.
+        timeout: the timeout in seconds; ``None`` for that of the default group. No effect under upstream Bagua.
+
+    Returns:
+        The process group.
 
     Collectives:
         Every rank of the world must call, in the same order.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .comm.channel import Channel
+from .comm.groups import GroupReference
 from .comm.local import SINGLE_PROCESS
 from .comm.transport import channel_of, source_group
 from .comm.wire import FORWARD, Roster, SyncPoint, sync_point
@@ -50,48 +51,46 @@ class SyncBatchNorm(_BatchNorm):
 
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
 
-    In training, the mean and the biased variance of each channel are those of the concatenated mini-batches of all
-    ranks, not averages of per-rank statistics. Ranks may have different numbers of samples, including none. With one
-    rank, or without an initialized process group, the layer equals ``torch.nn.BatchNorm*d``.
+    In training, the mean and the biased variance are computed per channel over the concatenated mini-batches of all
+    ranks. They are exact, not averages of per-rank statistics. Ranks may have different numbers of samples, and some
+    ranks may have none. In evaluation, the layer equals ``torch.nn.BatchNorm*d`` and does not communicate. With one
+    rank, or without an initialized process group, it also equals ``torch.nn.BatchNorm*d`` in training.
 
-    In evaluation, the layer equals ``torch.nn.BatchNorm*d`` on every rank and does not communicate.
-
-    The layer runs on CPU and CUDA, under any data parallelism such as ``DistributedDataParallel``.
-    :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm` makes it exchange statistics through Bagua. Double backward is not
+    The layer runs on CPU and CUDA, and with any form of data parallelism, including ``DistributedDataParallel``. With
+    :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm`, it exchanges its statistics over Bagua. Double backward is not
     supported.
 
     Args:
         num_features: the number of channels :math:`C` of the input.
         eps: a value added to the variance for numerical stability. Default: ``1e-5``
-        momentum: the weight :math:`m` of a new value :math:`x_t` in the running statistics,
-            :math:`\hat{x}_\text{new} = (1 - m) \times \hat{x} + m \times x_t`. ``None`` for the cumulative average.
+        momentum: the weight of the new value in the running statistics; ``None`` for the cumulative average.
             Default: ``0.1``
         affine: whether the layer has the learnable parameters ``weight`` (:math:`\gamma`, initially 1) and ``bias``
             (:math:`\beta`, initially 0). Default: ``True``
-        track_running_stats: whether the layer has running statistics. Without them, evaluation uses the statistics of
-            this rank's batch. Default: ``True``
-        process_group: the process group whose ranks normalize together. Default: ``None``, all ranks
+        track_running_stats: whether the layer has running statistics. Without them, evaluation normalizes with the
+            statistics of this rank's batch. Default: ``True``
+        process_group: the process group whose ranks normalize together; ``None`` for all ranks. Default: ``None``
         device, dtype: the device and the dtype of the parameters and buffers.
 
     Shape:
-        - Input: :math:`(N, C, *)` with any number of further dimensions, of a floating point dtype
-        - Output: the shape, dtype and memory format of the input
+        - Input: :math:`(N, C, *)`, where :math:`*` is any number of dimensions; of a floating point dtype
+        - Output: :math:`(N, C, *)` (same shape, dtype and memory format as the input)
 
     Raises:
-        ValueError: in forward, if the input has fewer than 2 dimensions, another number of channels or no floating
-            point dtype, or if batch statistics would be those of at most one value per channel.
+        ValueError: in forward, if the input has fewer than 2 dimensions, a number of channels other than
+            ``num_features``, or no floating point dtype; or if there is at most one value per channel to normalize.
         SyncBatchNormError: if another rank failed, is at another layer, or did not arrive before the timeout.
 
     Collectives:
-        Training forward: one all-gather of ``8 + 2C·itemsize`` payload bytes per rank. Backward: one all-gather of
-        ``(1 + 2C)·itemsize`` bytes, if the input requires a gradient. ``itemsize`` is 4, or 8 for float64 inputs. The
-        first training forward also creates the statistics group, unless an algorithm has bound the layer. Every rank of
-        the process group must call. A forward that activation checkpointing recomputes does not communicate.
+        Training forward: one all-gather of ``8 + 2C·itemsize`` payload bytes per rank; none in a recomputation by
+        activation checkpointing. Backward: one all-gather of ``(1 + 2C)·itemsize`` payload bytes, if the input requires
+        a gradient. ``itemsize`` is 4, or 8 for float64 inputs. The first training forward also creates the statistics
+        group, unless an algorithm has bound the layer. Every rank of the process group must call.
 
     .. note::
-        Other ranks identify a layer by its tag. :func:`~bagua_syncbn_algo.convert_sync_batchnorm` and
-        :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm` tag the layers of a model. Untagged layers are identified by
-        the order of their first use; :func:`~bagua_syncbn_algo.tag_sync_batchnorm` tags them.
+        Ranks identify a layer by its tag, and an untagged layer by the order of its first use.
+        :func:`~bagua_syncbn_algo.convert_sync_batchnorm`, :func:`~bagua_syncbn_algo.tag_sync_batchnorm` and
+        :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm` tag all layers of a model.
 
     Example::
 
@@ -118,11 +117,11 @@ class SyncBatchNorm(_BatchNorm):
 
     def _init_sync(self, process_group: Optional[Any]) -> None:
         """Sets the attributes that BatchNorm does not have. The converter also calls this method."""
-        self.process_group = process_group
-        self.tag = None
+        self.process_group, self.tag = process_group, None
         self._unbind()
 
     def _unbind(self) -> None:
+        """Removes the binding to a channel; the next training forward binds the layer again."""
         self._channel: Optional[Channel] = None
         self._channel_source: Optional[weakref.ref[Any]] = None
         self._point: SyncPoint = sync_point("")
@@ -152,17 +151,16 @@ class SyncBatchNorm(_BatchNorm):
     def bind(
         self, channel: Channel, point: SyncPoint, running: Optional[RunningPool] = None, empty_shards: bool = False
     ) -> None:
-        """Binds this layer to ``channel``, on which it exchanges its statistics at ``point``. The algorithm calls this.
+        """Binds this layer to the channel on which it exchanges its statistics. The algorithm calls this method.
 
         Args:
             channel: the channel of the ranks to normalize over.
             point: the sync point of this layer.
-            running: the pool for the moments of the running statistics, if ``channel`` spans fewer ranks than the world.
-            empty_shards: whether inputs may be empty although ``channel`` has one rank, because other ranks have samples.
+            running: the pool of moments for the running statistics, if ``channel`` has fewer ranks than the world.
+            empty_shards: whether a training input may be empty on a channel of one rank, as other ranks have samples.
         """
-        self._running, self._empty_shards = running, empty_shards
+        self._channel, self._point, self._running, self._empty_shards = channel, point, running, empty_shards
         source = source_group(self.process_group)
-        self._channel, self._point = channel, point
         self._channel_source = None if source is None else weakref.ref(source)
         channel.register(point)
 
@@ -274,11 +272,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def update_running_statistics(self, merged: GlobalMoments) -> None:
-        """Updates the running statistics, and counts one batch.
-
-        Args:
-            merged: the moments of the batch of all ranks.
-        """
+        """Updates the running statistics with ``merged``, the moments of all ranks, and counts one batch."""
         _update_running_statistics([self], merged)
 
     def extra_repr(self) -> str:
@@ -292,12 +286,12 @@ class SyncBatchNorm(_BatchNorm):
         for process_local in ("_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards"):
             state.pop(process_local, None)
         if self.process_group is not None:
-            state["process_group"] = _GroupReference(self.process_group, self.sync_name)
+            state["process_group"] = GroupReference(self.process_group, self.sync_name)
         return state
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if isinstance(self.process_group, _GroupReference):
+        if isinstance(self.process_group, GroupReference):
             self.process_group = self.process_group.group
         self._unbind()
 
@@ -307,22 +301,6 @@ class SyncBatchNorm(_BatchNorm):
         from .convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
-
-
-class _GroupReference:
-    """The process group of a layer that is copied. ``deepcopy`` keeps the same group; ``pickle`` raises an error."""
-
-    def __init__(self, group: Any, name: str) -> None:
-        self.group, self._name = group, name
-
-    def __deepcopy__(self, memo: Dict[int, Any]) -> _GroupReference:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            f"expected a layer without a process group in pickle (got {self._name or 'SyncBatchNorm'} with a process "
-            "group, which exists in this process only); save state_dict(), or set process_group = None first"
-        )
 
 
 @uncompiled
@@ -335,24 +313,23 @@ def batch_norm_coalesced(
 ) -> Tuple[Tensor, ...]:
     """Runs the training forwards of independent layers in one round of statistics.
 
-    Layers that cannot share a message, such as layers on different devices, run one after the other.
-
     Args:
-        layers: the layers in program order. A layer may occur several times.
+        layers: the layers, in program order. A layer may occur several times.
         inputs: the input of each layer.
         name: the name of the round; ``None`` for a single layer.
         cache: the statistics of this round's forwards, for recomputations; ``None`` for the cache of the layer.
         overlap_with: the gradients that backward can compute while the all-gather is in flight.
 
     Returns:
-        The output of each layer.
+        The outputs. Layers that cannot share a message, such as layers on different devices, run one after the other.
 
     Raises:
         ValueError: if an input is invalid for its layer; see :class:`SyncBatchNorm`.
         SyncBatchNormError: if another rank failed, is at another layer, or did not arrive before the timeout.
 
     Collectives:
-        Forward: one all-gather. Backward: one all-gather, if an input requires a gradient. Every rank must call.
+        Forward: one all-gather; none in a recomputation. Backward: one all-gather, if an input requires a gradient.
+        Every rank must call.
     """
     first = layers[0]
     channel = first._bound_channel(inputs[0].device)
@@ -372,9 +349,7 @@ def batch_norm_coalesced(
         return tuple(layer._normalize_single_rank(input) for layer, input in zip(layers, inputs))
     if name is not None:
         channel.register(point)
-    members = [
-        Member(input, layer.weight, layer.bias, layer.eps, layer.sync_name) for layer, input in zip(layers, inputs)
-    ]
+    members = [Member(x, layer.weight, layer.bias, layer.eps, layer.sync_name) for layer, x in zip(layers, inputs)]
     cache = first._recompute_cache if cache is None else cache
     update = partial(_record_moments, layers)
     return sync_batch_norm(members, channel, point, None if channel.trial else cache, overlap_with, update)
@@ -382,10 +357,8 @@ def batch_norm_coalesced(
 
 def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:
     """Returns whether all layers are in training mode, on the same channel, with inputs on the same device."""
-    device = inputs[0].device
-    return all(layer.training and layer._bound_channel() is channel for layer in layers) and all(
-        input.device == device for input in inputs
-    )
+    same_device = all(input.device == inputs[0].device for input in inputs)
+    return all(layer.training and layer._bound_channel() is channel for layer in layers) and same_device
 
 
 def _record_moments(layers: Sequence[SyncBatchNorm], local: Sequence[LocalMoments], merged: GlobalMoments) -> None:

@@ -228,7 +228,7 @@ def test_an_error_in_user_code_on_one_rank_ends_the_others() -> None:
     """Catches a rank that waits forever in an exchange for a rank that has raised an exception."""
     waiting, own = run_processes(2, _fail_in_user_code, env={"BAGUA_SYNCBN_TIMEOUT": "5"}, limit=60)
     assert own.startswith("own: ")
-    assert "exchange statistics at Sequential.1 (forward)" in waiting and "rank 1 never arrived" in waiting
+    assert "exchange statistics at Sequential.1 (forward)" in waiting and "rank 1 did not arrive" in waiting
 
 
 def _rewrap(rank: int) -> Any:

@@ -182,7 +182,7 @@ def test_an_input_that_is_no_shape(capsys: Any) -> None:
     """Catches the error message of `int()`, which does not name the expected format."""
     with pytest.raises(SystemExit):
         main(["bench", MODEL, "--input", "large"])
-    assert "expected numbers with commas between them (got large)" in capsys.readouterr().err
+    assert "expected numbers separated by commas (got large)" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""Bytes between ranks: groups, messages, channels, the record of rounds."""
+"""Communication between ranks: process groups, messages, channels and records of rounds."""

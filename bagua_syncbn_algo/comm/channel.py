@@ -1,8 +1,9 @@
-"""The statistics channel: pack a sync point's statistics, exchange them in one all-gather, unpack and check.
+"""The statistics channel: packs the statistics of a sync point, exchanges them in one all-gather and checks them.
 
-A channel owns one communicator that carries nothing else. All its messages have **one length** (gloo ends the process
-when lengths differ, NCCL hangs or corrupts), and each starts with a header that says where its rank is, so that ranks
-that have drifted apart get an error that names their layers instead of a hang or silently wrong statistics.
+The communicator of a channel carries only statistics. All messages of a channel have **the same length**, because
+different lengths terminate the process (gloo), or hang or corrupt data (NCCL). Each message starts with a header that
+identifies the sync point of its rank. Ranks at different sync points raise an error that names their layers. Without
+the header, they would hang or compute wrong statistics silently.
 """
 
 from __future__ import annotations
@@ -34,27 +35,38 @@ from .wire import (
 
 __all__ = ["Channel"]
 
-_FIRST_CAPACITY = 64  # bytes of the very first message, which agrees on the length of all others: header, 3 numbers
-_NOTICE_SECONDS = 10.0  # how long a failing rank waits for the others to receive its error
+_FIRST_CAPACITY = 64  # bytes of the first message, with which the ranks agree on the length: a header and 3 numbers
+_NOTICE_SECONDS = 10.0  # how long a failing rank waits until the other ranks have received its error
 
 
 class Channel:
     """A group of ranks that exchange statistics.
 
-    Subclasses supply the collective; framing, headers, checks and failure reports live here.
+    This class implements framing, headers, checks and error reports. Subclasses implement the collective.
+
+    Attributes:
+        rank: the number of this rank in the channel.
+        world_size: the number of ranks in the channel.
+        local: whether there is nothing to exchange, so that layers use PyTorch's kernels.
+        trial: whether the channel invents the other ranks' statistics, which must not be saved for a recomputation.
+        label: the prefix of the channel's keys in the store, equal on all ranks of the channel.
+        rounds: the number of all-gathers of statistics so far.
+        frames: the number of messages sent so far, of every kind. It is equal on all ranks, except after an error.
+        capacity: the bytes per message, set by :meth:`join`.
+        failed: whether the last exchange ended with an error.
     """
 
     rank: int = 0
     world_size: int = 1
-    local: bool = False  # nothing to exchange: layers use PyTorch's own kernels
-    trial: bool = False  # statistics are made up: nothing may be kept for a recomputation
-    label: str = "bagua_syncbn"  # names the channel in the store; the same on all its ranks
+    local: bool = False
+    trial: bool = False
+    label: str = "bagua_syncbn"
 
     def __init__(self) -> None:
-        self.rounds = 0  # all-gathers of statistics so far
-        self.frames = 0  # messages sent so far, of every kind: the same on all ranks that are in step
-        self.capacity = 0  # bytes a message; fixed by `join`
-        self.failed = False  # whether the last exchange ended in an error
+        self.rounds = 0
+        self.frames = 0
+        self.capacity = 0
+        self.failed = False
         self._anonymous = 0
         self._names: Dict[int, str] = {}
         self._rosters: Dict[Roster, int] = {}
@@ -65,51 +77,51 @@ class Channel:
     # -- the collective -------------------------------------------------------------------------------------------
 
     def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
-        """Returns the uint8 tensor of ``capacity`` bytes that carries this point's statistics."""
+        """Returns the message of ``point``, a uint8 tensor of ``capacity`` bytes that is reused."""
         raise NotImplementedError
 
     def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
-        """Sets off the gathering of every rank's ``message``; the message stays as it is until that is done.
+        """Starts the all-gather of ``message``, which does not change until the all-gather has ended.
 
         Returns:
-            The result ``(W, *message.shape)``, in rank order, valid until the next call; and a
-            ``torch.distributed.Work``, or what else has its ``wait``, after which it is there.
+            The result ``(W, *message.shape)`` in rank order, valid until the next call, and a
+            ``torch.distributed.Work`` or an object with the same method ``wait``, after which the result is complete.
         """
         raise NotImplementedError
 
     def _store(self) -> Optional[Any]:
-        """Returns the key-value store through which failing ranks tell each other where they are, if there is one."""
+        """Returns the key-value store in which failing ranks publish their positions; ``None`` without one."""
         return None
 
     @property
     def device(self) -> torch.device:
-        """Where small control messages must lie for this communicator."""
+        """The device of messages without statistics, such as the comparison of layers."""
         return torch.device("cpu")
 
     # -- public ---------------------------------------------------------------------------------------------------
 
     def use_device(self, device: torch.device) -> None:
-        """Tells where the layers' statistics lie: small control messages of a CUDA communicator go there, too."""
+        """Sets :attr:`device` of a CUDA communicator to ``device``, the device of the layers' statistics."""
 
     def join(self, roster: Roster, itemsize: int = 4) -> int:
-        """Agrees with all ranks on the layers that use this channel, and on the message length.
+        """Compares the layers that use this channel over all ranks, and sets the length of messages.
 
         Args:
-            roster: this rank's layers.
-            itemsize: bytes of one statistic: 8 for float64.
+            roster: the layers of this rank.
+            itemsize: the bytes per statistic: 4, or 8 for float64.
 
         Returns:
-            The roster's number in this channel, the same on all ranks; part of its layers' sync points.
+            The number of the roster in this channel, equal on all ranks. It is part of the layers' sync points.
 
         Raises:
-            SyncBatchNormError: if the ranks' layers differ; names the first difference. All ranks raise.
+            SyncBatchNormError: on all ranks, if the layers differ. The message names the first difference.
 
         Collectives:
-            One all-gather at the first call for a roster (more only to say what differs). Every rank must call.
+            The first call for a roster: one all-gather, and further ones if the layers differ. Every rank must call.
         """
         if roster in self._rosters:
             return self._rosters[roster]
-        # In a message like any other: a rank that is elsewhere is told so, and lengths never differ.
+        # The comparison is an ordinary message: lengths never differ, and a rank at another sync point raises an error.
         self.capacity = max(self.capacity, _FIRST_CAPACITY)
         rows = self.agree("the first use of a model's layers", roster.text().decode(), roster.capacity(itemsize))
         self.capacity = max([self.capacity, *rows])
@@ -119,30 +131,30 @@ class Channel:
         return ordinal
 
     def agree(self, occasion: str, text: str, value: int) -> List[int]:
-        """Compares lines of text over all ranks, and gathers a number.
+        """Compares a text over all ranks, and gathers a number from each rank.
 
         Args:
-            occasion: what the ranks agree on: names the message.
-            text: must be the same on all ranks.
-            value: this rank's number.
+            occasion: the occasion of the comparison, which names the sync point in errors.
+            text: lines that must be equal on all ranks.
+            value: the number of this rank.
 
         Returns:
-            The numbers of all ranks.
+            The numbers of all ranks, in rank order.
 
         Raises:
-            SyncBatchNormError: if the texts differ; names the first difference. All ranks raise.
+            SyncBatchNormError: on all ranks, if the texts differ. The message names the first difference.
 
         Collectives:
-            One all-gather (more only to say what differs). Every rank must call.
+            One all-gather, and further ones if the texts differ. Every rank must call.
         """
-        lines, own_digest = text.encode(), digest(text)
-        mine = torch.tensor([own_digest, len(lines), value], device=self.device)
+        encoded, own_digest = text.encode(), digest(text)
+        summary = torch.tensor([own_digest, len(encoded), value], device=self.device)
         point = sync_point(occasion)
         self.register(point)
-        rows = self.exchange(point, JOIN, [mine])[0].tolist()
+        rows = self.exchange(point, JOIN, [summary])[0].tolist()
         if any(row[0] != own_digest for row in rows):
             longest = max(row[1] for row in rows)
-            padded = torch.frombuffer(bytearray(lines.ljust(longest + 1)), dtype=torch.uint8).to(self.device)
+            padded = torch.frombuffer(bytearray(encoded.ljust(longest + 1)), dtype=torch.uint8).to(self.device)
             texts = self.exchange(point, JOIN, [padded])[0].cpu()
             raise SyncBatchNormError(
                 first_difference([bytes(t[: row[1]].tolist()).decode() for t, row in zip(texts, rows)])
@@ -150,91 +162,98 @@ class Channel:
         return [row[2] for row in rows]
 
     def register(self, point: SyncPoint) -> None:
-        """Makes the name of ``point`` known, so that an error on this rank can quote it."""
+        """Registers the name of ``point`` for errors on this rank."""
         self._names[point.key] = point.name
 
     def anonymous_name(self, features: int) -> str:
-        """Returns a name for a layer without a tag: by the order of first use, which is the same on every rank."""
+        """Returns a new name for an untagged layer of ``features`` channels, numbered by the order of first use."""
         self._anonymous += 1
         return f"SyncBatchNorm({features}) number {self._anonymous}"
 
     def exchange(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
-        """Exchanges the statistics of one sync point: :meth:`launch`, and waits for the result."""
+        """Exchanges the statistics of one sync point. Equals ``launch(point, phase, parts)()``; see :meth:`launch`."""
         return self.launch(point, phase, parts)()
 
     def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
-        """Sends the statistics of one sync point on their way.
+        """Starts the exchange of the statistics of one sync point.
 
-        One round is in flight at a time: launching another one first waits for it, which keeps its result.
+        One round is in flight at a time. A second launch first waits for the pending round and keeps its result.
 
         Args:
-            point: where this rank is.
-            phase: ``FORWARD`` or ``BACKWARD``.
-            parts: 1-D tensors, the ones with the largest elements first (for alignment); same lengths on all ranks.
+            point: the sync point.
+            phase: ``FORWARD``, ``BACKWARD`` or ``JOIN``.
+            parts: 1-D tensors in descending order of element size (for alignment), of equal lengths on all ranks.
 
         Returns:
-            What waits for the round, and returns for each part of length ``L`` a tensor ``(W, L)`` of its dtype, ranks
-            in order.
+            A function that waits for the round and returns a list. For each part of length ``L``, the list contains a
+            tensor ``(W, L)`` of the same dtype, in rank order. The next launch may overwrite these tensors.
 
         Raises:
-            SyncBatchNormError: here or from waiting: if another rank is elsewhere, sent another length, failed, or did
-                not arrive.
+            SyncBatchNormError: if another rank failed, is at another sync point, sent another length, or did not arrive
+                before the timeout. This method or the returned function raises it, on CUDA possibly in a later round.
 
         Collectives:
-            One all-gather of ``capacity`` bytes a rank (one for every ``capacity − 32`` bytes of payload, should the
-            payload be longer). Every rank must call.
+            One all-gather of ``capacity`` bytes per rank. A payload of more than ``capacity − 32`` bytes takes one
+            all-gather for each ``capacity − 32`` bytes. Every rank must call.
         """
         bodies = self._send(point, phase, 0, [part.contiguous().view(torch.uint8) for part in parts])
 
         def result() -> List[Tensor]:
             body = bodies()
-            found, offset = [], 0
+            gathered, offset = [], 0
             for part in parts:
                 length = part.numel() * part.element_size()
-                found.append(body[:, offset : offset + length].view(part.dtype))
+                gathered.append(body[:, offset : offset + length].view(part.dtype))
                 offset += length
-            return found
+            return gathered
 
         return result
 
     def fail(self, point: SyncPoint, phase: int, error: BaseException, wait: bool = True) -> None:
-        """Tells the other ranks, who wait at ``point``, that this rank cannot take part because of ``error``.
+        """Sends ``error`` to the other ranks in place of this rank's statistics. The other ranks raise an error.
 
         Args:
-            point: where this rank is.
+            point: the sync point at which the other ranks wait.
             phase: ``FORWARD`` or ``BACKWARD``.
-            error: what happened here.
-            wait: whether to give the other ranks a few seconds to receive it.
+            error: the error of this rank.
+            wait: whether to wait up to 10 seconds until the other ranks have received the error.
 
         Collectives:
-            One all-gather of ``capacity`` bytes a rank, in place of :meth:`exchange`. It need not have ended at return.
+            One all-gather of ``capacity`` bytes per rank, in place of :meth:`exchange`. It may be in flight on return.
         """
         text = f"{type(error).__name__}: {error}".encode()[: self.capacity - HEADER_BYTES]
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
-        with contextlib.suppress(SyncBatchNormError):  # this rank's own error is the one to raise
+        with contextlib.suppress(SyncBatchNormError):  # the caller raises this rank's own error
             self._send(point, phase, FAULT, [payload])
             if wait and self._in_flight is not None:
-                self._in_flight.deliver(_NOTICE_SECONDS)
-        self.failed = True  # also where a round that was in flight before has ended well
+                self._in_flight.wait_until_completed(_NOTICE_SECONDS)
+        self.failed = True  # also if the round that was in flight before has succeeded
 
     def recover(self, frames: int) -> None:
-        """Brings this rank back into step after an error: sends empty messages, until there are ``frames``.
+        """Sends empty messages after an error, until this rank has sent as many messages as the other ranks.
+
+        Args:
+            frames: the largest :attr:`frames` of all ranks.
 
         Collectives:
-            One all-gather for each message that this rank has sent less than others.
+            One all-gather for each missing message. Every rank must call.
         """
         point = sync_point("recovery")
-        nothing = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        empty = torch.zeros(1, dtype=torch.uint8, device=self.device)
         while self.frames < frames:
-            with contextlib.suppress(SyncBatchNormError):  # of the round in flight, which ends by it
-                self._send(point, JOIN, FAULT, [nothing])
+            with contextlib.suppress(SyncBatchNormError):  # errors of the round in flight, for which this call waits
+                self._send(point, JOIN, FAULT, [empty])
         with contextlib.suppress(SyncBatchNormError):
             self.flush()
         self._checks.clear()
         self.failed = False
 
     def flush(self) -> None:
-        """Waits for what is in flight, and raises what header checks have found; on CUDA these lag a few rounds."""
+        """Waits for the round in flight and for all header checks. On CUDA these checks lag a few rounds.
+
+        Raises:
+            SyncBatchNormError: if the round or a check failed.
+        """
         if self._in_flight is not None:
             self._in_flight.wait()
         try:
@@ -247,6 +266,7 @@ class Channel:
     # -- frames ---------------------------------------------------------------------------------------------------
 
     def _send(self, point: SyncPoint, phase: int, flags: int, parts: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """Starts the all-gathers of a payload, and returns a function that waits for it."""
         length, room = sum(part.numel() for part in parts), self.capacity - HEADER_BYTES
         if length <= room:
             return self._start(parts, length, point, phase, flags, length).wait
@@ -259,8 +279,9 @@ class Channel:
     def _start(
         self, parts: Sequence[Tensor], size: int, point: SyncPoint, phase: int, flags: int, length: int
     ) -> _PendingGather:
+        """Starts the all-gather of one frame, with ``size`` of the ``length`` bytes of a payload."""
         if self._in_flight is not None:
-            self._in_flight.wait(keep=True)  # its message and what was received are written to again
+            self._in_flight.wait(keep=True)  # this frame overwrites its message and its result
         device = parts[0].device
         header = self._header(point, phase, flags, length, device)
         message = self._message(point, device)
@@ -271,16 +292,16 @@ class Channel:
         entry = None
         if record is not None:
             entry = record.launch(point.layers or (point.name,), PHASES[phase], message.numel())
-        self._in_flight = flight = _PendingGather(self, header, point, phase, entry)
-        flight.start(message)
-        return flight
+        self._in_flight = pending = _PendingGather(self, header, point, phase, entry)
+        pending.start(message)
+        return pending
 
     def _header(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> Header:
-        # Kept per device: building one from Python numbers on CUDA is a copy from pageable memory, i.e. a wait.
+        # Cached per device: on CUDA, a new header is a copy from pageable memory, which blocks the host.
         key = (point.key, phase, flags, length, device)
         header = self._headers.get(key)
         if header is None:
-            with torch.inference_mode(False):  # it outlives the block that may be running
+            with torch.inference_mode(False):  # the header outlives an inference_mode block of the caller
                 words = [point.key, phase, flags, length]
                 header = Header(words, torch.tensor(words).view(torch.uint8).to(device))
             if not flags & FAULT:
@@ -292,15 +313,15 @@ class Channel:
         if not gathered.is_cuda:
             check.finish(self.rank, self._names)
             return
-        # Reading headers on the host now would make it wait for the device at every layer, which is what makes
-        # other implementations slow. A mismatch is an error in any case: it may surface a few rounds later.
+        # Reading the headers now would block the host at every layer, as in other, slower implementations. A mismatch
+        # may therefore raise an error a few rounds later.
         self._checks.append(check)
         while self._checks and self._checks[0].ready():
             self._checks.popleft().finish(self.rank, self._names)
 
 
 class _PendingGather:
-    """One frame on its way to all ranks."""
+    """The all-gather of one frame, from its start to the checked result."""
 
     def __init__(
         self, channel: Channel, header: Header, point: SyncPoint, phase: int, entry: Optional[RoundRecord]
@@ -308,7 +329,7 @@ class _PendingGather:
         self._channel, self._header, self._point, self._phase, self._entry = channel, header, point, phase, entry
         self._gathered: Optional[Tensor] = None
         self._work: Any = None
-        self._arrival: Optional[float] = None
+        self._finish_time: Optional[float] = None
         self._done = False
         self._error: Optional[BaseException] = None
 
@@ -319,20 +340,20 @@ class _PendingGather:
         except RuntimeError as error:
             self._error = error
         if self._entry is not None and self._gathered is not None and not self._gathered.is_cuda:
-            with contextlib.suppress(AttributeError, RuntimeError):  # not every backend can tell
-                self._work.get_future().add_done_callback(self._note_arrival)
+            with contextlib.suppress(AttributeError, RuntimeError):  # some backends have no futures
+                self._work.get_future().add_done_callback(self._note_finish)
 
-    def _note_arrival(self, _: Any) -> None:
-        self._arrival = time.perf_counter()
+    def _note_finish(self, _: Any) -> None:
+        self._finish_time = time.perf_counter()
 
     def wait(self, keep: bool = False) -> Tensor:
-        """Waits, checks the headers and returns the payloads ``(W, capacity − 32)``.
+        """Waits for the all-gather, checks the headers and returns the payloads ``(W, capacity − 32)``.
 
         Args:
-            keep: the next flight is about to use the memory of this one.
+            keep: whether to copy the result, because the next all-gather may overwrite it.
 
         Raises:
-            SyncBatchNormError: the same at every call.
+            SyncBatchNormError: if the all-gather or the check failed. Every call raises the same error.
         """
         channel = self._channel
         if not self._done:
@@ -340,9 +361,9 @@ class _PendingGather:
             if channel._in_flight is self:
                 channel._in_flight = None
             try:
-                self._await()
+                self._wait_for_work()
                 assert self._gathered is not None
-                if not self._header.words[2] & FAULT:  # a failing rank has an error of its own to raise
+                if not self._header.words[2] & FAULT:  # a failing rank raises its own error
                     channel._check(self._gathered, self._header, self._point, self._phase)
                     channel.failed = False
             except SyncBatchNormError as error:
@@ -354,14 +375,14 @@ class _PendingGather:
             self._gathered = self._gathered.clone()
         return self._gathered[:, HEADER_BYTES:]
 
-    def deliver(self, seconds: float) -> None:
-        """Waits up to ``seconds`` until all ranks have this frame; raises nothing."""
+    def wait_until_completed(self, seconds: float) -> None:
+        """Waits up to ``seconds`` until the all-gather has completed. Raises nothing."""
         is_completed = getattr(self._work, "is_completed", None)
         deadline = time.monotonic() + seconds
         while is_completed is not None and not is_completed() and time.monotonic() < deadline:
             time.sleep(0.001)
 
-    def _await(self) -> None:
+    def _wait_for_work(self) -> None:
         start = time.perf_counter()
         try:
             if self._error is not None:
@@ -372,6 +393,6 @@ class _PendingGather:
             message = describe_failure(where, error, channel.rank, channel.world_size, channel.label, channel._store())
             raise SyncBatchNormError(message) from error
         if self._entry is not None:
-            finish = time.perf_counter() if self._arrival is None else self._arrival
-            # A benchmark's Work, which models a network, says when the messages have arrived.
+            finish = time.perf_counter() if self._finish_time is None else self._finish_time
+            # A benchmark's Work that models a network records the arrival of the messages.
             self._entry.wait, self._entry.finish = start, getattr(self._work, "arrival", finish)

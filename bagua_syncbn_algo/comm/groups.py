@@ -1,8 +1,8 @@
-"""Process groups of one's own, made by their members alone.
+"""Process groups that only their members create.
 
-``torch.distributed.new_group`` names a group by a counter: ranks that have made different groups before, or make
-different ones at the same time, then meet under the wrong name and hang, or are wired to each other's peers. Here the
-name is made of the ranks and of how many groups these ranks have made together.
+``torch.distributed.new_group`` names a group by a counter. If ranks have created different groups before, or create
+different groups at the same time, their names do not match: the ranks hang, or connect to the wrong peers. Here the
+name consists of the ranks of the group and the number of groups that these ranks have created together.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import os
 import weakref
 from collections import Counter
 from datetime import timedelta
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["default_group", "default_store", "is_nccl", "member_group", "timeout_of", "yield_core"]
+__all__ = ["GroupReference", "default_group", "default_store", "is_nccl", "member_group", "timeout_of", "yield_core"]
 
-_made: Counter[Tuple[int, ...]] = Counter()
-# Held until exit, and let go before the interpreter ends: a gloo group that is destroyed after it aborts the process.
-_alive: List[Any] = []
+_creation_counts: Counter[Tuple[int, ...]] = Counter()  # by the ranks of the group
+# Keeps groups alive until exit and releases them before the interpreter shuts down: gloo aborts the process if a group
+# is destroyed later.
+_live_groups: List[Any] = []
 _world: Optional[weakref.ref[Any]] = None
-atexit.register(_alive.clear)
+atexit.register(_live_groups.clear)
 
 
 def default_group() -> Any:
@@ -40,16 +41,16 @@ def default_store() -> Any:
 
 
 def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_host: bool = False) -> Any:
-    """Makes a communicator over ``ranks``, on NCCL where the world is on CUDA, else on gloo.
+    """Creates a communicator over ``ranks``: NCCL if the world's group communicates CUDA tensors, else gloo.
 
     Args:
-        ranks: global ranks, this one among them.
-        timeout: of its collectives; ``None`` for that of the world's group.
-        on_host: whether it carries CPU tensors in every case.
+        ranks: the global ranks of the group, including this rank.
+        timeout: the timeout of the collectives; ``None`` for the timeout of the world's group.
+        on_host: whether the communicator is for CPU tensors even if the world's group communicates CUDA tensors.
 
     Returns:
-        A bare backend with the methods of a process group. Hold it weakly; it lives until the program ends or another
-        world is initialised.
+        A bare backend with the methods of a process group. It lives until the program ends or another world is
+        initialized. Keep a weak reference only.
 
     Collectives:
         Every rank of ``ranks`` must call, and no other.
@@ -58,11 +59,11 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
     world = default_group()
     if _world is None or _world() is not world:
         _world = weakref.ref(world)
-        _made.clear()
-        _alive.clear()
+        _creation_counts.clear()
+        _live_groups.clear()
     members = tuple(sorted(ranks))
-    _made[members] += 1
-    name = f"bagua_syncbn/{'_'.join(map(str, members))}/{_made[members]}"
+    _creation_counts[members] += 1
+    name = f"bagua_syncbn/{'_'.join(map(str, members))}/{_creation_counts[members]}"
     store = dist.distributed_c10d.PrefixStore(name, default_store())
     limit = timeout_of(world) if timeout is None else timeout
     rank = members.index(dist.get_rank())
@@ -74,21 +75,21 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
     else:
         with _yielding_threads():
             group = dist.ProcessGroupGloo(store, rank, len(members), limit)
-    _alive.append(group)
+    _live_groups.append(group)
     return group
 
 
 @contextlib.contextmanager
 def _yielding_threads() -> Iterator[None]:
-    """Lets the threads that start in the block yield: none preempts another thread when it wakes.
+    """Makes threads that start in the block yield: a thread that becomes runnable does not preempt another thread.
 
-    While one thread sends, gloo's own thread, woken by what the peer has sent, finds the connection locked, tries again
-    at once and goes on trying. With no more cores than ranks it has often interrupted the very sender, which gets to
-    unlock at the scheduler's next tick: a third of all rounds took 2 to 5 ms in place of 0.3 ms (seen).
+    While one thread sends, a message of the peer makes gloo's own thread runnable. The connection is locked, so gloo's
+    thread retries in a loop. With no more cores than ranks, it has often preempted the sender, which cannot release the
+    lock before the scheduler's next tick. In a measurement, a third of all rounds took 2 to 5 ms instead of 0.3 ms.
     """
-    # Of the calling thread, whose policy those that it starts inherit; on Linux only.
+    # New threads inherit the policy of the calling thread. Linux only.
     policy = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
-    if policy is None or policy != os.SCHED_OTHER:  # whoever chose another one has a reason
+    if policy is None or policy != os.SCHED_OTHER:  # keeps a policy that the program has set
         yield
         return
     with contextlib.suppress(OSError):  # a container may forbid it
@@ -100,22 +101,23 @@ def _yielding_threads() -> Iterator[None]:
             os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
-# Lets threads go first that wait for this core, and would not take it: those above.
+# Yields the core to threads that wait for it and do not preempt this thread; see `_yielding_threads`.
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
 
 
 def is_nccl(group: Any) -> bool:
-    """Whether a group communicates CUDA tensors by itself; one for both kinds of device is named neither way."""
+    """Returns whether ``group`` communicates CUDA tensors: CUDA is available and the backend is not gloo."""
     if not torch.cuda.is_available():
         return False
     try:
+        # Not `== "nccl"`: the backend of a group for CPU and CUDA tensors has another name.
         return str(dist.get_backend(group)) != "gloo"
     except (RuntimeError, ValueError, AssertionError, TypeError, KeyError):
         return str(group.name()) != "gloo"  # a bare backend, unknown to torch.distributed
 
 
 def timeout_of(group: Any) -> timedelta:
-    """Returns how long a group's collectives wait: what it says, else PyTorch's default."""
+    """Returns the timeout of a group's collectives; PyTorch's default if the group does not expose its timeout."""
     for device in ("cuda", "cpu"):
         try:
             timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
@@ -123,3 +125,24 @@ def timeout_of(group: Any) -> timedelta:
         except (AttributeError, RuntimeError):
             continue
     return dist.default_pg_timeout if hasattr(dist, "default_pg_timeout") else timedelta(minutes=30)
+
+
+class GroupReference:
+    """The process group of a layer that is copied. ``deepcopy`` keeps the same group; ``pickle`` raises an error.
+
+    Args:
+        group: the process group.
+        name: the name of the layer, for the error.
+    """
+
+    def __init__(self, group: Any, name: str) -> None:
+        self.group, self._name = group, name
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> GroupReference:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"expected a layer without a process group in pickle (got {self._name or 'SyncBatchNorm'} with a process "
+            "group, which exists in this process only); save state_dict(), or set process_group = None first"
+        )

@@ -1,4 +1,4 @@
-"""Channels of one process, which communicate with nobody."""
+"""Channels of a single process, which do not communicate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["SINGLE_PROCESS", "TWO_RANK_STUB"]
 
 
 class _SingleProcessChannel(Channel):
-    """The null object: one rank, nothing to exchange."""
+    """A channel of one rank, on which there is nothing to exchange."""
 
     local = True
 
@@ -33,15 +33,18 @@ class _SingleProcessChannel(Channel):
 
 
 class _TwoRankStub(_SingleProcessChannel):
-    """One rank that plays two: by the arithmetic of several, even where this rank's batch alone is too small for it."""
+    """A channel for trial runs that invents the statistics of a second rank.
+
+    Layers then use the arithmetic of several ranks, and accept a batch that is too small for one rank.
+    """
 
     local = False
     trial = True
 
     def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
-        # The other one has two elements more, with other moments; its gradient sums are the same.
-        others = {torch.int64: 2}
-        both = [torch.stack([part, part + (others.get(part.dtype, 1) if phase == FORWARD else 0)]) for part in parts]
+        # The second rank has 2 elements more, and mean and variance larger by 1. Its gradient sums are the same.
+        offsets = {torch.int64: 2}
+        both = [torch.stack([part, part + (offsets.get(part.dtype, 1) if phase == FORWARD else 0)]) for part in parts]
         return lambda: both
 
 

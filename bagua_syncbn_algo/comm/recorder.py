@@ -1,4 +1,4 @@
-"""Records of statistics rounds: when each was launched, waited for and finished, and how much of it was exposed."""
+"""Records of statistics rounds: the times of launch, wait and finish, and the exposed time of each round."""
 
 from __future__ import annotations
 
@@ -12,24 +12,34 @@ __all__ = ["RoundRecord", "RoundRecords", "active", "record_rounds"]
 
 @dataclass
 class RoundRecord:
-    """One round of statistics. Times are ``time.perf_counter()`` seconds of the host."""
+    """One round of statistics. Times are in seconds of the host's ``time.perf_counter()``.
+
+    Attributes:
+        layers: the names of the layers that share the round.
+        phase: ``"forward"``, ``"backward"`` or ``"running"``.
+        bytes: the number of bytes that this rank sent.
+        step: the number of the training step.
+        launch: the time at which the round was launched.
+        wait: the time at which the host began to wait for the round; ``None`` before.
+        finish: the time at which the result was complete; ``None`` before.
+    """
 
     layers: Tuple[str, ...]
-    phase: str  # forward, backward or running
-    bytes: int  # sent by this rank
-    step: int  # training forwards of the wrapped model before it
+    phase: str
+    bytes: int
+    step: int
     launch: float
-    wait: Optional[float] = None  # when the host or stream began to wait for it
-    finish: Optional[float] = None  # when its result was there
+    wait: Optional[float] = None
+    finish: Optional[float] = None
 
     @property
     def duration(self) -> float:
-        """Seconds from launch to finish; 0 while it is in flight."""
+        """The seconds from launch to finish; 0 while the round is in flight."""
         return 0.0 if self.finish is None else self.finish - self.launch
 
     @property
     def exposed(self) -> float:
-        """Seconds of its duration for which something waited; 0 if nothing has waited yet."""
+        """The seconds of the duration during which the host waited; 0 before the host waits."""
         if self.finish is None or self.wait is None:
             return 0.0
         return max(0.0, self.finish - max(self.wait, self.launch))
@@ -37,30 +47,44 @@ class RoundRecord:
 
 @dataclass
 class RoundRecords:
-    """The rounds of a recorded block, in order of launch."""
+    """The rounds of a recorded block, in order of launch.
+
+    Attributes:
+        rounds: the recorded rounds.
+        step: the number of the current training step.
+    """
 
     rounds: List[RoundRecord] = field(default_factory=list)
     step: int = 0
 
     def next_step(self) -> None:
-        """Begins a step; the algorithm calls it before each training forward, elsewhere the user may."""
+        """Begins a training step. The algorithm calls this before each training forward; without it, the user may."""
         self.step += 1
 
     def launch(self, layers: Tuple[str, ...], phase: str, size: int) -> RoundRecord:
-        """Notes that a round of ``size`` bytes starts now."""
+        """Records the launch of a round.
+
+        Args:
+            layers: the names of the layers that share the round.
+            phase: ``"forward"``, ``"backward"`` or ``"running"``.
+            size: the number of bytes that this rank sends.
+
+        Returns:
+            The record of the round. The caller sets ``wait`` and ``finish``.
+        """
         entry = RoundRecord(layers, phase, size, self.step, time.perf_counter())
         self.rounds.append(entry)
         return entry
 
     def by_step(self) -> Dict[int, List[RoundRecord]]:
-        """Returns the rounds of each step."""
+        """Returns the rounds of each training step, by step number."""
         steps: Dict[int, List[RoundRecord]] = {}
         for entry in self.rounds:
             steps.setdefault(entry.step, []).append(entry)
         return steps
 
     def exposed(self) -> Dict[int, float]:
-        """Returns the exposed seconds of each step."""
+        """Returns the exposed seconds of each training step, by step number."""
         return {step: sum(entry.exposed for entry in entries) for step, entries in self.by_step().items()}
 
     def __iter__(self) -> Iterator[RoundRecord]:
@@ -74,7 +98,7 @@ _active: Optional[RoundRecords] = None
 
 
 def active() -> Optional[RoundRecords]:
-    """Returns the record that is being written, or ``None``: then a round costs this one call."""
+    """Returns the records of the active :func:`record_rounds` block; ``None`` outside of a block."""
     return _active
 
 
@@ -82,10 +106,10 @@ def active() -> Optional[RoundRecords]:
 def record_rounds() -> Iterator[RoundRecords]:
     """Records all statistics rounds of this process while the block runs.
 
-    On CUDA the times are the host's, which does not wait for rounds; there a round's finish is when it was enqueued.
+    On CUDA, the host does not wait for rounds. The finish time is then the time at which the round was enqueued.
 
     Returns:
-        A :class:`RoundRecords`, filled as the block runs.
+        A context manager whose value is a :class:`RoundRecords`, to which the block adds rounds.
 
     Raises:
         RuntimeError: inside another recorded block.
@@ -99,7 +123,7 @@ def record_rounds() -> Iterator[RoundRecords]:
     global _active
     if _active is not None:
         raise RuntimeError(
-            "expected one record_rounds block at a time (got a second one inside); use the first one's result"
+            "expected one record_rounds block at a time (got a nested block); use the result of the outer block"
         )
     _active = RoundRecords()
     try:

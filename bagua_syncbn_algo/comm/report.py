@@ -1,4 +1,4 @@
-"""What a rank reports when an exchange fails: to the other ranks, and in its own error message."""
+"""Error reports of failed exchanges, to the other ranks and in the error message of this rank."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, List, Optional
 
 __all__ = ["describe_failure", "first_difference", "reporting_errors"]
 
-_DESCRIBE_SECONDS = 3.0  # how long a failing rank waits for the others to publish their positions
+_DESCRIBE_SECONDS = 3.0  # how long a failing rank waits until the other ranks have published their positions
 
 
-class reporting_errors:  # noqa: N801  # a context manager; contextlib's costs a microsecond, four times a layer
-    """Reports an exception in the block to the other ranks before this rank raises it.
+class reporting_errors:  # noqa: N801  # a contextlib generator would cost 1 µs more, four times per layer
+    """A context manager that reports an exception in its block to the other ranks. The exception propagates.
 
     Args:
-        channel: the :class:`~.channel.Channel` whose ranks are told.
+        channel: the :class:`~.channel.Channel` of the ranks that receive the report.
         point: the sync point of the block.
         phase: ``FORWARD`` or ``BACKWARD``.
     """
@@ -37,18 +37,18 @@ class reporting_errors:  # noqa: N801  # a context manager; contextlib's costs a
 def describe_failure(
     where: str, error: BaseException, rank: int, world_size: int, label: str, store: Optional[Any]
 ) -> str:
-    """Returns the message of a failed collective: the position of each rank, as far as the ranks can tell.
+    """Returns the error message of a failed collective, with the position of each rank that has published it.
 
     Args:
         where: the position of this rank, in words.
         error: the error of the collective.
-        rank: of this process in the channel.
-        world_size: ranks of the channel.
-        label: names the channel in the store.
-        store: key-value store through which the ranks publish their positions; ``None`` without one.
+        rank: the number of this rank in the channel.
+        world_size: the number of ranks in the channel.
+        label: the prefix of the channel's keys in the store.
+        store: the key-value store in which the ranks publish their positions; ``None`` without one.
     """
-    last = {rank: where}
-    # No error in here may replace the collective's own error: the store may belong to the process that ended.
+    positions = {rank: where}
+    # An error of the store must not replace the error of the collective: the store's process may have terminated.
     with contextlib.suppress(Exception):
         if store is not None:
             store.set(f"{label}/{rank}", where)
@@ -57,13 +57,13 @@ def describe_failure(
                 key = f"{label}/{other}"
                 with contextlib.suppress(RuntimeError):  # the other rank has not published in time
                     store.wait([key], timedelta(seconds=max(0.05, deadline - time.monotonic())))
-                    last[other] = store.get(key).decode()
-    known = ", ".join(f"rank {other} at {place}" for other, place in sorted(last.items()))
-    silent = [str(other) for other in range(world_size) if other not in last]
-    absent = f"; rank {', '.join(silent)} never arrived: it died or runs other code" if silent else ""
+                    positions[other] = store.get(key).decode()
+    known = ", ".join(f"rank {other} at {position}" for other, position in sorted(positions.items()))
+    missing = [str(other) for other in range(world_size) if other not in positions]
+    absent = f"; rank {', '.join(missing)} did not arrive: it terminated or runs other code" if missing else ""
     return (
         f"expected all {world_size} ranks to exchange statistics at {where} (got {known}{absent}); "
-        f"look at that rank's own output first. The collective said: {error}"
+        f"read the output of that rank first. Error of the collective: {error}"
     )
 
 

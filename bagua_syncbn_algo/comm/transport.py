@@ -1,4 +1,4 @@
-"""The channels that communicate: over a ``torch.distributed`` group, over a Bagua communicator; one for each group."""
+"""Channels over ``torch.distributed`` groups and Bagua communicators, and the table with one channel for each group."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class TorchChannel(Channel):
     """A channel over a ``torch.distributed`` process group.
 
     Args:
-        group: the communicator; a group from ``torch.distributed.new_group`` or a bare backend such as
-            ``ProcessGroupGloo``. It must carry nothing but statistics.
-        store: where a failing rank publishes its position; optional.
+        group: the communicator: a group from ``torch.distributed.new_group`` or a bare backend such as
+            ``ProcessGroupGloo``. Only this channel may use it.
+        store: the key-value store in which a failing rank publishes its position; ``None`` without one.
     """
 
     def __init__(self, group: Any, store: Optional[Any] = None) -> None:
         super().__init__()
         self.rank, self.world_size = group.rank(), group.size()
-        # Weakly: a group that outlives destroy_process_group ends the process with an abort at exit.
-        self._held, self._key_value_store = weakref.ref(group), store
+        # A weak reference: a group that outlives destroy_process_group aborts the process at exit.
+        self._group, self._key_value_store = weakref.ref(group), store
         self._messages: Dict[torch.device, Tensor] = {}
-        self._flat = is_nccl(group)
+        self._is_nccl = is_nccl(group)
         self._device: Optional[torch.device] = None
 
     @property
     def device(self) -> torch.device:
-        if not self._flat:
+        if not self._is_nccl:
             return torch.device("cpu")
-        # NCCL ties a communicator to the device of its first message: a second one is a duplicate GPU.
+        # NCCL binds a communicator to the device of its first message. Another device is a "duplicate GPU" error.
         return torch.device("cuda", torch.cuda.current_device()) if self._device is None else self._device
 
     def use_device(self, device: torch.device) -> None:
@@ -56,14 +56,14 @@ class TorchChannel(Channel):
         return message
 
     def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
-        with torch.inference_mode(False):  # gloo writes to it from a thread that is not in that mode
+        with torch.inference_mode(False):  # gloo writes to it from a thread outside of inference_mode
             gathered = message.new_empty((self.world_size, *message.shape))
-        # The group's own methods: the functional API refuses bare backends and costs 40 µs more a call. gloo has no
-        # flat form before torch 2.4; for NCCL the list form adds a copy for every rank.
-        group = self._held()
+        # Methods of the group: the functional API rejects bare backends and costs 40 µs more per call. gloo has no
+        # flat all-gather before torch 2.4. On NCCL, an all-gather into a list adds a copy for each rank.
+        group = self._group()
         if group is None:
             raise RuntimeError("the process group was destroyed")
-        if self._flat:
+        if self._is_nccl:
             return gathered, group._allgather_base(gathered.view(-1), message.view(-1))
         return gathered, group.allgather([list(gathered.unbind(0))], [message])
 
@@ -72,13 +72,13 @@ class TorchChannel(Channel):
 
 
 class BaguaChannel(Channel):
-    """A channel over a Bagua communicator; each sync point's message is the registered tensor of one Bagua bucket.
+    """A channel over a Bagua communicator. The message of a sync point is the registered tensor of a Bagua bucket.
 
     Args:
-        communicator: ``group.get_global_communicator()`` of a Bagua process group made for statistics.
-        streams: orders the communicator's stream against the current one (see ``host.streams``).
-        device: where the messages lie.
-        store: where a failing rank publishes its position; optional.
+        communicator: ``group.get_global_communicator()`` of a Bagua process group that is only for statistics.
+        streams: the stream operations of the host (see ``host.streams``).
+        device: the device of the messages.
+        store: the key-value store in which a failing rank publishes its position; ``None`` without one.
     """
 
     def __init__(self, communicator: Any, streams: Any, device: torch.device, store: Optional[Any] = None) -> None:
@@ -86,10 +86,10 @@ class BaguaChannel(Channel):
         self.rank, self.world_size = communicator.rank(), communicator.nranks()
         self._communicator, self._streams, self._device, self._key_value_store = communicator, streams, device, store
         self._buckets: Dict[int, Any] = {}
-        self._unregistered: Optional[Tensor] = None  # for points without a bucket: the rare merge outside of backward
+        self._unregistered: Optional[Tensor] = None  # for sync points without a bucket, as in `RunningPool.merge`
         self._gathered: Dict[Tuple[int, torch.dtype], Tensor] = {}
-        # Upstream's call enqueues on its stream and returns; the embedded host's waits, and has this one beside it.
-        self._begin = getattr(communicator, "begin_allgather", communicator.allgather)
+        # Upstream's allgather returns after it is enqueued. The embedded host's blocks, but has begin_allgather.
+        self._start_allgather = getattr(communicator, "begin_allgather", communicator.allgather)
 
     @property
     def device(self) -> torch.device:
@@ -97,11 +97,11 @@ class BaguaChannel(Channel):
 
     @property
     def buckets(self) -> List[Any]:
-        """The Bagua buckets of all sync points."""
+        """The Bagua buckets of the sync points."""
         return list(self._buckets.values())
 
     def add_bucket(self, point: SyncPoint, bucket: Any) -> None:
-        """Makes ``bucket``'s one tensor (uint8, ``capacity`` bytes) the message of ``point``."""
+        """Sets the message of ``point`` to the only tensor of ``bucket`` (uint8, ``capacity`` bytes)."""
         self._buckets[point.key] = bucket
 
     def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
@@ -125,15 +125,15 @@ class BaguaChannel(Channel):
         receive: Any = self._gathered[key]
         stream = self._communicator.cuda_stream
         with self._streams.after(stream, [self._streams.record_event()]):
-            work = self._begin(send.bagua_backend_tensor(), receive.bagua_backend_tensor())
-        return receive, _Enqueued(work, self._streams, self._streams.record_event_on(stream))
+            work = self._start_allgather(send.bagua_backend_tensor(), receive.bagua_backend_tensor())
+        return receive, _StreamWork(work, self._streams, self._streams.record_event_on(stream))
 
     def _store(self) -> Optional[Any]:
         return self._key_value_store
 
 
-class _Enqueued:
-    """A collective on a stream of its own; ``work`` is ``None`` on a host that has no such thing."""
+class _StreamWork:
+    """The ``Work`` of a collective on the communicator's stream; ``work`` is ``None`` if the host returns none."""
 
     def __init__(self, work: Any, streams: Any, event: Any) -> None:
         self._work, self._streams, self._event = work, streams, event
@@ -150,31 +150,31 @@ class _Enqueued:
         return self._work.get_future()
 
 
-# The channel of each group, by the group's identity, for as long as the group lives: all ranks make it, and find it
-# again, at the same calls, whatever models each of them still holds.
+# By the id of the group, for the lifetime of the group. All ranks create and find a channel in the same calls,
+# independent of the models that a rank still references.
 _channels: Dict[int, Tuple[weakref.ref[Any], Channel]] = {}
 
 
 def source_group(process_group: Optional[Any]) -> Optional[Any]:
-    """Returns the process group that ``process_group`` means now: itself, or the world's, or ``None`` without one."""
+    """Returns ``process_group``, or the current group of the world for ``None``; ``None`` without a world."""
     return default_group() if process_group is None else process_group
 
 
 def channel_of(process_group: Optional[Any]) -> Channel:
-    """Returns the channel for statistics over the ranks of ``process_group``, made at the first call.
+    """Returns the channel for statistics over the ranks of ``process_group``, created by the first call.
 
     Args:
-        process_group: a ``torch.distributed`` group, a bare backend, or ``None`` for the whole world.
+        process_group: a ``torch.distributed`` group, a bare backend, or ``None`` for the world.
 
     Returns:
-        :data:`SINGLE_PROCESS` where there is one rank or no initialised group.
+        The channel; :data:`SINGLE_PROCESS` for one rank or without an initialized group.
 
     Raises:
         ValueError: if this rank is not a member of the group.
 
     Collectives:
-        The first call for a group creates a communicator of the same ranks, with the timeout of ``process_group`` or
-        of ``BAGUA_SYNCBN_TIMEOUT``. Every rank of ``process_group`` must call.
+        The first call for a group creates a communicator over the same ranks. Its timeout is ``BAGUA_SYNCBN_TIMEOUT``,
+        else that of ``process_group``. Every rank of ``process_group`` must call.
     """
     source = source_group(process_group)
     if source is None:
@@ -194,7 +194,7 @@ def channel_of(process_group: Optional[Any]) -> Channel:
 
 
 def _statistics_group(source: Any) -> Tuple[Any, Optional[Any]]:
-    """Returns a communicator over the ranks of ``source`` that carries nothing else, and the store."""
+    """Returns a communicator for statistics over the ranks of ``source``, and the key-value store."""
     try:
         ranks = dist.get_process_group_ranks(source)
     except AttributeError:  # before torch 2.0
@@ -202,7 +202,7 @@ def _statistics_group(source: Any) -> Tuple[Any, Optional[Any]]:
     except (RuntimeError, ValueError, KeyError):
         ranks = []
     if not ranks:
-        return source, None  # a bare backend, which does not know its global ranks: it is the user's to give
+        return source, None  # a bare backend without global ranks, which the user provides for statistics
     seconds = SyncBatchNormConfig.from_env().timeout
     limit = timeout_of(source) if seconds is None else timedelta(seconds=seconds)
     return member_group(ranks, limit), default_store()

@@ -1,7 +1,7 @@
-"""The message format: what a message begins with, and how ranks compare it.
+"""The message format: sync points, the header of a message, and the comparison of headers between ranks.
 
-Every message starts with a header that says where its rank is, so that ranks that have drifted apart get an error that
-names their layers instead of a hang or silently wrong statistics.
+Every message starts with a header that identifies the sync point of its rank. Ranks at different sync points raise an
+error that names their layers.
 """
 
 from __future__ import annotations
@@ -35,96 +35,128 @@ __all__ = [
 FORWARD, BACKWARD, JOIN = 0, 1, 2
 PHASES = ("forward", "backward", "first use")
 
-# Header of every message: sync point, phase, flags and payload length in bytes, int64 each, never converted.
+# The header of every message: sync point, phase, flags and payload length in bytes. Each is an int64 that is sent as
+# bytes, never converted.
 HEADER_BYTES = 32
-FAULT = 1  # flag: the payload is the text of an error on the sending rank
-FRAME_SHIFT = 8  # flags above this bit: index of the frame, for payloads longer than one
+FAULT = 1  # flag: the payload is the text of an error of the sending rank
+FRAME_SHIFT = 8  # the bits of the flags from this one on: index of the frame, for payloads of several frames
 
-DEFAULT_CAPACITY = 8192  # bytes a message where no roster says what is needed: 1,019 float32 channels
-_LONGEST_CAPACITY = 65536  # bytes; statistics of very wide rounds travel in several messages
+DEFAULT_CAPACITY = 8192  # bytes per message for an empty roster: up to 1,019 float32 channels
+_LONGEST_CAPACITY = 65536  # bytes per message; larger rounds of several layers are split over several messages
 
 
 class SyncBatchNormError(RuntimeError):
-    """Ranks could not exchange statistics; the message names the layer and the rank."""
+    """An exchange of statistics failed. The message names the layer and the rank."""
 
 
 class SyncPoint(NamedTuple):
-    """A place in the model where ranks exchange statistics."""
+    """A point in the model at which ranks exchange statistics.
 
-    key: int  # 63 bits derived from the name: equal on all ranks without any registration order
+    Attributes:
+        key: 63 bits derived from the ordinal and the name, equal on all ranks independent of the order of registration.
+        name: the name of the layer or round.
+        ordinal: the number of the model's roster in the channel.
+        layers: the names of the layers that share the message; empty for a single layer.
+    """
+
+    key: int
     name: str
-    ordinal: int = 0  # of its model in the channel
-    layers: Tuple[str, ...] = ()  # that share the message; none for one layer, which gave its name
+    ordinal: int = 0
+    layers: Tuple[str, ...] = ()
 
 
 def digest(text: str) -> int:
-    """Returns 63 bits of a hash of ``text``: short enough for an int64 message, and the same on every rank."""
+    """Returns a 63-bit hash of ``text``, which fits into an int64 and is equal on all ranks."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @lru_cache(maxsize=4096)
 def sync_point(name: str, ordinal: int = 0, layers: Tuple[str, ...] = ()) -> SyncPoint:
-    """Returns the sync point of a layer's qualified ``name``, or a round's, in the channel's model ``ordinal``."""
+    """Returns the sync point of a layer or round.
+
+    Args:
+        name: the qualified name of the layer, or the name of the round.
+        ordinal: the number of the model's roster in the channel.
+        layers: the names of the layers that share the message; empty for a single layer.
+    """
     return SyncPoint(digest(f"{ordinal}/{name}"), name, ordinal, layers)
 
 
 @dataclass(frozen=True, eq=False)
 class Roster:
-    """The layers tagged together, that is a model's; two models of one architecture are two rosters."""
+    """The layers of a model, which are tagged together. Two models of one architecture have two rosters.
 
-    layers: Tuple[Tuple[str, int], ...] = ()  # qualified name, num_features; in the model's order
-    rounds: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()  # which layers share a message, in words; their num_features
-    itemsize: int = 4  # bytes of one statistic: 8 where any layer has float64
+    Attributes:
+        layers: the qualified name and ``num_features`` of each layer, in the order of the model.
+        rounds: for each round a line of text that names its layers, and their ``num_features``.
+        itemsize: the bytes per statistic: 4, or 8 if any layer has float64 parameters.
+    """
+
+    layers: Tuple[Tuple[str, int], ...] = ()
+    rounds: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()
+    itemsize: int = 4
 
     def capacity(self, itemsize: int) -> int:
-        """Returns the bytes of a message for the longest statistics: header, counts, means, variances."""
+        """Returns the bytes of a message for the largest round: header, counts, means and variances.
+
+        Args:
+            itemsize: the bytes per statistic, if larger than :attr:`itemsize`.
+        """
         if not self.layers:
             return DEFAULT_CAPACITY
         itemsize = max(itemsize, self.itemsize)
         own_size = max(8 + 2 * features * itemsize for _, features in self.layers)
         longest = max([own_size] + [8 * len(each) + 2 * sum(each) * itemsize for _, each in self.rounds])
-        # Up to a limit: every message is as long as the longest.
+        # Limited, because every message has the length of the longest one.
         return -(-(HEADER_BYTES + max(own_size, min(longest, _LONGEST_CAPACITY - HEADER_BYTES))) // 64) * 64
 
     def text(self) -> bytes:
-        """Returns one line a layer and round, for the comparison between ranks."""
+        """Returns one line for each layer and round, for the comparison between ranks."""
         layers = [f"{name} with {features} features" for name, features in self.layers]
-        return "\n".join([*layers, *(words for words, _ in self.rounds)]).encode()
+        return "\n".join([*layers, *(line for line, _ in self.rounds)]).encode()
 
 
 class Header(NamedTuple):
-    """What each message begins with, on the host and on the device."""
+    """The header of a message, on the host and on the device."""
 
     words: List[int]  # sync point, phase, flags, payload length
-    bytes: Tensor
+    bytes: Tensor  # (32,), uint8
 
 
 class HeaderCheck:
-    """Compares all ranks' headers with this rank's, at once on the CPU, once they have arrived on CUDA."""
+    """The comparison of all ranks' headers with this rank's header.
+
+    On CUDA, the constructor starts a copy of the headers to the host and does not wait for it.
+
+    Args:
+        gathered: the messages of all ranks, ``(W, capacity)``.
+        mine: the header of this rank.
+        point: the sync point of this rank.
+        phase: the phase of this rank.
+    """
 
     def __init__(self, gathered: Tensor, mine: List[int], point: SyncPoint, phase: int) -> None:
         self._mine, self._point, self._phase, self._event = mine, point, phase, None
         if gathered.is_cuda:
-            stream = torch.cuda.current_stream(
-                gathered.device
-            )  # of the layers' device, which may not be the current one
+            stream = torch.cuda.current_stream(gathered.device)  # may not be the current device
             gathered = gathered.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(stream)
         self._gathered = gathered
 
     def ready(self) -> bool:
+        """Returns whether :meth:`finish` does not block."""
         return self._event is None or self._event.query()
 
     def finish(self, own_rank: int, names: Dict[int, str]) -> None:
         """Waits for the headers and compares them.
 
         Args:
-            own_rank: this rank's number in the group.
-            names: of the sync points that this rank knows, by key.
+            own_rank: the number of this rank in the channel.
+            names: the names of this rank's sync points, by key.
 
         Raises:
-            SyncBatchNormError: if another rank failed, is elsewhere, or sent another length.
+            SyncBatchNormError: if another rank failed, is at another sync point, or sent another length.
         """
         if self._event is not None:
             self._event.synchronize()
@@ -138,19 +170,19 @@ class HeaderCheck:
                 text = bytes(self._gathered[rank, HEADER_BYTES : HEADER_BYTES + length].tolist())
                 raise SyncBatchNormError(
                     f"expected rank {rank} to send statistics at {name} ({phase}) "
-                    f"(got its error: {text.decode(errors='replace')}); mend that rank, the others only waited for it"
+                    f"(got its error: {text.decode(errors='replace')}); fix the error on that rank"
                 )
         if any(row[:2] != mine[:2] for row in rows):
             places = ", ".join(
-                f"rank {rank} at {names.get(key, 'a layer unknown here')} ({PHASES[phase_]})"
+                f"rank {rank} at {names.get(key, 'a layer unknown on this rank')} ({PHASES[phase_]})"
                 for rank, (key, phase_, _, _) in enumerate(rows)
             )
             raise SyncBatchNormError(
                 f"expected every rank to be at the same layer (got {places}); make all ranks run the same "
-                "synchronized layers in the same order, and skip a layer on every rank or on none"
+                "synchronized layers in the same order, and skip a layer on all ranks or on none"
             )
         lengths = ", ".join(f"{row[3]} bytes on rank {rank}" for rank, row in enumerate(rows))
         raise SyncBatchNormError(
             f"expected statistics of one length at {name} ({phase}) (got {lengths}); "
-            "give every rank the same num_features and input dtype"
+            "use the same num_features and input dtype on all ranks"
         )
