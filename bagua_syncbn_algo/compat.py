@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any, Callable, Optional, TypeVar
+from typing import Any, Callable, List, Optional, TypeVar
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "any_autocast",
     "aten_op_draws",
     "autocast_dtype",
+    "batch_norm_into",
     "current_node",
     "graph_task",
+    "lerp_each_",
     "saved_tensors_hooks",
     "sequence_of",
     "uncompiled",
@@ -93,3 +96,28 @@ def uncompiled(function: _F) -> _F:
 
     outer._torchdynamo_disable = True  # type: ignore[attr-defined]
     return outer  # type: ignore[return-value]
+
+
+def lerp_each_(tensors: List[Tensor], ends: List[Tensor], weight: float) -> None:
+    """Moves each of ``tensors`` towards its end by ``weight``, in place; one call from torch 2.0 on."""
+    if hasattr(torch, "_foreach_lerp_"):
+        torch._foreach_lerp_(tensors, ends, weight)
+        return
+    for tensor, end in zip(tensors, ends):
+        tensor.lerp_(end, weight)
+
+
+_BATCH_NORM_OUT: Any = torch.ops.aten.native_batch_norm.out if hasattr(torch, "_foreach_lerp_") else None
+_NO_STATISTICS = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+
+
+def batch_norm_into(out: Tensor, *arguments: Any) -> Tensor:
+    """As ``torch.native_batch_norm`` in evaluation on the CPU, with the result written to ``out``; it may be the input.
+
+    Before torch 2.0 the result is a new tensor: the operator's form with ``out`` is not used there.
+    """
+    if _BATCH_NORM_OUT is None:
+        return torch.native_batch_norm(*arguments)[0]
+    nothing = _NO_STATISTICS[out.dtype]
+    _BATCH_NORM_OUT(*arguments, out=out, save_mean=nothing, save_invstd=nothing)
+    return out

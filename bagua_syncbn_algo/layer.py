@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from .comm.wire import FORWARD, Roster, SyncPoint, sync_point
 from .compat import uncompiled
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
-from .ops.moments import GlobalMoments, LocalMoments, split_channels, statistics_dtype
+from .ops.moments import GlobalMoments, LocalMoments, has_fused_kernels, statistics_dtype
 from .ops.recompute import RecomputeCache, inside_backward
-from .ops.running_stats import RunningPool, Slot
+from .ops.running_stats import RunningPool, Slot, fusible_buffers, move_running_statistics, record_moments
 
 __all__ = ["SyncBatchNorm", "SyncTag", "batch_norm_coalesced"]
 
@@ -273,7 +273,7 @@ class SyncBatchNorm(_BatchNorm):
     @torch.no_grad()
     def update_running_statistics(self, merged: GlobalMoments) -> None:
         """Updates the running statistics with ``merged``, the moments of all ranks, and counts one batch."""
-        _update_running_statistics([self], merged)
+        move_running_statistics([self], merged.mean, merged.unbiased_variance())
 
     def extra_repr(self) -> str:
         group = "" if self.process_group is None else f", process_group={self.process_group}"
@@ -351,50 +351,16 @@ def batch_norm_coalesced(
         channel.register(point)
     members = [Member(x, layer.weight, layer.bias, layer.eps, layer.sync_name) for layer, x in zip(layers, inputs)]
     cache = first._recompute_cache if cache is None else cache
-    update = partial(_record_moments, layers)
-    return sync_batch_norm(members, channel, point, None if channel.trial else cache, overlap_with, update)
+    cache = None if channel.trial else cache
+    buffers = fusible_buffers(layers) if has_fused_kernels(inputs[0]) else None
+    update = partial(record_moments, layers)
+    return sync_batch_norm(members, channel, point, cache, overlap_with, update, buffers)
 
 
 def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:
     """Returns whether all layers are in training mode, on the same channel, with inputs on the same device."""
     same_device = all(input.device == inputs[0].device for input in inputs)
-    return all(layer.training and layer._bound_channel() is channel for layer in layers) and same_device
-
-
-def _record_moments(layers: Sequence[SyncBatchNorm], local: Sequence[LocalMoments], merged: GlobalMoments) -> None:
-    """Updates the running statistics of each layer, or adds the local moments to the layer's pool."""
-    pools = [layer._running if layer.track_running_stats else None for layer in layers]
-    if all(pool is None for pool in pools) and len(set(map(id, layers))) == len(layers):
-        _update_running_statistics(layers, merged)
-        return
-    for layer, pool, own, total in zip(layers, pools, local, merged.split([x.num_features for x in layers])):
-        if pool is None:
-            _update_running_statistics([layer], total)
-        elif pool.collects:
-            pool.add(Slot(layer, own.mean, own.unbiased_variance()), own.elements)
-        else:
-            pool.merge(layer, layer._point, own)
-
-
-@torch.no_grad()
-def _update_running_statistics(layers: Sequence[SyncBatchNorm], merged: GlobalMoments) -> None:
-    """Updates the running statistics of distinct layers with the moments of all ranks."""
-    features = [layer.num_features for layer in layers]
-    unbiased = merged.unbiased_variance()
-    pairs = list(zip(layers, split_channels(merged.mean, features), split_channels(unbiased, features)))
-    tracked = [pair for pair in pairs if pair[0].track_running_stats and pair[0].running_mean is not None]
-    if not tracked:
-        return
-    counts: List[Tensor] = [layer._buffers["num_batches_tracked"] for layer, _, _ in tracked]  # type: ignore[misc]
-    torch._foreach_add_(counts, 1)
-    for count, (layer, mean, variance) in zip(counts, tracked):
-        weight: Any = layer.momentum
-        if weight is None:  # the cumulative average, computed on the device
-            weight = count.to(mean.dtype).reciprocal()
-        for buffer, value in ((layer.running_mean, mean), (layer.running_var, variance)):
-            assert buffer is not None
-            if buffer.dtype == value.dtype:
-                buffer.lerp_(value, weight)
-            else:
-                # Computed in the dtype of the statistics: a half-precision buffer is rounded once.
-                buffer.copy_(torch.lerp(buffer.to(value.dtype), value, weight))
+    # A layer that is bound to the channel needs no further look at its process group.
+    return same_device and all(
+        layer.training and (layer._channel is channel or layer._bound_channel() is channel) for layer in layers
+    )

@@ -38,10 +38,11 @@ def kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> List[Tensor]
     local = moments.local_moments(x)
     # Several ranks would merge their moments here. That belongs to the communication and depends on C only.
     invstd = (local.variance + EPS).rsqrt_()
-    y = moments.normalize(x, local, local.mean, invstd, weight, bias)
-    sum_dy, sum_dy_xhat = moments.gradient_sums(dy, x, local.mean, invstd)
-    count = local.elements
-    dx = moments.input_gradient(dy, x, local.mean, invstd, weight, sum_dy / count, sum_dy_xhat / count)
+    statistics = moments.LayerStatistics(local.mean, local.variance, invstd, EPS)
+    y = moments.normalize(x, local, statistics, weight, bias)
+    sum_dy, sum_dy_xhat = moments.gradient_sums(dy, x, statistics)
+    slope = invstd * (sum_dy_xhat / local.elements)
+    dx = moments.input_gradient(dy, x, statistics, weight, sum_dy / local.elements, slope)
     return [y, dx, sum_dy_xhat, sum_dy]
 
 

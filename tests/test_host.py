@@ -33,7 +33,10 @@ def test_upstream_that_cannot_run_is_an_error() -> None:
     """Catches a silent fallback to the embedded host with BAGUA_SYNCBN_HOST=upstream."""
     done = run("from bagua_syncbn_algo import bagua", {"BAGUA_SYNCBN_HOST": "upstream"})
     assert done.returncode != 0
-    assert "ImportError: expected an installed Bagua that runs on this machine with BAGUA_SYNCBN_HOST=upstream" in done.stderr
+    assert (
+        "ImportError: expected an installed Bagua that runs on this machine with BAGUA_SYNCBN_HOST=upstream"
+        in done.stderr
+    )
 
 
 def test_wrong_choice_lists_the_right_ones() -> None:

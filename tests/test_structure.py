@@ -30,6 +30,8 @@ ORDER = [
     "ops",
     "ops.recompute",
     "ops.deferred",
+    "ops.exact",
+    "ops.fused",
     "ops.functional",
     "ops.running_stats",
     "layer",

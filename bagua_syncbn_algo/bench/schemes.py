@@ -53,7 +53,7 @@ class BareScheme(Channel):
     def _exchange(self, phase: int, parts: Sequence[Tensor]) -> List[Tensor]:
         raise NotImplementedError
 
-    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
+    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Any], flags: int = 0) -> Callable[[], List[Tensor]]:
         result = self._exchange(phase, parts)
         return lambda: result
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -174,7 +174,9 @@ class Channel:
         """Exchanges the statistics of one sync point. Equals ``launch(point, phase, parts)()``; see :meth:`launch`."""
         return self.launch(point, phase, parts)()
 
-    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
+    def launch(
+        self, point: SyncPoint, phase: int, parts: Sequence[Union[Tensor, Sequence[Tensor]]], flags: int = 0
+    ) -> Callable[[], List[Tensor]]:
         """Starts the exchange of the statistics of one sync point.
 
         One round is in flight at a time. A second launch first waits for the pending round and keeps its result.
@@ -182,7 +184,9 @@ class Channel:
         Args:
             point: the sync point.
             phase: ``FORWARD``, ``BACKWARD`` or ``JOIN``.
-            parts: 1-D tensors in descending order of element size (for alignment), of equal lengths on all ranks.
+            parts: 1-D tensors in descending order of element size (for alignment), of equal lengths on all ranks. A
+                list of tensors of one dtype is one part.
+            flags: further bits of the header, equal on all ranks.
 
         Returns:
             A function that waits for the round and returns a list. For each part of length ``L``, the list contains a
@@ -196,14 +200,16 @@ class Channel:
             One all-gather of ``capacity`` bytes per rank. A payload of more than ``capacity − 32`` bytes takes one
             all-gather for each ``capacity − 32`` bytes. Every rank must call.
         """
-        bodies = self._send(point, phase, 0, [part.contiguous().view(torch.uint8) for part in parts])
+        groups = [[part] if isinstance(part, Tensor) else part for part in parts]
+        pieces = [piece.contiguous().view(torch.uint8) for group in groups for piece in group]
+        layout = [(sum(piece.numel() for piece in group) * group[0].element_size(), group[0].dtype) for group in groups]
+        bodies = self._send(point, phase, flags, pieces)
 
         def result() -> List[Tensor]:
             body = bodies()
             gathered, offset = [], 0
-            for part in parts:
-                length = part.numel() * part.element_size()
-                gathered.append(body[:, offset : offset + length].view(part.dtype))
+            for length, dtype in layout:
+                gathered.append(body[:, offset : offset + length].view(dtype))
                 offset += length
             return gathered
 

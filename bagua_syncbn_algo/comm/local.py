@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, List, Sequence
+from typing import Any, Callable, List, Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ class _SingleProcessChannel(Channel):
     def join(self, roster: Roster, itemsize: int = 4) -> int:
         return 0
 
-    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
-        return lambda: [part.unsqueeze(0) for part in parts]
+    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Any], flags: int = 0) -> Callable[[], List[Tensor]]:
+        return lambda: [(part if isinstance(part, Tensor) else torch.cat(list(part))).unsqueeze(0) for part in parts]
 
     def fail(self, point: SyncPoint, phase: int, error: BaseException, wait: bool = True) -> None:
         pass
@@ -41,7 +41,7 @@ class _TwoRankStub(_SingleProcessChannel):
     local = False
     trial = True
 
-    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Tensor]) -> Callable[[], List[Tensor]]:
+    def launch(self, point: SyncPoint, phase: int, parts: Sequence[Any], flags: int = 0) -> Callable[[], List[Tensor]]:
         # The second rank has 2 elements more, and mean and variance larger by 1. Its gradient sums are the same.
         offsets = {torch.int64: 2}
         both = [torch.stack([part, part + (offsets.get(part.dtype, 1) if phase == FORWARD else 0)]) for part in parts]

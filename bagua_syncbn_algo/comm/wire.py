@@ -20,6 +20,7 @@ __all__ = [
     "FAULT",
     "FORWARD",
     "FRAME_SHIFT",
+    "FUSED",
     "HEADER_BYTES",
     "JOIN",
     "PHASES",
@@ -39,6 +40,7 @@ PHASES = ("forward", "backward", "first use")
 # bytes, never converted.
 HEADER_BYTES = 32
 FAULT = 1  # flag: the payload is the text of an error of the sending rank
+FUSED = 2  # flag: the payload has the statistics of the fused kernels: 1/√(variance + eps) instead of variances
 FRAME_SHIFT = 8  # the bits of the flags from this one on: index of the frame, for payloads of several frames
 
 DEFAULT_CAPACITY = 8192  # bytes per message for an empty roster: up to 1,019 float32 channels
@@ -180,6 +182,14 @@ class HeaderCheck:
             raise SyncBatchNormError(
                 f"expected every rank to be at the same layer (got {places}); make all ranks run the same "
                 "synchronized layers in the same order, and skip a layer on all ranks or on none"
+            )
+        if len({row[2] & FUSED for row in rows}) > 1:
+            kinds = ", ".join(
+                f"{'fused' if row[2] & FUSED else 'exact'} on rank {rank}" for rank, row in enumerate(rows)
+            )
+            raise SyncBatchNormError(
+                f"expected statistics of one kind at {name} ({phase}) (got {kinds}); use the same input dtype, eps, "
+                "momentum and dtype of the running statistics on all ranks"
             )
         lengths = ", ".join(f"{row[3]} bytes on rank {rank}" for rank, row in enumerate(rows))
         raise SyncBatchNormError(

@@ -23,8 +23,7 @@ If several layers share the round, `finish` also computes the gradients of their
 from __future__ import annotations
 
 import contextlib
-from functools import lru_cache
-from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -36,33 +35,25 @@ from ..comm.groups import yield_core
 from ..comm.report import reporting_errors
 from ..comm.wire import BACKWARD, FORWARD, SyncPoint
 from .deferred import DeferredGrad, OverlapCandidates, refuse_second_derivative
-from .moments import (
-    GlobalMoments,
-    LocalMoments,
-    cast,
-    dense,
-    gradient_sums,
-    input_gradient,
-    local_moments,
-    memory_format,
-    merge_moments,
-    normalize,
-    split_channels,
-    statistics_dtype,
-)
+from .exact import ExactStatistics, GradientSums, constant, launch_exact, local_or_empty
+from .fused import Buffers, FusedLocal, FusedStatistics, can_fuse, launch_fused, local_statistics
+from .moments import LocalMoments, cast, dense, memory_format, normalize
 from .recompute import RecomputeCache, SavedStatistics, recomputation_owners
 
-__all__ = ["Member", "launch_moments", "sync_batch_norm"]
+__all__ = ["Member", "Statistics", "sync_batch_norm"]
+
+Statistics = Union[ExactStatistics, FusedStatistics]
+Local = Union[LocalMoments, FusedLocal]
 
 
 class Member(NamedTuple):
-    """One call of a layer in a round."""
+    """The call of one layer in a round."""
 
     input: Tensor  # (N, C, ...), floating point; N may be 0 on some ranks
     weight: Optional[Tensor]  # (C,)
     bias: Optional[Tensor]  # (C,)
     eps: float
-    name: str  # the layer's name, for errors
+    name: str  # of the layer, for errors
 
 
 def sync_batch_norm(
@@ -71,30 +62,36 @@ def sync_batch_norm(
     point: SyncPoint,
     cache: Optional[RecomputeCache] = None,
     overlap_with: Optional[OverlapCandidates] = None,
-    update: Optional[Callable[[List[LocalMoments], GlobalMoments], None]] = None,
+    update: Optional[Callable[[Sequence[Local], Statistics], None]] = None,
+    buffers: Optional[Sequence[Optional[Buffers]]] = None,
 ) -> Tuple[Tensor, ...]:
     """Normalizes the inputs of independent layers, each over the elements of all ranks of ``channel``.
 
     Args:
-        members: the layers and their inputs, all on one device. The channel counts are the same on every rank.
-        channel: the channel of the ranks to normalize over.
-        point: the sync point that identifies this round on all ranks.
-        cache: the saved statistics of the round, for recomputed forwards; ``None`` to save none.
-        overlap_with: gradients that backward can compute during its all-gather; gets its deferred nodes here.
-        update: takes this rank's moments and the merged ones, and updates the running statistics; not called in a
-            recomputation. It runs before the normalization: an error there leaves them the same on all ranks.
+        members: the layers and their inputs, on one device; every rank passes the same numbers of channels.
+        channel: the ranks to normalize over.
+        point: identifies this round to the other ranks.
+        cache: the cache of the round, in which a recomputed forward finds the statistics of the original forward.
+        overlap_with: gradients that backward can compute while the all-gather is in flight. They are deferred if
+            backward has a round.
+        update: called with this rank's statistics and the merged ones, once all ranks know them and before an output is
+            computed: an error in the normalization then leaves the same running statistics on all ranks. Not called for
+            a recomputation.
+        buffers: for each layer the running statistics that a fused kernel updates during the merge, or ``None`` for a
+            layer without them. Without ``buffers`` the statistics are merged in float64.
 
     Returns:
-        The outputs, each of its input's shape, dtype and memory format. An output that no rank uses gives no gradients.
+        The outputs, each in the dtype and memory format of its input. An output that no rank uses gives no gradient to
+        its layer.
 
     Raises:
-        ValueError: if the whole group has at most one value per channel of a layer.
-        SyncBatchNormError: if another rank failed, is at another sync point or did not arrive.
+        ValueError: if the whole group holds at most one value per channel of a layer.
+        SyncBatchNormError: if another rank failed, is at another layer or did not arrive.
 
     Collectives:
-        Forward: one all-gather with ``8 + 2C·itemsize`` payload bytes for each member; none in a recomputation.
-        Backward: one all-gather with ``(1 + 2C)·itemsize`` payload bytes for each member, if any input requires a
-        gradient. Every rank must call.
+        Forward: one all-gather of ``8 + 2C·itemsize`` payload bytes for each member; none for a recomputation.
+        Backward: one all-gather of ``(1 + 2C)·itemsize`` bytes for each, if any input requires a gradient. Every rank
+        must call.
     """
     inputs = [dense(member.input.detach()) for member in members]
     tensors = [tensor for member in members for tensor in (member.input, member.weight, member.bias)]
@@ -102,35 +99,50 @@ def sync_batch_norm(
     immediate: List[Optional[Tensor]] = tensors[1:] if len(members) == 1 else []
     communicates = torch.is_grad_enabled() and any(member.input.requires_grad for member in members)
     owners = [] if cache is None else recomputation_owners()
+    eps = [member.eps for member in members]
+    fuses = buffers is not None and not channel.trial and can_fuse(inputs, eps, channel.world_size)
 
     def defer(recomputed: bool) -> Optional[DeferredGrad]:
         if overlap_with is None or not communicates:
             return None
         if not recomputed:
-            yield_core()  # lets the transport's thread continue the all-gather before the nodes are created
+            yield_core()  # the threads that send need the core for a moment; creating the nodes takes longer
         deferred = [tensors[0], None, None] if immediate else tensors
         return overlap_with.defer(deferred, inputs[0].device, point.name)
 
-    # The inputs are detached: autograd records none of these operations. Other ranks may already wait in the exchange.
+    # None of these tensors requires a gradient: the inputs are detached.
+    local: Any
     with reporting_errors(channel, point, FORWARD):
-        local = [_local(input) for input in inputs]
+        # An error before the exchange must reach the ranks that already wait in it.
+        if fuses:
+            local = [local_statistics(input, each) for input, each in zip(inputs, eps)]
+        else:
+            local = [local_or_empty(input) for input in inputs]
         saved = None if cache is None else cache.match(local)
     if saved is None:
-        merged, finish = _exchange(local, members, channel, point, lambda: defer(False))
+        names = [member.name for member in members]
+        with reporting_errors(channel, point, FORWARD):
+            wait: Callable[[], Statistics]
+            if fuses and buffers is not None:
+                wait = launch_fused(local, channel, point, names, buffers)
+            else:
+                wait = launch_exact(local, channel, point, names, eps)
+            finish = defer(False)
+        statistics = wait()
         if owners:
-            saved = SavedStatistics(local, merged)
+            saved = SavedStatistics(local, statistics)
         if update is not None:
-            # The caller's gradient mode decides whether the moments are pooled.
+            # In the caller's gradient mode, which decides whether running statistics are pooled.
             with reporting_errors(channel, point, FORWARD):
-                update(local, merged)
-        # The other ranks receive an error from here on in their next exchange.
+                update(local, statistics)
+        # An error from here on reaches the other ranks in the next exchange.
         reporting: ContextManager[None] = reporting_errors(channel, point, FORWARD)
     else:
-        merged, finish = saved.merged, defer(True)
-        reporting = contextlib.nullcontext()  # checkpointing stops a recomputation early by an exception
+        statistics, finish = saved.statistics, defer(True)
+        reporting = contextlib.nullcontext()  # checkpointing ends a recomputation early by an exception
     if cache is not None and saved is not None:
         cache.save(saved, owners)
-    call = _Call(local, merged, [member.eps for member in members], channel, point, saved)
+    call = _Call(local, statistics, channel, point, saved)
     with reporting:
         outputs: Tuple[Tensor, ...]
         if finish is None:
@@ -140,27 +152,12 @@ def sync_batch_norm(
         return outputs
 
 
-def _exchange(
-    local: Sequence[LocalMoments],
-    members: Sequence[Member],
-    channel: Channel,
-    point: SyncPoint,
-    defer: Callable[[], Optional[DeferredGrad]],
-) -> Tuple[GlobalMoments, Optional[DeferredGrad]]:
-    """Returns the merged moments of all ranks, and the result of ``defer``, which runs during the all-gather."""
-    with reporting_errors(channel, point, FORWARD):
-        wait = launch_moments(local, channel, point, [member.name for member in members])
-        finish = defer()
-    return wait(), finish
-
-
 class _Call(NamedTuple):
-    local: List[LocalMoments]
-    merged: GlobalMoments
-    eps: List[float]
+    local: Sequence[Local]
+    statistics: Statistics
     channel: Channel
     point: SyncPoint
-    saved: Optional[SavedStatistics]  # the node keeps them alive while checkpointing may recompute this forward
+    saved: Optional[SavedStatistics]  # held by the graph in which checkpointing may recompute this forward
 
 
 class _SyncBatchNorm(Function):
@@ -214,187 +211,101 @@ class _OverlappedSyncBatchNorm(Function):
 
 
 def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> Tuple[Tensor, ...]:
-    """Computes the outputs from the input, weight and bias of each layer; saves the tensors that backward needs."""
+    """The forward: input, weight and bias of each layer to its output."""
     inputs = [dense(tensor) for tensor in tensors[::3] if tensor is not None]
     weights, biases = tensors[1::3], tensors[2::3]
-    merged = call.merged
-    invstd = (merged.variance + _eps_of(call, merged.variance)).rsqrt_()
-    ctx.save_for_backward(merged.mean, invstd, merged.elements, *inputs, *weights)
-    ctx.call = call._replace(local=[])  # `normalize` writes the outputs to their scratch tensors
+    ctx.save_for_backward(*inputs, *weights)
+    ctx.call = call._replace(local=[])  # their scratch tensors become the outputs
     ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
     ctx.set_materialize_grads(False)
     if call.saved is not None:
         call.saved.set_node(ctx, has_graph=any(needs))
     outputs = []
-    for input, weight, bias, local, mean_, invstd_ in zip(
-        inputs, weights, biases, call.local, _per_layer(merged.mean, inputs), _per_layer(invstd, inputs)
-    ):
+    for input, weight, bias, local, layer in zip(inputs, weights, biases, call.local, call.statistics.layers):
         if input.numel() == 0:
             outputs.append(torch.empty_like(input))
         else:
-            outputs.append(normalize(input, local, mean_, invstd_, weight, bias))
-    # As without coalescing, the output of a layer without trainable tensors requires no gradient.
-    ctx.mark_non_differentiable(*(y for i, y in enumerate(outputs) if not any(needs[3 * i : 3 * i + 3])))
+            scratch = local if isinstance(local, LocalMoments) else None
+            outputs.append(normalize(input, scratch, layer, weight, bias))
+    # A layer without gradients beside one with them gives what it would give in a round of its own.
+    without = [y for i, y in enumerate(outputs) if not any(needs[3 * i : 3 * i + 3])]
+    if without:
+        ctx.mark_non_differentiable(*without)
     return tuple(outputs)
 
 
 class _BackwardRound:
-    """The backward of one round. Construction computes the local gradient sums and starts their all-gather.
+    """The backward of one round: local sums and their all-gather, from the launch to the gradients.
 
     Args:
         ctx: the context of the forward.
         grads: the gradients of the outputs; ``None`` for an output that this rank does not use.
-        needs: for each input, weight and bias, whether it requires a gradient.
+        needs: for each input, weight and bias whether it requires a gradient.
     """
 
     def __init__(self, ctx: Any, grads: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> None:
-        self._call: _Call = ctx.call
-        mean, invstd, self._elements, *rest = ctx.saved_tensors
-        self._count = count = len(rest) // 2
-        self._inputs, self._weights, self._bias_dtypes = rest[:count], rest[count:], ctx.bias_dtypes
-        self._means, self._invstds = _per_layer(mean, self._inputs), _per_layer(invstd, self._inputs)
+        call: _Call = ctx.call
+        self._statistics = statistics = call.statistics
+        saved = ctx.saved_tensors
+        self._count = count = len(saved) // 2
+        self._inputs, self._weights, self._bias_dtypes = saved[:count], saved[count:], ctx.bias_dtypes
         self._grads = [
             None if grad is None else grad.contiguous(memory_format=memory_format(input))
             for grad, input in zip(grads, self._inputs)
         ]
-        channel, point = self._call.channel, self._call.point
-        with reporting_errors(channel, point, BACKWARD):
-            self._sums = [self._local_sums(i) for i in range(count)]
+        with reporting_errors(call.channel, call.point, BACKWARD):
+            self._sums = [self._local_sums(i, needs[3 * i + 1 : 3 * i + 3]) for i in range(count)]
         self._wait: Optional[Callable[[], List[Tensor]]] = None
         if any(needs[::3]):
-            parts = [cast(sum_, mean.dtype) for half in zip(*self._sums) for sum_ in half]
-            # Which outputs this rank uses. An output that only other ranks use still gives its input a gradient.
-            parts.append(_constant(tuple(grad is not None for grad in self._grads), mean.dtype, mean.device))
-            self._wait = channel.launch(point, BACKWARD, [torch.cat(parts)])
+            parts = [sums.dy for sums in self._sums] + [sums.weighted for sums in self._sums]
+            # A rank that does not use an output still has the other ranks' part of its input gradient.
+            used = tuple(grad is not None for grad in self._grads)
+            parts.append(constant(used, statistics.dtype, parts[0].device))
+            self._wait = call.channel.launch(call.point, BACKWARD, [statistics.pack(parts)])
 
-    def _local_sums(self, i: int) -> Tuple[Tensor, Tensor]:
-        grad, input, mean = self._grads[i], self._inputs[i], self._means[i]
+    def _local_sums(self, i: int, needs: Sequence[bool]) -> GradientSums:
+        grad, input = self._grads[i], self._inputs[i]
         if grad is None or input.numel() == 0:
-            return torch.zeros_like(mean), torch.zeros_like(mean)
-        return gradient_sums(grad, input, mean, self._invstds[i])
+            zeros = torch.zeros_like(self._statistics.layers[i].mean)
+            return GradientSums(zeros, zeros, zeros if needs[0] else None, zeros if needs[1] else None)
+        return self._statistics.gradient_sums(i, grad, input, self._weights[i], needs)
 
     def parameter_gradients(self, i: int, needs: Sequence[bool]) -> List[Optional[Tensor]]:
-        """Returns the gradients of weight and bias of layer ``i``, whose output is used: local sums of this rank."""
-        sum_dy, sum_dy_xhat = self._sums[i]
-        weight = cast(sum_dy_xhat, self._weights[i].dtype) if needs[0] else None
-        return [weight, cast(sum_dy, self._bias_dtypes[i]) if needs[1] else None]
+        """Returns the gradients of weight and bias of layer ``i``, whose output is used; needs no other rank."""
+        sums = self._sums[i]
+        weight = cast(sums.weight, self._weights[i].dtype) if needs[0] and sums.weight is not None else None
+        bias = cast(sums.bias, self._bias_dtypes[i]) if needs[1] and sums.bias is not None else None
+        return [weight, bias]
 
     def wait(self, needs: Sequence[bool]) -> List[Optional[Tensor]]:
-        """Waits for the gradient sums of all ranks and returns the gradients of each input, weight and bias.
+        """Waits for the sums of all ranks; returns the gradients of each input, weight and bias.
 
         Args:
-            needs: for each of them, whether its gradient is needed.
+            needs: for each of them whether its gradient is wanted.
         """
         used = [grad is not None for grad in self._grads]
         gradients: List[Optional[Tensor]] = [None] * (3 * self._count)
         if self._wait is not None:
             (gathered,) = self._wait()
-            # Summed in rank order and in float64, as in forward: bitwise the same result on every rank.
-            layer_of = self._call.merged.layer_of
-            elements = self._elements if layer_of is None else self._elements[layer_of]
-            total = gathered.double().sum(0)
-            means_of_all = total[: -self._count].view(2, -1).div_(elements).to(gathered.dtype)
-            mean_dy, mean_dy_xhat = (_per_layer(half, self._inputs) for half in means_of_all.unbind(0))
-            if not all(used):  # only then, because the read makes the host wait for the device
-                used = _used_by_any(total[-self._count :])
+            if not all(used):  # only then does the host have to know
+                used = _used_by_any(gathered[:, -self._count :].sum(0))
+            totals = self._statistics.total_gradients(gathered[:, : -self._count])
             for i in range(self._count):
                 if used[i] and needs[3 * i]:
-                    gradients[3 * i] = self._input_gradient(i, mean_dy[i], mean_dy_xhat[i])
+                    gradients[3 * i] = self._input_gradient(i, totals[i])
         for i in range(self._count):
             if used[i]:
                 gradients[3 * i + 1 : 3 * i + 3] = self.parameter_gradients(i, needs[3 * i + 1 : 3 * i + 3])
         return gradients
 
-    def _input_gradient(self, i: int, mean_dy: Tensor, mean_dy_xhat: Tensor) -> Tensor:
+    def _input_gradient(self, i: int, totals: Any) -> Tensor:
         input, grad = self._inputs[i], self._grads[i]
         if input.numel() == 0:
             return torch.empty_like(input)
         grad = torch.zeros_like(input) if grad is None else grad
-        mean, invstd, weight = self._means[i], self._invstds[i], self._weights[i]
-        return input_gradient(grad, input, mean, invstd, weight, mean_dy, mean_dy_xhat)
+        return self._statistics.input_gradient(i, grad, input, self._weights[i], totals)
 
 
 def _used_by_any(ranks: Tensor) -> List[bool]:
-    """Returns for each layer whether any rank uses its output; ``ranks`` are the numbers of ranks that do, ``(L,)``."""
+    """Returns for each layer whether any rank uses its output, from the number of ranks that do, shape ``(L,)``."""
     return [count > 0 for count in ranks.tolist()]
-
-
-def _local(input: Tensor) -> LocalMoments:
-    if input.numel() > 0:
-        return local_moments(input)
-    zeros = torch.zeros(input.shape[1], dtype=statistics_dtype(input.dtype), device=input.device)
-    return LocalMoments(0, zeros, zeros)
-
-
-def launch_moments(
-    local: Sequence[LocalMoments], channel: Channel, point: SyncPoint, names: Sequence[str]
-) -> Callable[[], GlobalMoments]:
-    """Starts the all-gather of local moments.
-
-    Args:
-        local: the moments of each layer in the round.
-        channel: the channel of the ranks to merge over.
-        point: the sync point of the round.
-        names: the names of the layers, for errors.
-
-    Returns:
-        A function that waits and returns the merged moments, concatenated over the layers, in their widest dtype.
-
-    Raises:
-        ValueError: from the returned function: if the whole group has at most one value per channel.
-        SyncBatchNormError: from either function: if another rank failed, is at another sync point or did not arrive.
-
-    Collectives:
-        One all-gather with ``8 + 2C·itemsize`` payload bytes for each layer. Every rank must call.
-    """
-    device = local[0].mean.device
-    dtype = torch.float64 if any(part.mean.dtype == torch.float64 for part in local) else torch.float32
-    count = _constant(tuple(part.elements for part in local), torch.int64, device)
-    payload = torch.cat([*(cast(part.mean, dtype) for part in local), *(cast(part.variance, dtype) for part in local)])
-    wait = channel.launch(point, FORWARD, [count, payload])
-
-    def wait_and_merge() -> GlobalMoments:
-        counts, moments = wait()
-        # If this rank has two values per channel, the check reads no counts from the device.
-        for index, part in enumerate(local):
-            if part.elements < 2 and int(counts[:, index].sum()) < 2:
-                raise ValueError(
-                    f"expected more than 1 value per channel in the whole group when training (got {part.elements} "
-                    f"on this rank, {int(counts[:, index].sum())} on all {channel.world_size} ranks, at "
-                    f"{names[index]}); use a larger batch or eval()"
-                )
-        means, variances = moments.chunk(2, dim=1)
-        if len(local) == 1:
-            return merge_moments(counts, means, variances)
-        return merge_moments(counts, means, variances, _layer_of(tuple(part.mean.numel() for part in local), device))
-
-    return wait_and_merge
-
-
-@lru_cache(maxsize=1024)
-def _constant(values: Tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a read-only tensor of Python numbers. It is cached: on CUDA its creation makes the host wait."""
-    with torch.inference_mode(False):  # the cached tensor is also used outside of the caller's inference mode
-        return torch.tensor(values, dtype=dtype).to(device)
-
-
-@lru_cache(maxsize=1024)
-def _layer_of(features: Tuple[int, ...], device: torch.device) -> Tensor:
-    """Returns the layer index of each channel, shape ``(ΣC,)``. It expands a value per layer to one per channel."""
-    with torch.inference_mode(False):
-        return torch.repeat_interleave(torch.tensor(features)).to(device)
-
-
-def _eps_of(call: _Call, like: Tensor) -> Any:
-    """Returns eps: a number if all layers have the same, else a tensor ``(ΣC,)`` in the dtype of ``like``."""
-    if len(set(call.eps)) == 1:
-        return call.eps[0]
-    layer_of = call.merged.layer_of
-    assert layer_of is not None
-    return _constant(tuple(call.eps), like.dtype, like.device)[layer_of]
-
-
-def _per_layer(vector: Tensor, inputs: Sequence[Tensor]) -> List[Tensor]:
-    """Splits a vector ``(ΣC,)`` into one vector ``(C,)`` per layer, in the dtype of the layer's statistics."""
-    pieces = split_channels(vector, [input.shape[1] for input in inputs])
-    return [cast(piece, statistics_dtype(input.dtype)) for piece, input in zip(pieces, inputs)]

@@ -6,25 +6,29 @@ Symbols: ``N`` is the batch size, ``C`` the number of channels (dimension 1 of t
 
 On CUDA the functions call the fused kernels of ``torch.nn.SyncBatchNorm``, which take half-precision input with float32
 statistics. On other devices they call ATen operators. Elementwise steps work in place on one new tensor, because the
-page faults of a second allocation cost more than a pass over memory. No step folds the mean into an additive term
-(x·a − mean·a), because that loses about log₁₀(|mean| / standard deviation) digits.
+page faults of a second allocation cost more than a pass over memory. No step folds the input's mean into an additive
+term (x·a − mean·a), because that loses about log₁₀(|mean| / standard deviation) digits: the input is centred first.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
+from ..compat import batch_norm_into
+
 __all__ = [
     "GlobalMoments",
+    "LayerStatistics",
     "LocalMoments",
     "cast",
     "dense",
     "gradient_sums",
     "has_fused_kernels",
+    "layer_index",
     "input_gradient",
     "local_moments",
     "memory_format",
@@ -34,6 +38,10 @@ __all__ = [
     "statistics_dtype",
 ]
 
+
+# Elements of an input up to which one scalar pass is faster than several vectorized passes. Measured on one core: 5
+# against 25 µs at 2,304 elements, 12 against 25 µs at 9,216, 36 against 32 µs at 32,768.
+SMALL = 24576
 
 # The overload, not the packet: overload resolution at every call costs as much as the arithmetic of a small layer.
 _BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
@@ -52,35 +60,35 @@ class LocalMoments(NamedTuple):
         """Returns the variance over ``elements − 1``; 0 for a single element."""
         return self.variance * (self.elements / max(self.elements - 1, 1))
 
-    def forget(self) -> LocalMoments:
-        """Returns the moments without the scratch tensor, which is as large as the activation."""
-        return self._replace(centred=None, shift=None)
-
 
 class GlobalMoments(NamedTuple):
-    """Moments of the elements of all ranks, of one layer or concatenated over several."""
+    """Moments of the elements of all ranks, of one layer or of several layers one after the other."""
 
-    elements: Tensor  # float64 (exact to 2⁵³), per channel: a scalar, or (L,) for L layers
-    mean: Tensor  # (C,), or (ΣC,)
-    variance: Tensor  # the same shape; biased, for the normalization
-    layer_of: Optional[Tensor] = None  # (ΣC,) the layer index of each channel; None for one layer
+    weights: Weights
+    mean: Tensor  # (C,) or (ΣC,)
+    variance: Tensor  # the same shape; biased, as normalization uses it
+    features: Tuple[int, ...]  # channels of each layer
 
     def unbiased_variance(self) -> Tensor:
-        """Returns the variance over ``elements − 1``, for ``running_var``."""
-        factor = self.elements / (self.elements - 1)  # float64
-        factor = factor.to(self.variance.dtype)
-        return self.variance * (factor if self.layer_of is None else factor[self.layer_of])
+        """Returns the variance over ``elements − 1``, as running_var uses it."""
+        return self.variance * cast(self.weights.bessel, self.variance.dtype)
 
-    def split(self, features: List[int]) -> List[GlobalMoments]:
-        """Returns the moments of each layer.
 
-        Args:
-            features: the channel count of each layer.
-        """
-        if self.layer_of is None:
-            return [self]
-        parts = zip(self.elements, self.mean.split(features), self.variance.split(features))
-        return [GlobalMoments(elements, mean, variance) for elements, mean, variance in parts]
+class Weights(NamedTuple):
+    """The share of each rank in the moments of a round, and what follows from the number of elements."""
+
+    elements: Tensor  # float64, exact to 2⁵³: a scalar or (ΣC,)
+    shares: Tensor  # float64, (W, 1) or (W, ΣC): the elements of a rank divided by those of all ranks
+    bessel: Tensor  # elements / (elements − 1), of the same shape
+
+
+class LayerStatistics(NamedTuple):
+    """The statistics that one layer normalizes with, each of shape ``(C,)`` in the statistics' dtype."""
+
+    mean: Tensor
+    variance: Optional[Tensor]  # biased; None from the fused kernels, which need it no more
+    invstd: Tensor  # 1 / √(variance + eps)
+    eps: float
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -126,7 +134,7 @@ def local_moments(input: Tensor) -> LocalMoments:
     channels = input.shape[1]
     count = input.numel() // channels
     input = cast(input, statistics_dtype(input.dtype))
-    if memory_format(input) != torch.contiguous_format:
+    if input.numel() <= SMALL or memory_format(input) != torch.contiguous_format:
         mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
         return LocalMoments(count, mean, variance)
     shift = input.mean([d for d in range(input.dim()) if d != 1])
@@ -150,39 +158,73 @@ def local_moments(input: Tensor) -> LocalMoments:
     return LocalMoments(count, shift + error, variance, centred, shift)
 
 
-def merge_moments(counts: Tensor, means: Tensor, variances: Tensor, layer_of: Optional[Tensor] = None) -> GlobalMoments:
-    """Merges the moments of ``W`` ranks, in rank order, so that every rank gets bitwise the same result.
-
-    ``N = Σ n_r``, ``M = Σ n_r m_r / N``, ``V = Σ n_r [v_r + (m_r − M)²] / N``: Chan, Golub, LeVeque, "Updating formulae
-    and a pairwise algorithm for computing sample variances", 1979, with variances instead of sums of squares. The
-    arithmetic is in float64 for every dtype: the tensors are small, and an int64 count is exact to 2⁵³.
+def weights_of(counts: Tensor, features: Tuple[int, ...]) -> Weights:
+    """Returns the weights of the ranks' moments. On the CPU the latest results are cached: most steps repeat them.
 
     Args:
-        counts: shape ``(W, 1)``, or ``(W, L)`` for ``L`` layers; int64; the sum over ranks is at least 2.
-        means: shape ``(W, C)``; for several layers ``(W, ΣC)``.
-        variances: the shape of ``means``; biased.
-        layer_of: shape ``(ΣC,)``: the layer index of each channel; ``None`` for one layer.
+        counts: elements per channel, shape ``(W, L)``, int64.
+        features: channels of each of the L layers.
+    """
+    if counts.is_cuda:
+        return _weights(counts, features)
+    return _cached_weights(tuple(map(tuple, counts.tolist())), features)
+
+
+@lru_cache(maxsize=1024)
+def _cached_weights(counts: Tuple[Tuple[int, ...], ...], features: Tuple[int, ...]) -> Weights:
+    with torch.inference_mode(False):  # the tensors outlive an inference_mode block that may be active
+        return _weights(torch.tensor(counts), features)
+
+
+def _weights(counts: Tensor, features: Tuple[int, ...]) -> Weights:
+    counts = counts.double()
+    elements = counts.sum(0)
+    shares = counts / elements
+    if len(features) > 1:
+        index = layer_index(features, counts.device)
+        elements, shares = elements[index], shares[:, index]
+    else:
+        elements = elements.squeeze(0)
+    return Weights(elements, shares, elements / (elements - 1))
+
+
+@lru_cache(maxsize=1024)
+def layer_index(features: Tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns the index of the layer of each channel, shape ``(ΣC,)``: expands a value per layer to one per channel."""
+    with torch.inference_mode(False):
+        return torch.repeat_interleave(torch.tensor(features)).to(device)
+
+
+def merge_moments(counts: Tensor, moments: Tensor, features: Tuple[int, ...]) -> GlobalMoments:
+    """Merges the moments of ``W`` ranks, in rank order, so that all ranks compute the same bits.
+
+    ``N = Σ n_r``, ``M = Σ n_r m_r / N``, ``V = Σ n_r [v_r + (m_r − M)²] / N``: Chan, Golub, LeVeque, "Updating formulae
+    and a pairwise algorithm for computing sample variances", 1979, with variances in place of sums of squares. The
+    arithmetic is float64 for every dtype: the tensors are small.
+
+    Args:
+        counts: elements per channel, shape ``(W, L)`` for L layers, int64; the sum over ranks must be at least 2.
+        moments: means of all layers, then biased variances of all layers, shape ``(W, 2ΣC)``.
+        features: channels of each layer.
 
     Returns:
-        Moments in the dtype of ``means``.
+        Moments in the dtype of ``moments``.
     """
-    counts = counts.double()
-    total = counts.sum() if layer_of is None else counts.sum(0)
-    if counts.shape[0] == 1:
-        return GlobalMoments(total, means[0], variances[0], layer_of)
-    shares = counts / total
-    shares = shares if layer_of is None else shares[:, layer_of]
-    doubles = means.double()
-    mean = (shares * doubles).sum(0)
-    squares = (doubles - mean).square_().add_(variances).mul_(shares)
-    return GlobalMoments(total, mean.to(means.dtype), squares.sum(0).to(means.dtype), layer_of)
+    weights = weights_of(counts, features)
+    if moments.shape[0] == 1:
+        mean, variance = moments[0].chunk(2)
+        return GlobalMoments(weights, mean, variance, features)
+    means, variances = moments.double().chunk(2, dim=1)
+    mean = (means * weights.shares).sum(0)
+    deviations = means - mean
+    variance = torch.addcmul(variances, deviations, deviations).mul_(weights.shares).sum(0)
+    return GlobalMoments(weights, mean.to(moments.dtype), variance.to(moments.dtype), features)
 
 
 def normalize(
     input: Tensor,
-    local: LocalMoments,
-    mean: Tensor,
-    invstd: Tensor,
+    local: Optional[LocalMoments],
+    statistics: LayerStatistics,
     weight: Optional[Tensor],
     bias: Optional[Tensor],
 ) -> Tensor:
@@ -190,40 +232,41 @@ def normalize(
 
     Args:
         input: shape ``(N, C, ...)``, dense.
-        local: the result of :func:`local_moments` for this input; its scratch tensor is overwritten.
-        mean: shape ``(C,)``, statistics dtype.
-        invstd: shape ``(C,)``, statistics dtype.
+        local: the result of :func:`local_moments` for this input, if there is one; its scratch tensor is overwritten.
+        statistics: the statistics to normalize with.
         weight: shape ``(C,)`` or ``None``; any floating dtype.
         bias: shape ``(C,)`` or ``None``; any floating dtype.
     """
+    mean, variance, invstd, eps = statistics
     dtype = mean.dtype
     weight = None if weight is None else cast(weight, dtype)
     bias = None if bias is None else cast(bias, dtype)
     if has_fused_kernels(input):
         return torch.batch_norm_elemt(input, weight, bias, mean, invstd, 0.0)
-    scale = invstd if weight is None else invstd * weight
-    if local.centred is None or local.shift is None:
-        output, offset = torch.sub(input, _per_channel(mean, input)), bias
+    assert variance is not None
+    if local is None or local.centred is None or local.shift is None:
+        centred, rest = torch.sub(input, _per_channel(mean, input)), _filled(0.0, mean.numel(), dtype, mean.device)
     else:
-        output, offset = local.centred, (local.shift - mean) * scale
-        offset = offset if bias is None else offset + bias
-    return cast(_scale_and_shift_(output, scale, offset), input.dtype)
+        centred, rest = local.centred, mean - local.shift
+    if centred.is_contiguous():
+        return cast(_normalize_(centred, rest, variance, weight, bias, eps), input.dtype)
+    scale = _per_channel(invstd if weight is None else invstd * weight, input)
+    if bias is None:
+        return cast(centred.mul_(scale), input.dtype)
+    return cast(torch.addcmul(_per_channel(bias, input), centred, scale, out=centred), input.dtype)
 
 
-def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
+def gradient_sums(grad_output: Tensor, input: Tensor, statistics: LayerStatistics) -> Tuple[Tensor, Tensor]:
     """Returns the local sums ``Σ dy`` and ``Σ dy · x̂`` per channel, where ``x̂ = (x − mean) · invstd``.
 
-    The sums are also the gradients of bias and weight on this rank.
+    They are also the gradients of bias and weight on this rank.
 
     Args:
         grad_output: shape ``(N, C, ...)``, dense, in the memory format of ``input``.
         input: shape ``(N, C, ...)``, dense.
-        mean: shape ``(C,)``, statistics dtype.
-        invstd: shape ``(C,)``, statistics dtype.
-
-    Returns:
-        Two tensors of shape ``(C,)``.
+        statistics: the statistics of the forward pass.
     """
+    mean, invstd = statistics.mean, statistics.invstd
     if has_fused_kernels(input):
         dy, dy_xmu, _, _ = torch.batch_norm_backward_reduce(grad_output, input, mean, invstd, None, True, False, False)
         return dy, dy_xmu * invstd
@@ -245,74 +288,74 @@ def gradient_sums(grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tens
 def input_gradient(
     grad_output: Tensor,
     input: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
+    statistics: LayerStatistics,
     weight: Optional[Tensor],
     mean_dy: Tensor,
-    mean_dy_xhat: Tensor,
+    slope: Tensor,
 ) -> Tensor:
-    """Returns ``dx = weight · invstd · (dy − mean(dy) − x̂ · mean(dy · x̂))`` in the input's dtype.
+    """Returns ``dx = weight · invstd · (dy − mean(dy) − (x − mean) · slope)`` in the input's dtype.
 
-    This is the gradient of :func:`normalize` with respect to its input, including the dependence of the global moments
-    on the input (Ioffe, Szegedy, "Batch Normalization", 2015, section 3, with means over all ranks).
+    The derivative of :func:`normalize` with respect to its input through the global moments (Ioffe, Szegedy, "Batch
+    Normalization", 2015, section 3, with means over all ranks), where ``slope = invstd · mean(dy · x̂)``.
 
     Args:
         grad_output: shape ``(N, C, ...)``, dense, in the memory format of ``input``.
         input: shape ``(N, C, ...)``, dense.
-        mean: shape ``(C,)``, statistics dtype.
-        invstd: shape ``(C,)``, statistics dtype.
+        statistics: the statistics of the forward pass.
         weight: shape ``(C,)`` or ``None``.
         mean_dy: shape ``(C,)``: the mean of ``dy`` over the elements of all ranks.
-        mean_dy_xhat: shape ``(C,)``: the mean of ``dy · x̂`` over the elements of all ranks.
+        slope: shape ``(C,)``.
     """
+    mean, variance, invstd, eps = statistics
     weight = None if weight is None else cast(weight, mean.dtype)
     if has_fused_kernels(input):
-        # The kernel divides both sums by an int32 count, which could overflow on many ranks. It gets means and a 1.
+        # The kernel multiplies the second sum by invstd², and divides both by a count in int32, which a large group
+        # of ranks overflows. It gets means, and a count of 1.
         one = torch.ones(1, dtype=torch.int32, device=input.device)
-        return torch.batch_norm_backward_elemt(
-            grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one
-        )
-    scale = invstd if weight is None else invstd * weight
+        mean_dy_xmu = slope / invstd.square()
+        return torch.batch_norm_backward_elemt(grad_output, input, mean, invstd, weight, mean_dy, mean_dy_xmu, one)
+    assert variance is not None
+    grad_output = cast(grad_output, mean.dtype)
     gradient = torch.sub(input, _per_channel(mean, input))
-    minus = scale.neg()
-    _scale_and_shift_(gradient, (minus * invstd).mul_(mean_dy_xhat), minus.mul_(mean_dy))
-    gradient.addcmul_(cast(grad_output, mean.dtype), _per_channel(scale, input))
-    return cast(gradient, input.dtype)
+    if gradient.is_contiguous():
+        torch.addcmul(grad_output, gradient, _per_channel(slope, input), value=-1, out=gradient)
+        return cast(_normalize_(gradient, mean_dy, variance, weight, None, eps), input.dtype)
+    scale = invstd if weight is None else invstd * weight
+    offset = _per_channel(-scale * mean_dy, input)
+    torch.addcmul(offset, gradient, _per_channel(scale * slope, input), value=-1, out=gradient)
+    return cast(gradient.addcmul_(grad_output, _per_channel(scale, input)), input.dtype)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns ``tensor.to(dtype)``, without the microsecond which that call takes if the dtype is the same."""
+    """As ``tensor.to(dtype)``, which takes a microsecond to find that there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def split_channels(vector: Tensor, features: Sequence[int]) -> Sequence[Tensor]:
-    """Splits a vector ``(ΣC,)`` into one vector ``(C,)`` per layer.
-
-    Args:
-        vector: shape ``(ΣC,)``.
-        features: the channel count of each layer.
-    """
-    return (vector,) if len(features) == 1 else vector.split(features)
+    """Returns the parts ``(C,)`` of each layer in a vector ``(ΣC,)``."""
+    return (vector,) if len(features) == 1 else vector.split_with_sizes(features)
 
 
 @lru_cache(maxsize=256)
 def _filled(value: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a cached, read-only constant vector."""
-    with torch.inference_mode(False):  # the cached tensor is also used outside of the caller's inference mode
+    """Returns a constant vector, never to be written to."""
+    with torch.inference_mode(False):  # it outlives the block that may be running
         return torch.full((size,), value, dtype=dtype, device=device)
 
 
 def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
-    """Returns a view of a ``(C,)`` vector that broadcasts over an input ``(N, C, ...)``."""
+    """Shapes a ``(C,)`` vector so that it broadcasts over an input ``(N, C, ...)``."""
     return vector.view((1, -1) + (1,) * (like.dim() - 2))
 
 
-def _scale_and_shift_(tensor: Tensor, scale: Tensor, offset: Optional[Tensor]) -> Tensor:
-    """Computes ``tensor · scale + offset`` per channel, in place."""
-    if offset is None:
-        return tensor.mul_(_per_channel(scale, tensor))
-    scale, offset = _per_channel(scale, tensor), _per_channel(offset, tensor)
-    if tensor.is_contiguous():
-        return tensor.mul_(scale).add_(offset)
-    # One pass instead of two. For channels-first, this operator is not vectorized and slower than the two above.
-    return torch.addcmul(offset, tensor, scale, out=tensor)
+def _normalize_(
+    tensor: Tensor, mean: Tensor, variance: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps: float
+) -> Tensor:
+    """Returns ``(tensor − mean) / √(variance + eps) · weight + bias`` for a contiguous tensor, which is overwritten.
+
+    The kernel adds ``bias − mean · scale`` as one term. ``mean`` must be small in relation to the tensor's values.
+    """
+    arguments = (tensor, weight, bias, mean, variance, False, 0.0, eps)
+    if tensor.numel() <= SMALL:  # the in-place form has more arguments to parse
+        return torch.native_batch_norm(*arguments)[0]
+    return batch_norm_into(tensor, *arguments)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from ..compat import current_node, graph_task, saved_tensors_hooks, sequence_of
-from .moments import GlobalMoments, LocalMoments
+from .moments import LocalMoments
 
 __all__ = ["RecomputeCache", "SavedStatistics", "inside_backward", "recomputation_owners"]
 
@@ -71,21 +71,21 @@ class SavedStatistics:
 
     Args:
         local: the moments of this rank, which identify a recomputation.
-        merged: the moments of all ranks, with which a recomputation normalizes.
+        statistics: the merged statistics, with which a recomputation normalizes.
 
     Attributes:
         elements: the elements per channel on this rank, for each layer.
         moments: means and variances of this rank, shape ``(2, ΣC)``.
-        merged: the argument of the same name.
+        statistics: the argument of the same name.
         sequence: the position of the forward's autograd node in program order.
     """
 
-    __slots__ = ("__weakref__", "_node", "_task", "_uses", "elements", "merged", "moments", "sequence")
+    __slots__ = ("__weakref__", "_node", "_task", "_uses", "elements", "moments", "sequence", "statistics")
 
-    def __init__(self, local: Sequence[LocalMoments], merged: GlobalMoments) -> None:
+    def __init__(self, local: Sequence[LocalMoments], statistics: Any) -> None:
         self.elements = tuple(part.elements for part in local)
         self.moments = _stack_moments(local)
-        self.merged = merged
+        self.statistics = statistics
         self.sequence = 0
         self._node: Any = None
         self._task, self._uses = -1, 0

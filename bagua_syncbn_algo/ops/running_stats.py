@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..comm.channel import Channel
 from ..comm.wire import SyncPoint
-from .functional import launch_moments
-from .moments import LocalMoments, merge_moments
+from ..compat import lerp_each_
+from .exact import ExactStatistics, launch_moments
+from .fused import Buffers
+from .moments import LocalMoments, merge_moments, split_channels
 
-__all__ = ["RunningPool", "Slot"]
+__all__ = ["RunningPool", "Slot", "fusible_buffers", "move_running_statistics", "record_moments"]
 
 
 class _LocalSummands(NamedTuple):
@@ -113,7 +115,8 @@ class RunningPool:
         if earlier:
             counts = torch.tensor([[earlier], [elements]], device=self._device)
             biased = torch.stack([own_variance, variance.to(self._dtype)]) * (1 - 1 / counts.to(self._dtype))
-            merged = merge_moments(counts, torch.stack([own_mean, mean.to(self._dtype)]), biased)
+            means = torch.stack([own_mean, mean.to(self._dtype)])
+            merged = merge_moments(counts, torch.cat([means, biased], dim=1), (mean.numel(),))
             mean, variance = merged.mean, merged.unbiased_variance()
         own_mean.copy_(mean)
         own_variance.copy_(variance)
@@ -212,3 +215,87 @@ class RunningPool:
 
 def _select(values: Sequence[Tensor], chosen: Sequence[bool]) -> List[Tensor]:
     return [value for value, is_chosen in zip(values, chosen) if is_chosen]
+
+
+@torch.no_grad()
+def move_running_statistics(layers: Sequence[Any], mean: Tensor, variance: Tensor) -> None:
+    """Moves the running statistics of distinct layers towards the moments of the whole world's batch.
+
+    Args:
+        layers: the layers.
+        mean: the means of all layers, shape ``(ΣC,)``.
+        variance: the unbiased variances, of the same shape.
+    """
+    features = [layer.num_features for layer in layers]
+    rows = zip(layers, split_channels(mean, features), split_channels(variance, features))
+    kept = [row for row in rows if row[0].track_running_stats and row[0].running_mean is not None]
+    if not kept:
+        return
+    counts = _count_batches([layer for layer, _, _ in kept])
+    # From the dictionary: Module.__getattr__ costs more than a small operator.
+    means: List[Tensor] = [layer._buffers["running_mean"] for layer, _, _ in kept]
+    variances: List[Tensor] = [layer._buffers["running_var"] for layer, _, _ in kept]
+    buffers, values = [*means, *variances], [*(row[1] for row in kept), *(row[2] for row in kept)]
+    momenta = {layer.momentum for layer, _, _ in kept}
+    if len(momenta) == 1 and None not in momenta and all(b.dtype == v.dtype for b, v in zip(buffers, values)):
+        lerp_each_(buffers, values, momenta.pop())
+        return
+    weights: List[Any] = [
+        count.to(mean.dtype).reciprocal() if layer.momentum is None else layer.momentum  # the cumulative average
+        for count, (layer, _, _) in zip(counts, kept)
+    ]
+    for buffer, value, weight in zip(buffers, values, weights * 2):
+        if buffer.dtype == value.dtype:
+            buffer.lerp_(value, weight)
+        else:
+            # The arithmetic has the dtype of the statistics; a half-precision buffer is rounded once.
+            buffer.copy_(torch.lerp(buffer.to(value.dtype), value, weight))
+
+
+@torch.no_grad()
+def _count_batches(layers: Sequence[Any]) -> List[Tensor]:
+    """Adds 1 to ``num_batches_tracked`` of each layer; returns the counters."""
+    counts: List[Tensor] = [layer._buffers["num_batches_tracked"] for layer in layers]
+    if counts:
+        torch._foreach_add_(counts, 1)
+    return counts
+
+
+def fusible_buffers(layers: Sequence[Any]) -> Optional[List[Optional[Buffers]]]:
+    """Returns the running statistics that a fused kernel can update; ``None`` if it cannot for any of the layers."""
+    found: List[Optional[Buffers]] = []
+    for layer in layers:
+        mean, variance = layer.running_mean, layer.running_var
+        if not layer.track_running_stats or mean is None or variance is None:
+            found.append(None)
+        elif layer._running is not None or layer.momentum is None or mean.dtype != torch.float32:
+            return None
+        else:
+            found.append(Buffers(mean, variance, layer.momentum))
+    return found
+
+
+def record_moments(layers: Sequence[Any], local: Sequence[Any], statistics: Any) -> None:
+    """Updates the running statistics of each layer, or adds the local moments to the layer's pool."""
+    pools = [layer._running if layer.track_running_stats else None for layer in layers]
+    distinct = len(set(map(id, layers))) == len(layers)
+    if not isinstance(statistics, ExactStatistics):
+        # The merge has updated the running statistics.
+        for group in [layers] if distinct else [[layer] for layer in layers]:
+            _count_batches([layer for layer in group if layer.track_running_stats and layer.running_mean is not None])
+        return
+    merged = statistics.merged
+    if distinct and all(pool is None for pool in pools):
+        move_running_statistics(layers, merged.mean, merged.unbiased_variance())
+        return
+    features = [layer.num_features for layer in layers]
+    means, variances = split_channels(merged.mean, features), split_channels(merged.unbiased_variance(), features)
+    for layer, pool, own, mean, variance in zip(layers, pools, local, means, variances):
+        if pool is None:
+            move_running_statistics([layer], mean, variance)
+        elif pool.collects:
+            assert isinstance(own, LocalMoments)
+            pool.add(Slot(layer, own.mean, own.unbiased_variance()), own.elements)
+        else:
+            assert isinstance(own, LocalMoments)
+            pool.merge(layer, layer._point, own)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Tuple
+from typing import Any
 
+import cuda_kernels
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from bagua_syncbn_algo.comm.local import SINGLE_PROCESS
 from bagua_syncbn_algo.comm.wire import sync_point
 from bagua_syncbn_algo.ops import moments
 from bagua_syncbn_algo.ops.functional import Member, sync_batch_norm
+from bagua_syncbn_algo.ops.fused import Buffers, FusedStatistics
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -59,9 +61,9 @@ def test_merge_is_that_of_the_concatenation(counts: list[int], mean: float, seed
     zero = torch.zeros(2, dtype=torch.float64)
     means = torch.stack([shard.mean(0) if len(shard) else zero for shard in shards])
     variances = torch.stack([shard.var(0, unbiased=False) if len(shard) else zero for shard in shards])
-    merged = moments.merge_moments(torch.tensor([[n] for n in counts]), means, variances)
+    merged = moments.merge_moments(torch.tensor([[n] for n in counts]), torch.cat([means, variances], dim=1), (2,))
     whole = torch.cat(shards)
-    assert int(merged.elements) == len(whole)
+    assert int(merged.weights.elements) == len(whole)
     torch.testing.assert_close(merged.mean, whole.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(merged.variance, whole.var(0, unbiased=False), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(merged.unbiased_variance(), whole.var(0), rtol=1e-9, atol=1e-12)
@@ -70,9 +72,9 @@ def test_merge_is_that_of_the_concatenation(counts: list[int], mean: float, seed
 def test_merge_keeps_large_counts_exact() -> None:
     """Catches counts in float32: 2²⁴ + 1 elements on one rank and 1 on another have variance n₁n₂/N²."""
     counts = torch.tensor([[2**24 + 1], [1]])
-    merged = moments.merge_moments(counts, torch.tensor([[0.0], [1.0]]), torch.zeros(2, 1))
+    merged = moments.merge_moments(counts, torch.tensor([[0.0, 0.0], [1.0, 0.0]]), (1,))
     total = 2**24 + 2
-    assert int(merged.elements) == total
+    assert int(merged.weights.elements) == total
     assert merged.mean.item() == pytest.approx(1 / total, rel=1e-6)
     assert merged.variance.item() == pytest.approx((total - 1) / total**2, rel=1e-6)
 
@@ -84,61 +86,12 @@ def test_statistics_dtypes() -> None:
     assert moments.statistics_dtype(torch.float64) == torch.float64
 
 
-# Stand-ins for the CUDA kernels, from their source and their use in torch.nn.SyncBatchNorm, for machines without CUDA.
-# The tests check the kernels' arguments and the interpretation of their results (sums or means, invstd or variance).
-# Source: aten/src/ATen/native/cuda/Normalization.cu and Normalization.cuh of PyTorch 2.13.
-def _update_stats(x: Tensor, running_mean: Any, running_var: Any, momentum: float) -> Tuple[Tensor, Tensor]:
-    """Returns the mean and biased variance (functor ``Var``), as ``batch_norm_update_stats_cuda``."""
-    assert running_mean is None and running_var is None
-    dims = [d for d in range(x.dim()) if d != 1]
-    return x.mean(dims), x.var(dims, unbiased=False)
-
-
-def _stats(x: Tensor, eps: float) -> Tuple[Tensor, Tensor]:
-    """Returns mean and invstd, as ``batch_norm_stats_cuda``: ``InvStd`` is 0, not infinity, for variance = eps = 0."""
-    mean, variance = _update_stats(x, None, None, 0.0)
-    return mean, torch.where((variance == 0) & (eps == 0), torch.zeros_like(variance), (variance + eps).rsqrt())
-
-
-def _elemt(x: Tensor, weight: Any, bias: Any, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
-    s = (1, -1) + (1,) * (x.dim() - 2)
-    y = (x - mean.view(s)) * invstd.view(s)
-    y = y if weight is None else y * weight.view(s)
-    return y if bias is None else y + bias.view(s)
-
-
-def _backward_reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, *mask: bool) -> Any:
-    s = (1, -1) + (1,) * (x.dim() - 2)
-    dims = [d for d in range(x.dim()) if d != 1]
-    assert mask == (True, False, False)
-    return dy.sum(dims), (dy * (x - mean.view(s))).sum(dims), None, None
-
-
-def _backward_elemt(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, sum_dy: Tensor, sum_dy_xmu: Tensor, count: Tensor
-) -> Tensor:
-    s = (1, -1) + (1,) * (x.dim() - 2)
-    assert count.dtype == torch.int32
-    total = count.sum()
-    scale = invstd if weight is None else invstd * weight
-    centred = x - mean.view(s)
-    return (dy - (sum_dy / total).view(s) - centred * (invstd.square() * sum_dy_xmu / total).view(s)) * scale.view(s)
-
-
-@pytest.fixture
-def cuda_kernels(mocker: Any) -> Any:
-    """Returns a function that switches to the stand-ins for the CUDA kernels."""
-    mocker.patch.object(torch, "batch_norm_stats", _stats)
-    mocker.patch.object(torch, "batch_norm_update_stats", _update_stats)
-    mocker.patch.object(torch, "batch_norm_elemt", _elemt)
-    mocker.patch.object(torch, "batch_norm_backward_reduce", _backward_reduce)
-    mocker.patch.object(torch, "batch_norm_backward_elemt", _backward_elemt)
-    return lambda: mocker.patch.object(moments, "has_fused_kernels", lambda input: True)
-
-
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("kind", ["random", "a constant channel", "one value a channel"])
-def test_cuda_kernels_are_called_as_they_want(cuda_kernels: Any, affine: bool, kind: str) -> None:
+@pytest.mark.parametrize("fuse", [False, True])
+def test_cuda_kernels_are_called_as_they_want(
+    monkeypatch: pytest.MonkeyPatch, affine: bool, kind: str, fuse: bool
+) -> None:
     """Catches sums taken for means, a variance for invstd, or a wrong argument order on CUDA.
 
     Also catches an infinite variance of a constant channel, as of a dead ReLU or of the pooled features of one image.
@@ -149,7 +102,7 @@ def test_cuda_kernels_are_called_as_they_want(cuda_kernels: Any, affine: bool, k
     elif kind == "one value a channel":
         x = x[:1, :, :1, :1]
         local = moments.local_moments(x.contiguous(memory_format=torch.channels_last))
-        cuda_kernels()
+        cuda_kernels.install(monkeypatch, fuse)
         found = moments.local_moments(x)
         assert torch.equal(found.mean, x.flatten()) and torch.equal(found.variance, torch.zeros(3).double())
         assert torch.equal(local.variance, found.variance)
@@ -159,18 +112,23 @@ def test_cuda_kernels_are_called_as_they_want(cuda_kernels: Any, affine: bool, k
 
     def run() -> Any:
         leaves = [t.clone().requires_grad_() if t is not None else None for t in (x, weight, bias)]
-        found = []
+        found, running = [], [torch.zeros(3).double(), torch.ones(3).double()]
         (y,) = sync_batch_norm(
             [Member(*leaves, 1e-5, "test")],
             SINGLE_PROCESS,
             sync_point("test"),
-            update=lambda local, merged: found.append(merged.unbiased_variance()),
+            update=lambda local, statistics: found.append(statistics.layers[0].invstd),
+            buffers=[Buffers(*running, 0.1)],
         )
+        if not isinstance(y.grad_fn.call.statistics, FusedStatistics):
+            merged = y.grad_fn.call.statistics.merged
+            running[0].lerp_(merged.mean, 0.1)
+            running[1].lerp_(merged.unbiased_variance(), 0.1)
         y.backward(dy)
-        return y.detach(), found, [leaf.grad for leaf in leaves if leaf is not None]
+        return y.detach(), found, running, [leaf.grad for leaf in leaves if leaf is not None]
 
     expected = run()
-    cuda_kernels()
+    cuda_kernels.install(monkeypatch, fuse)
     torch.testing.assert_close(run(), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+import cuda_kernels
 import pytest
 import torch
 from ranks import run_threads
 from torch import Tensor, nn
 
 from bagua_syncbn_algo import SyncBatchNorm
+from bagua_syncbn_algo.ops import moments
 
 WORLDS = [1, 2, 3, 4]
 
@@ -166,6 +168,17 @@ def flat(result: Result) -> Dict[str, Tensor]:
     return {name: part.double() for name, part in parts.items() if part is not None}
 
 
+@pytest.fixture(params=["small inputs", "large inputs", "fused kernels"], autouse=True)
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs every test on each kind of arithmetic: two forms on the CPU, and the CUDA kernels' stand-ins."""
+    kind: str = request.param
+    if kind == "fused kernels":
+        cuda_kernels.install(monkeypatch, fuse=True)
+    else:
+        monkeypatch.setattr(moments, "SMALL", 0 if kind == "large inputs" else 2**40)
+    return kind
+
+
 @pytest.mark.multirank
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
@@ -229,7 +242,7 @@ def sync_single(x: Tensor) -> Tensor:
         [Member(x, None, None, 1e-5, "test")],
         SINGLE_PROCESS,
         sync_point("test"),
-        update=lambda local, merged: found.append(merged.unbiased_variance()),
+        update=lambda local, statistics: found.append(statistics.merged.unbiased_variance()),
     )
     return found[0]
 
