@@ -11,6 +11,7 @@ import copy
 import inspect
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from torch import Tensor, fx, nn
@@ -22,9 +23,10 @@ from ..ops.recompute import RecomputeCache, inside_backward
 from .guards import Guard, has_global_hooks
 from .levels import Level, SplitCandidate, levels_of, regroup, split_candidates_of
 from .module_state import UntraceableError
+from .ordering import attribute_of
 from .plan import PlannedRound, SyncPlan
 from .split_backward import DeferrableLayer, DeferrableLayers
-from .tracing import CallPattern, trace
+from .tracing import CallPattern, Trace, trace
 from .verify import FAILED, PASSED, check_equivalence
 
 __all__ = ["CoalescedForward"]
@@ -104,12 +106,7 @@ class CoalescedForward:
             if self.overlap:
                 candidates, variant.unsplit = split_candidates_of(traced.graph, self.module, levels)
             variant.opaque, variant.uncoalesced = traced.opaque, traced.uncoalesced
-            variant.add_rounds(self, levels, candidates)
-            if any(len(level.members) > 1 or overlap_with for level, overlap_with in zip(levels, candidates)):
-                graph = regroup(traced.graph, self.module, levels, candidates, variant.call_of)
-                # The root is the traced replica, because GraphModule looks up and keeps the modules of the graph.
-                generated = type(fx.GraphModule(traced.replica, graph)).forward
-                variant.run = _Regrouped(generated, traced.outputs)
+            variant.build(self, traced, levels, candidates)
         except UntraceableError as error:
             variant.failure = str(error)
         except Exception as error:  # a graph that fx cannot handle must not end the training
@@ -203,17 +200,47 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
         return original(module, *args, **kwargs)
     if not variant.verified and (inside_backward() or not forward.agree(variant, layer, tensors)):
         return original(module, *args, **kwargs)
-    return variant.run(module, *tensors)
+    run = variant.without_small_candidates(module)
+    return original(module, *args, **kwargs) if run is None else run(module, *tensors)
 
 
 class _Regrouped:
-    """A regrouped graph as a function of the module and the values of a call."""
+    """A regrouped graph as a function of the module and the values of a call.
 
-    def __init__(self, generated: Callable[..., Any], outputs: Any) -> None:
-        self._generated, self._outputs = generated, outputs
+    The generated code finds each submodule in one namespace: a path of several attributes would call
+    ``Module.__getattr__`` for each of them.
+
+    Args:
+        module: the module of the graph.
+        graph: the regrouped graph; its targets are renamed.
+        traced: the trace that the graph comes from.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, traced: Trace) -> None:
+        names: Dict[str, str] = {}
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                path = str(node.target)
+                is_module = node.op == "call_module" or isinstance(attribute_of(module, path), nn.Module)
+                node.target = names.setdefault(path, f"m{len(names)}") if is_module else f"root.{path}"
+        # GraphModule looks up the targets, and keeps what it finds: the modules of the replica.
+        holder = nn.Module()
+        holder.root = traced.replica
+        for path, name in names.items():
+            setattr(holder, name, traced.replica.get_submodule(path))
+        self._generated: Callable[..., Any] = type(fx.GraphModule(holder, graph)).forward
+        self._paths, self._names, self._outputs = list(names), list(names.values()), traced.outputs
+        # Weak references: a submodule must be freed when the user replaces it.
+        self._module = weakref.ref(module)
+        self._parts = [weakref.ref(module.get_submodule(path)) for path in names]
 
     def __call__(self, module: nn.Module, *values: Any) -> Any:
-        return pytree.tree_unflatten(list(self._generated(module, *values)), self._outputs)
+        if module is self._module():  # whose guard holds: its submodules are those of the trace
+            parts: List[Any] = [reference() for reference in self._parts]
+        else:
+            parts = [module.get_submodule(path) for path in self._paths]
+        namespace = SimpleNamespace(root=module, **dict(zip(self._names, parts)))
+        return pytree.tree_unflatten(list(self._generated(namespace, *values)), self._outputs)
 
 
 class _Variant:
@@ -230,11 +257,18 @@ class _Variant:
         self.uncoalesced: Dict[str, str] = {}
         self.unsplit: Dict[str, str] = {}
         self._calls: Dict[Tuple[str, ...], _LevelCall] = {}  # by the members' paths
+        self._traced: Optional[Trace] = None  # until the sizes of all candidates are known
+        self._levels: Sequence[Level] = ()
+        self._candidates: Sequence[Sequence[SplitCandidate]] = ()
 
-    def add_rounds(
-        self, forward: CoalescedForward, levels: Sequence[Level], candidates: Sequence[Sequence[SplitCandidate]]
+    def build(
+        self,
+        forward: CoalescedForward,
+        traced: Trace,
+        levels: Sequence[Level],
+        candidates: Sequence[Sequence[SplitCandidate]],
     ) -> None:
-        """Adds one planned round, and the function that runs it, for each of ``levels``."""
+        """Adds one planned round, and the function that runs it, for each of ``levels``; builds the graph."""
         for level, overlap_with in zip(levels, candidates):
             names = tuple(f"{forward.name}.{member.path}" for member in level.members)
             features = tuple(member.layer.num_features for member in level.members)
@@ -243,10 +277,32 @@ class _Variant:
             planned = PlannedRound(forward.path, level.number, names, features, backward, overlapped_with)
             self.rounds.append(planned)
             self._calls[_key(level)] = _LevelCall(planned, [candidate.shared for candidate in overlap_with])
+        self._traced, self._levels, self._candidates = traced, levels, candidates
+        self._regroup(forward.module)
 
-    def call_of(self, level: Level) -> _LevelCall:
-        """Returns the function that runs ``level``."""
-        return self._calls[_key(level)]
+    def _regroup(self, module: nn.Module) -> None:
+        traced, levels, candidates = self._traced, self._levels, self._candidates
+        assert traced is not None
+        self.run = None
+        if any(len(level.members) > 1 or overlap_with for level, overlap_with in zip(levels, candidates)):
+            graph = regroup(traced.graph, module, levels, candidates, lambda level: self._calls[_key(level)])
+            self.run = _Regrouped(module, graph, traced)
+
+    def without_small_candidates(self, module: nn.Module) -> Optional[Callable[..., Any]]:
+        """Returns the regrouped forward; builds it again without the candidates that are too small to be split.
+
+        The first forward of a candidate decides about that, once: a recomputation by activation checkpointing must be
+        split like its forward.
+        """
+        if self._traced is None or not all(self._calls[_key(level)].sizes_are_known for level in self._levels):
+            return self.run
+        kept = [self._calls[_key(level)].keep_large() for level in self._levels]
+        if not all(map(all, kept)):
+            rows = zip(self._candidates, kept)
+            self._candidates = [[each for each, keep in zip(*row) if keep] for row in rows]
+            self._regroup(module)
+        self._traced = None
+        return self.run
 
 
 def _key(level: Level) -> Tuple[str, ...]:
@@ -261,6 +317,17 @@ class _LevelCall:
         self._name = planned.name if len(planned.layers) > 1 else None  # a single layer uses its own name
         self._candidates = [DeferrableLayer(*each) for each in zip(planned.overlapped_with, shared)]
         self.__name__, self.__module__ = "batch_norm_coalesced", __name__
+
+    @property
+    def sizes_are_known(self) -> bool:
+        """Whether each candidate has run once."""
+        return all(candidate.is_measured for candidate in self._candidates)
+
+    def keep_large(self) -> List[bool]:
+        """Removes the candidates that are too small to be split; returns for each of them whether it stays."""
+        kept = [candidate.is_large for candidate in self._candidates]
+        self._candidates = [candidate for candidate, keep in zip(self._candidates, kept) if keep]
+        return kept
 
     def __call__(
         self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], modules: Sequence[nn.Module]

@@ -61,10 +61,20 @@ class DeferrableLayer:
         self._work = math.inf  # multiplications of the weight gradient; unknown until the first forward, which is split
 
     @property
+    def is_measured(self) -> bool:
+        """Whether the size of the weight gradient is known."""
+        return self._work < math.inf
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the weight gradient takes long enough to overlap it with a round."""
+        return self._work >= WORTHWHILE
+
+    @property
     def is_worthwhile(self) -> bool:
         """Whether to split the next forward of the layer."""
         # Autocast casts a shared weight once and sums the gradients of its uses in half precision.
-        return self._work >= WORTHWHILE and not (self._shared and any_autocast())
+        return self.is_large and not (self._shared and any_autocast())
 
     def record_work(self, module: Any, input: Tensor, output: Tensor) -> None:
         """Records the size of the first forward, which decides whether later forwards are split.
