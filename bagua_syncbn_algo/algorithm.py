@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from .comm.channel import Channel
-from .comm.groups import default_store
 from .comm.local import SINGLE_PROCESS
 from .comm.recorder import RoundRecord, active
-from .comm.transport import BaguaChannel
+from .comm.transport import BaguaChannel, bagua_channel
 from .comm.wire import BACKWARD, FORWARD, Roster, sync_point
 from .config import SyncBatchNormConfig, check_normalize_over
 from .convert import convert_sync_batchnorm, tag_sync_batchnorm, warn_unconverted
@@ -246,7 +245,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         roster = layers[0].tag.roster if layers and layers[0].tag is not None else Roster()
         itemsize = max((layer.itemsize for layer in layers), default=4)
         communicator = self._world_group.get_global_communicator()
-        world = BaguaChannel(communicator, streams(), device, default_store())
+        world = bagua_channel(self._world_group, streams(), device, self._timeout)
         # Also without layers: if another rank has layers, all ranks must raise the error.
         ordinal = world.join(roster, itemsize)
         _broadcast_buffers(layers, communicator)
@@ -259,8 +258,8 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         if self._ranks_per_group == 1:
             channel = SINGLE_PROCESS
         elif self._group is not self._world_group:
-            channel = BaguaChannel(self._group.get_global_communicator(), streams(), device, default_store())
-            channel.label = f"bagua_syncbn/{','.join(map(str, self._group.ranks))}"
+            label = f"bagua_syncbn/{','.join(map(str, self._group.ranks))}"
+            channel = bagua_channel(self._group, streams(), device, self._timeout, label)
             channel.join(roster, itemsize)
             self._channels.append((channel, self._group.ranks))
         if self._running_group is not None:

@@ -8,16 +8,17 @@ the header, they would hang or compute wrong statistics silently.
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import time
-from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
-from .recorder import RoundRecord, active
-from .report import describe_failure, first_difference
+from .monitor import RoundMonitor
+from .pending import PendingGather
+from .recorder import active
+from .report import first_difference
+from .ring import HeaderRing
 from .wire import (
     FAULT,
     FRAME_SHIFT,
@@ -25,11 +26,12 @@ from .wire import (
     JOIN,
     PHASES,
     Header,
-    HeaderCheck,
     Roster,
     SyncBatchNormError,
     SyncPoint,
     digest,
+    header_error,
+    is_capturing,
     sync_point,
 )
 
@@ -59,6 +61,7 @@ class Channel:
     rank: int = 0
     world_size: int = 1
     local: bool = False
+    checks_late: bool = False  # whether headers are checked a step later on the CPU, too
     trial: bool = False
     label: str = "bagua_syncbn"
 
@@ -71,8 +74,10 @@ class Channel:
         self._names: Dict[int, str] = {}
         self._rosters: Dict[Roster, int] = {}
         self._headers: Dict[Tuple[Any, ...], Header] = {}
-        self._checks: Deque[HeaderCheck] = collections.deque()
-        self._in_flight: Optional[_PendingGather] = None
+        self._in_flight: Optional[PendingGather] = None
+        self._ring: Optional[HeaderRing] = None  # the received messages whose headers are checked later
+        self._slot: Optional[Tensor] = None  # in the ring, of the round that starts
+        self._monitor: Optional[RoundMonitor] = None
 
     # -- the collective -------------------------------------------------------------------------------------------
 
@@ -251,11 +256,12 @@ class Channel:
                 self._send(point, JOIN, FAULT, [empty])
         with contextlib.suppress(SyncBatchNormError):
             self.flush()
-        self._checks.clear()
+        if self._ring is not None:
+            self._ring.clear()
         self.failed = False
 
     def flush(self) -> None:
-        """Waits for the round in flight and for all header checks. On CUDA these checks lag a few rounds.
+        """Waits for the round in flight. On CUDA this does not block the host, and header checks lag a step.
 
         Raises:
             SyncBatchNormError: if the round or a check failed.
@@ -263,8 +269,8 @@ class Channel:
         if self._in_flight is not None:
             self._in_flight.wait()
         try:
-            while self._checks:
-                self._checks.popleft().finish(self.rank, self._names)
+            if self._ring is not None:
+                self._ring.compare_arrived()
         except SyncBatchNormError:
             self.failed = True
             raise
@@ -284,7 +290,7 @@ class Channel:
 
     def _start(
         self, parts: Sequence[Tensor], size: int, point: SyncPoint, phase: int, flags: int, length: int
-    ) -> _PendingGather:
+    ) -> PendingGather:
         """Starts the all-gather of one frame, with ``size`` of the ``length`` bytes of a payload."""
         if self._in_flight is not None:
             self._in_flight.wait(keep=True)  # this frame overwrites its message and its result
@@ -298,7 +304,9 @@ class Channel:
         entry = None
         if record is not None:
             entry = record.launch(point.layers or (point.name,), PHASES[phase], message.numel())
-        self._in_flight = pending = _PendingGather(self, header, point, phase, entry)
+        self._slot = self._take_slot(message, header, point, phase)
+        late = self._slot is not None and phase != JOIN
+        self._in_flight = pending = PendingGather(self, header, point, phase, entry, self._slot is not None, late)
         pending.start(message)
         return pending
 
@@ -314,91 +322,39 @@ class Channel:
                 self._headers[key] = header
         return header
 
-    def _check(self, gathered: Tensor, header: Header, point: SyncPoint, phase: int) -> None:
-        check = HeaderCheck(gathered, header.words, point, phase)
-        if not gathered.is_cuda:
-            check.finish(self.rank, self._names)
-            return
-        # Reading the headers now would block the host at every layer, as in other, slower implementations. A mismatch
-        # may therefore raise an error a few rounds later.
-        self._checks.append(check)
-        while self._checks and self._checks[0].ready():
-            self._checks.popleft().finish(self.rank, self._names)
-
-
-class _PendingGather:
-    """The all-gather of one frame, from its start to the checked result."""
-
-    def __init__(
-        self, channel: Channel, header: Header, point: SyncPoint, phase: int, entry: Optional[RoundRecord]
-    ) -> None:
-        self._channel, self._header, self._point, self._phase, self._entry = channel, header, point, phase, entry
-        self._gathered: Optional[Tensor] = None
-        self._work: Any = None
-        self._finish_time: Optional[float] = None
-        self._done = False
-        self._error: Optional[BaseException] = None
-
-    def start(self, message: Tensor) -> None:
-        """Starts the all-gather; :meth:`wait` raises its errors."""
+    def _take_slot(self, message: Tensor, header: Header, point: SyncPoint, phase: int) -> Optional[Tensor]:
+        """Returns the memory for the messages of a round whose headers are checked later; ``None`` for other rounds."""
+        if not (self.checks_late or message.is_cuda) or is_capturing(message):
+            return None
+        if self._ring is None or self._ring.capacity != message.numel():
+            self._ring = HeaderRing(self.world_size, message.numel(), message.device, self._compare)
+        checked = phase != JOIN and not header.words[2] & FAULT
         try:
-            self._gathered, self._work = self._channel._all_gather(message)
-        except RuntimeError as error:
-            self._error = error
-        if self._entry is not None and self._gathered is not None and not self._gathered.is_cuda:
-            with contextlib.suppress(AttributeError, RuntimeError):  # some backends have no futures
-                self._work.get_future().add_done_callback(self._note_finish)
+            return self._ring.take(header.words, point, phase, checked)
+        except SyncBatchNormError:
+            self.failed = True
+            raise
 
-    def _note_finish(self, _: Any) -> None:
-        self._finish_time = time.perf_counter()
+    def _receive_buffer(self, message: Tensor) -> Tensor:
+        """Returns the tensor ``(W, capacity)`` that receives the messages of the round that starts."""
+        slot, self._slot = self._slot, None
+        return message.new_empty((self.world_size, *message.shape)) if slot is None else slot
 
-    def wait(self, keep: bool = False) -> Tensor:
-        """Waits for the all-gather, checks the headers and returns the payloads ``(W, capacity − 32)``.
+    def _check(self, gathered: Tensor, header: Header, point: SyncPoint, phase: int) -> None:
+        """Compares the headers of a round now, on the host."""
+        rows = gathered[:, :HEADER_BYTES].view(torch.int64).tolist()
+        self._compare(rows, header.words, point, phase, gathered)
+
+    def _compare(self, rows: List[List[int]], words: List[int], point: SyncPoint, phase: int, gathered: Tensor) -> None:
+        if any(row != words for row in rows):
+            raise header_error(rows, words, point, phase, gathered, self.rank, self._names)
+
+    def watch(self, ranks: Sequence[int], timeout: float) -> None:
+        """Starts to report late rounds in the log; see :mod:`.monitor`.
 
         Args:
-            keep: whether to copy the result, because the next all-gather may overwrite it.
-
-        Raises:
-            SyncBatchNormError: if the all-gather or the check failed. Every call raises the same error.
+            ranks: the global ranks of the channel.
+            timeout: seconds after which the backend ends the process.
         """
-        channel = self._channel
-        if not self._done:
-            self._done = True
-            if channel._in_flight is self:
-                channel._in_flight = None
-            try:
-                self._wait_for_work()
-                assert self._gathered is not None
-                if not self._header.words[2] & FAULT:  # a failing rank raises its own error
-                    channel._check(self._gathered, self._header, self._point, self._phase)
-                    channel.failed = False
-            except SyncBatchNormError as error:
-                self._error, channel.failed = error, True
-        if self._error is not None:
-            raise self._error
-        assert self._gathered is not None
-        if keep:
-            self._gathered = self._gathered.clone()
-        return self._gathered[:, HEADER_BYTES:]
-
-    def wait_until_completed(self, seconds: float) -> None:
-        """Waits up to ``seconds`` until the all-gather has completed. Raises nothing."""
-        is_completed = getattr(self._work, "is_completed", None)
-        deadline = time.monotonic() + seconds
-        while is_completed is not None and not is_completed() and time.monotonic() < deadline:
-            time.sleep(0.001)
-
-    def _wait_for_work(self) -> None:
-        start = time.perf_counter()
-        try:
-            if self._error is not None:
-                raise self._error
-            self._work.wait()
-        except RuntimeError as error:
-            where, channel = f"{self._point.name} ({PHASES[self._phase]})", self._channel
-            message = describe_failure(where, error, channel.rank, channel.world_size, channel.label, channel._store())
-            raise SyncBatchNormError(message) from error
-        if self._entry is not None:
-            finish = time.perf_counter() if self._finish_time is None else self._finish_time
-            # A benchmark's Work that models a network records the arrival of the messages.
-            self._entry.wait, self._entry.finish = start, getattr(self._work, "arrival", finish)
+        if self._store() is not None:
+            self._monitor = RoundMonitor(self.label, self.rank, list(ranks), self._store(), timeout)

@@ -40,7 +40,8 @@ class RoundMonitor:
     ) -> None:
         self._prefix, self._rank, self._ranks, self._store = f"{label}/late", rank, ranks, store
         self._late, self._interval = timeout * _LATE_SHARE, interval
-        self._where, self._work, self._since = "the start", None, time.monotonic()
+        self._where, self._since = "the start", time.monotonic()
+        self._work: Any = None
         self._rounds = self._asked = self._reported = 0
         self._answered = ""
         self._stopped = threading.Event()

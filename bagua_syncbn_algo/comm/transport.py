@@ -16,7 +16,7 @@ from .groups import default_group, default_store, is_nccl, member_group, timeout
 from .local import SINGLE_PROCESS
 from .wire import SyncPoint
 
-__all__ = ["BaguaChannel", "TorchChannel", "channel_of", "source_group"]
+__all__ = ["BaguaChannel", "TorchChannel", "bagua_channel", "channel_of", "source_group"]
 
 
 class TorchChannel(Channel):
@@ -57,7 +57,7 @@ class TorchChannel(Channel):
 
     def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
         with torch.inference_mode(False):  # gloo writes to it from a thread outside of inference_mode
-            gathered = message.new_empty((self.world_size, *message.shape))
+            gathered = self._receive_buffer(message)
         # Methods of the group: the functional API rejects bare backends and costs 40 µs more per call. gloo has no
         # flat all-gather before torch 2.4. On NCCL, an all-gather into a list adds a copy for each rank.
         group = self._group()
@@ -87,7 +87,7 @@ class BaguaChannel(Channel):
         self._communicator, self._streams, self._device, self._key_value_store = communicator, streams, device, store
         self._buckets: Dict[int, Any] = {}
         self._unregistered: Optional[Tensor] = None  # for sync points without a bucket, as in `RunningPool.merge`
-        self._gathered: Dict[Tuple[int, torch.dtype], Tensor] = {}
+        self._receive: Dict[Tuple[int, int], Any] = {}  # registered, by size, and by address in the ring
         # Upstream's allgather returns after it is enqueued. The embedded host's blocks, but has begin_allgather.
         self._start_allgather = getattr(communicator, "begin_allgather", communicator.allgather)
 
@@ -110,26 +110,54 @@ class BaguaChannel(Channel):
             return message
         if self._unregistered is None or self._unregistered.numel() < self.capacity:
             with torch.inference_mode(False):
-                self._unregistered = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+                message_: Any = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+                self._unregistered = message_.to_bagua_tensor()  # once: upstream never frees such a tensor
+        assert self._unregistered is not None
         return self._unregistered
 
     def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
         send: Any = message
         if not send.is_bagua_tensor():
             send = send.to_bagua_tensor()
-        key = (message.numel(), message.dtype)
-        if key not in self._gathered:
+        slot = self._slot
+        key = (message.numel(), 0 if slot is None else slot.data_ptr())
+        if key not in self._receive:
+            self._forget_other_sizes(message.numel())
             with torch.inference_mode(False):
-                empty: Any = torch.empty((self.world_size, *message.shape), dtype=message.dtype, device=message.device)
-                self._gathered[key] = empty.to_bagua_tensor()
-        receive: Any = self._gathered[key]
+                buffer: Any = self._receive_buffer(message)
+                self._receive[key] = buffer.to_bagua_tensor()
+        self._slot = None
+        receive = self._receive[key]
         stream = self._communicator.cuda_stream
         with self._streams.after(stream, [self._streams.record_event()]):
             work = self._start_allgather(send.bagua_backend_tensor(), receive.bagua_backend_tensor())
         return receive, _StreamWork(work, self._streams, self._streams.record_event_on(stream))
 
+    def _forget_other_sizes(self, size: int) -> None:
+        for key in [key for key in self._receive if key[0] != size]:
+            del self._receive[key]
+
     def _store(self) -> Optional[Any]:
         return self._key_value_store
+
+
+def bagua_channel(
+    group: Any, streams: Any, device: torch.device, timeout: Optional[float] = None, label: str = Channel.label
+) -> BaguaChannel:
+    """Returns a channel over a Bagua process group that is only for statistics.
+
+    Args:
+        group: the process group.
+        streams: the stream operations of the host.
+        device: the device of the messages. On CUDA, a monitor reports late rounds.
+        timeout: the timeout of the group in seconds; ``None`` for that of the default group.
+        label: the prefix of the channel's keys in the store.
+    """
+    channel = BaguaChannel(group.get_global_communicator(), streams, device, default_store())
+    channel.label = label
+    if device.type == "cuda":
+        channel.watch(group.ranks, timeout_of(default_group()).total_seconds() if timeout is None else timeout)
+    return channel
 
 
 class _StreamWork:
@@ -144,7 +172,7 @@ class _StreamWork:
         self._streams.wait(self._event)
 
     def is_completed(self) -> bool:
-        return self._work is None or bool(self._work.is_completed())
+        return bool((self._event.query if self._work is None else self._work.is_completed)())
 
     def get_future(self) -> Any:
         return self._work.get_future()
@@ -189,12 +217,12 @@ def channel_of(process_group: Optional[Any]) -> Channel:
     for key in [key for key, (held, _) in list(_channels.items()) if held() is None]:
         _channels.pop(key, None)
     if id(source) not in _channels:
-        _channels[id(source)] = weakref.ref(source), TorchChannel(*_statistics_group(source))
+        _channels[id(source)] = weakref.ref(source), _channel_over(source)
     return _channels[id(source)][1]
 
 
-def _statistics_group(source: Any) -> Tuple[Any, Optional[Any]]:
-    """Returns a communicator for statistics over the ranks of ``source``, and the key-value store."""
+def _channel_over(source: Any) -> TorchChannel:
+    """Returns a channel with a communicator of its own over the ranks of ``source``."""
     try:
         ranks = dist.get_process_group_ranks(source)
     except AttributeError:  # before torch 2.0
@@ -202,7 +230,11 @@ def _statistics_group(source: Any) -> Tuple[Any, Optional[Any]]:
     except (RuntimeError, ValueError, KeyError):
         ranks = []
     if not ranks:
-        return source, None  # a bare backend without global ranks, which the user provides for statistics
+        return TorchChannel(source)  # a bare backend without global ranks, which the user provides for statistics
     seconds = SyncBatchNormConfig.from_env().timeout
     limit = timeout_of(source) if seconds is None else timedelta(seconds=seconds)
-    return member_group(ranks, limit), default_store()
+    group = member_group(ranks, limit)
+    channel = TorchChannel(group, default_store())
+    if is_nccl(group):
+        channel.watch(ranks, limit.total_seconds())
+    return channel

@@ -25,11 +25,12 @@ __all__ = [
     "JOIN",
     "PHASES",
     "Header",
-    "HeaderCheck",
     "Roster",
     "SyncBatchNormError",
     "SyncPoint",
     "digest",
+    "header_error",
+    "is_capturing",
     "sync_point",
 ]
 
@@ -125,74 +126,56 @@ class Header(NamedTuple):
     bytes: Tensor  # (32,), uint8
 
 
-class HeaderCheck:
-    """The comparison of all ranks' headers with this rank's header.
+def is_capturing(tensor: Tensor) -> bool:
+    """Returns whether the current CUDA stream captures a graph, in which the host cannot read headers."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    On CUDA, the constructor starts a copy of the headers to the host and does not wait for it.
+
+def header_error(
+    rows: List[List[int]],
+    words: List[int],
+    point: SyncPoint,
+    phase: int,
+    gathered: Tensor,
+    own_rank: int,
+    names: Dict[int, str],
+) -> SyncBatchNormError:
+    """Returns the error for a round whose headers differ.
 
     Args:
-        gathered: the messages of all ranks, ``(W, capacity)``.
-        mine: the header of this rank.
+        rows: the headers of all ranks.
+        words: the header of this rank.
         point: the sync point of this rank.
         phase: the phase of this rank.
+        gathered: the messages of all ranks, ``(W, capacity)``.
+        own_rank: the number of this rank in the channel.
+        names: the names of this rank's sync points, by key.
     """
-
-    def __init__(self, gathered: Tensor, mine: List[int], point: SyncPoint, phase: int) -> None:
-        self._mine, self._point, self._phase, self._event = mine, point, phase, None
-        if gathered.is_cuda:
-            stream = torch.cuda.current_stream(gathered.device)  # may not be the current device
-            gathered = gathered.to("cpu", non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(stream)
-        self._gathered = gathered
-
-    def ready(self) -> bool:
-        """Returns whether :meth:`finish` does not block."""
-        return self._event is None or self._event.query()
-
-    def finish(self, own_rank: int, names: Dict[int, str]) -> None:
-        """Waits for the headers and compares them.
-
-        Args:
-            own_rank: the number of this rank in the channel.
-            names: the names of this rank's sync points, by key.
-
-        Raises:
-            SyncBatchNormError: if another rank failed, is at another sync point, or sent another length.
-        """
-        if self._event is not None:
-            self._event.synchronize()
-        mine = self._mine
-        rows: List[List[int]] = self._gathered[:, :HEADER_BYTES].view(torch.int64).tolist()
-        if all(row == mine for row in rows):
-            return
-        name, phase = self._point.name, PHASES[self._phase]
-        for rank, (_, _, flags, length) in enumerate(rows):
-            if flags & FAULT and rank != own_rank:
-                text = bytes(self._gathered[rank, HEADER_BYTES : HEADER_BYTES + length].tolist())
-                raise SyncBatchNormError(
-                    f"expected rank {rank} to send statistics at {name} ({phase}) "
-                    f"(got its error: {text.decode(errors='replace')}); fix the error on that rank"
-                )
-        if any(row[:2] != mine[:2] for row in rows):
-            places = ", ".join(
-                f"rank {rank} at {names.get(key, 'a layer unknown on this rank')} ({PHASES[phase_]})"
-                for rank, (key, phase_, _, _) in enumerate(rows)
+    name, phase_name = point.name, PHASES[phase]
+    for rank, (_, _, flags, length) in enumerate(rows):
+        if flags & FAULT and rank != own_rank:
+            text = bytes(gathered[rank, HEADER_BYTES : HEADER_BYTES + length].tolist())
+            return SyncBatchNormError(
+                f"expected rank {rank} to send statistics at {name} ({phase_name}) "
+                f"(got its error: {text.decode(errors='replace')}); fix the error on that rank"
             )
-            raise SyncBatchNormError(
-                f"expected every rank to be at the same layer (got {places}); make all ranks run the same "
-                "synchronized layers in the same order, and skip a layer on all ranks or on none"
-            )
-        if len({row[2] & FUSED for row in rows}) > 1:
-            kinds = ", ".join(
-                f"{'fused' if row[2] & FUSED else 'exact'} on rank {rank}" for rank, row in enumerate(rows)
-            )
-            raise SyncBatchNormError(
-                f"expected statistics of one kind at {name} ({phase}) (got {kinds}); use the same input dtype, eps, "
-                "momentum and dtype of the running statistics on all ranks"
-            )
-        lengths = ", ".join(f"{row[3]} bytes on rank {rank}" for rank, row in enumerate(rows))
-        raise SyncBatchNormError(
-            f"expected statistics of one length at {name} ({phase}) (got {lengths}); "
-            "use the same num_features and input dtype on all ranks"
+    if any(row[:2] != words[:2] for row in rows):
+        places = ", ".join(
+            f"rank {rank} at {names.get(key, 'a layer unknown on this rank')} ({PHASES[phase_]})"
+            for rank, (key, phase_, _, _) in enumerate(rows)
         )
+        return SyncBatchNormError(
+            f"expected every rank to be at the same layer (got {places}); make all ranks run the same "
+            "synchronized layers in the same order, and skip a layer on all ranks or on none"
+        )
+    if len({row[2] & FUSED for row in rows}) > 1:
+        kinds = ", ".join(f"{'fused' if row[2] & FUSED else 'exact'} on rank {rank}" for rank, row in enumerate(rows))
+        return SyncBatchNormError(
+            f"expected statistics of one kind at {name} ({phase_name}) (got {kinds}); use the same input dtype, eps, "
+            "momentum and dtype of the running statistics on all ranks"
+        )
+    lengths = ", ".join(f"{row[3]} bytes on rank {rank}" for rank, row in enumerate(rows))
+    return SyncBatchNormError(
+        f"expected statistics of one length at {name} ({phase_name}) (got {lengths}); "
+        "use the same num_features and input dtype on all ranks"
+    )

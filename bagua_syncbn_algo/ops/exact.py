@@ -152,9 +152,10 @@ def launch_exact(
 def constant(values: Tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns a tensor of Python numbers, which must not be written to."""
     with torch.inference_mode(False):  # the tensor outlives an inference_mode block that may be active
-        if device.type == "cuda":  # filled on the device: a copy from pageable memory would be a wait of the host
-            return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
-        return torch.tensor(values, dtype=dtype, device=device)
+        if device.type != "cuda":
+            return torch.tensor(values, dtype=dtype)
+        # From pinned memory: a copy from pageable memory would block the host.
+        return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def _eps_per_channel(eps: Tuple[float, ...], merged: GlobalMoments) -> Tensor:

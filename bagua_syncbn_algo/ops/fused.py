@@ -15,6 +15,7 @@ An empty shard sends a count of 1e-30 instead, which has no effect on a float32 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ..comm.channel import Channel
 from ..comm.wire import FORWARD, FUSED, SyncPoint
-from .exact import GradientSums, constant
+from .exact import GradientSums
 from .moments import LayerStatistics, cast, has_fused_kernels, split_channels, statistics_dtype
 
 __all__ = ["Buffers", "FusedLocal", "FusedStatistics", "can_fuse", "launch_fused", "local_statistics"]
@@ -108,10 +109,9 @@ def launch_fused(
     """
     device = local[0].mean.device
     elements = tuple(part.elements for part in local)
-    whole = constant(elements, torch.int32, device)
-    weights = constant(tuple(float(n) or _ALMOST_NOTHING for n in elements), local[0].mean.dtype, device)
-    payload = [weights, *(part.mean for part in local), *(part.invstd for part in local)]
-    arrived = channel.launch(point, FORWARD, [payload, whole], FUSED)  # float32 first, for alignment
+    shares, whole = _counts(elements, local[0].mean.dtype, device)
+    payload = [*(part.mean for part in local), *(part.invstd for part in local), shares]
+    arrived = channel.launch(point, FORWARD, [payload, whole], FUSED)
 
     def merged() -> FusedStatistics:
         gathered, counts = arrived()
@@ -124,7 +124,7 @@ def launch_fused(
                     f"{names[index]}); use a larger batch or eval()"
                 )
         features = [part.mean.numel() for part in local]
-        shares, means, invstds = gathered.split_with_sizes([len(local), sum(features), sum(features)], dim=1)
+        means, invstds, shares = gathered.split_with_sizes([sum(features), sum(features), len(local)], dim=1)
         rows = zip(
             shares.unbind(1), means.split_with_sizes(features, 1), invstds.split_with_sizes(features, 1), local, buffers
         )
@@ -139,6 +139,17 @@ def launch_fused(
         return FusedStatistics(layers, counts.t().contiguous())
 
     return merged
+
+
+@lru_cache(maxsize=1024)
+def _counts(elements: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tuple[Tensor, Tensor]:
+    """Returns the counts as the merge takes them, in ``dtype``, and as backward does, in int32. One copy to the device."""
+    weights = torch.tensor([float(n) or _ALMOST_NOTHING for n in elements], dtype=dtype)
+    both = torch.cat([weights.view(torch.uint8), torch.tensor(elements, dtype=torch.int32).view(torch.uint8)])
+    with torch.inference_mode(False):  # the tensors outlive an inference_mode block that may be active
+        both = both.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else both.clone()
+        size = weights.numel() * weights.element_size()
+        return both[:size].view(dtype), both[size:].view(torch.int32)
 
 
 class FusedStatistics:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from types import SimpleNamespace
 from typing import Any, List, Optional
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError
 from bagua_syncbn_algo import layer as layer_module
-from bagua_syncbn_algo.comm import transport, wire
+from bagua_syncbn_algo.comm import transport
 from bagua_syncbn_algo.comm.channel import Channel
 from bagua_syncbn_algo.comm.local import SINGLE_PROCESS
 from bagua_syncbn_algo.comm.transport import TorchChannel, channel_of
@@ -28,6 +27,12 @@ def channel_for(group: Any, features: int = 4, store: Optional[Any] = None) -> T
     channel = TorchChannel(group, store)
     channel.join(Roster(((A.name, features), (B.name, features))))
     return channel
+
+
+class LateChannel(TorchChannel):
+    """A channel that checks headers a step later, as on CUDA."""
+
+    checks_late = True
 
 
 def messages(failures: List[Optional[BaseException]]) -> List[str]:
@@ -184,17 +189,17 @@ def test_a_fault_on_one_rank_reaches_all() -> None:
 @pytest.mark.multirank
 def test_a_fault_in_backward_reaches_all(mocker: Any) -> None:
     """Catches ranks that wait for a rank whose backward has failed."""
-    import bagua_syncbn_algo.ops.functional as functional
+    import bagua_syncbn_algo.ops.exact as exact
 
     x = torch.randn(2, 2, 3, 4, 4)
-    original = functional.gradient_sums
+    original = exact.gradient_sums
 
     def faulty(grad_output: Tensor, input: Tensor, *rest: Any) -> Any:
         if torch.equal(input, x[1]):
             raise MemoryError("no memory left")
         return original(grad_output, input, *rest)
 
-    mocker.patch.object(functional, "gradient_sums", faulty)
+    mocker.patch.object(exact, "gradient_sums", faulty)
 
     def body(rank: int, group: Any) -> None:
         SyncBatchNorm(3, process_group=group)(x[rank].requires_grad_()).sum().backward()
@@ -410,41 +415,60 @@ def test_the_layer_tells_its_device(mocker: Any) -> None:
     channel.use_device.assert_called_once_with(torch.device("meta"))
 
 
-def test_header_checks_wait_for_the_device_of_the_statistics(mocker: Any) -> None:
-    """Catches an event on the current device's stream, which does not wait for a copy of another device's headers."""
-    stream, event = object(), mocker.Mock()
-    mocker.patch.object(torch.cuda, "current_stream", lambda device: {torch.device("cuda", 1): stream}[device])
-    mocker.patch.object(torch.cuda, "Event", lambda: event)
-    gathered = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), to=lambda *args, **kwargs: None)
-    wire.HeaderCheck(gathered, [], A, FORWARD)  # type: ignore[arg-type]
-    event.record.assert_called_once_with(stream)
-
-
 @pytest.mark.multirank
 def test_a_failing_rank_leaves_no_check_behind() -> None:
     """Catches a header check of a rank's own error message, which on CUDA would raise in a later round."""
 
-    class LateCheckChannel(TorchChannel):
-        """A channel that checks headers later, as on CUDA."""
-
-        def _check(self, gathered: Tensor, header: Any, point: SyncPoint, phase: int) -> None:
-            self._checks.append(wire.HeaderCheck(gathered.clone(), header.words, point, phase))
-
     def body(rank: int, group: Any) -> Any:
-        channel = LateCheckChannel(group)
+        channel = LateChannel(group)
         channel.join(Roster(((A.name, 4),)))
-        channel.flush()
         if rank == 1:
             channel.fail(A, FORWARD, ValueError("made up"))
         else:
             channel.launch(A, FORWARD, [torch.zeros(4)])()
+        channel.flush()
+        found = channel.exchange(A, FORWARD, [torch.full((4,), float(rank))])  # the next step
+        if rank == 1:
+            channel.flush()
+        else:
             with pytest.raises(SyncBatchNormError, match="made up"):
                 channel.flush()
-        found = channel.exchange(B, FORWARD, [torch.full((4,), float(rank))])
-        channel.flush()
         return found[0][:, 0].tolist()
 
     assert run_threads(2, body) == [[0.0, 1.0]] * 2
+
+
+@pytest.mark.multirank
+def test_late_checks_name_the_layers_of_an_earlier_step() -> None:
+    """Catches headers that are never compared on CUDA, and an error that names the layers of the current step."""
+    other = sync_point("model.head")
+
+    def body(rank: int, group: Any) -> str:
+        channel = LateChannel(group)
+        channel.join(Roster(((A.name, 4), (B.name, 4), (other.name, 4))))
+        with pytest.raises(SyncBatchNormError) as caught:
+            for step in range(3):
+                for point in (A, other if (rank, step) == (1, 1) else B):
+                    channel.exchange(point, FORWARD, [torch.zeros(4)])
+                channel.flush()
+        assert step == 2
+        return str(caught.value)
+
+    for message in run_threads(2, body):
+        assert f"rank 0 at {A.name} (forward), rank 1 at {other.name} (forward)" in message
+
+
+@pytest.mark.multirank
+def test_results_of_late_checked_rounds_stay_valid() -> None:
+    """Catches a slot that the next round overwrites while its result is still in use."""
+
+    def body(rank: int, group: Any) -> List[float]:
+        channel = LateChannel(group)
+        channel.join(Roster(((A.name, 4),)))
+        waits = [channel.launch(A, BACKWARD, [torch.full((4,), 10.0 * i + rank)]) for i in range(2)]
+        return [float(value) for wait in waits for value in wait()[0][:, 0]]
+
+    assert run_threads(2, body) == [[0.0, 1.0, 10.0, 11.0]] * 2
 
 
 @pytest.mark.multirank

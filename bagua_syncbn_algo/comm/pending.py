@@ -1,0 +1,115 @@
+"""The all-gather of one message, from its start to the checked result."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any, Optional, Set
+
+import torch
+from torch import Tensor
+
+from .recorder import RoundRecord
+from .report import describe_failure
+from .wire import FAULT, HEADER_BYTES, PHASES, Header, SyncBatchNormError, SyncPoint, is_capturing
+
+__all__ = ["PendingGather"]
+
+
+class PendingGather:
+    """The all-gather of one frame, from its start to the checked result."""
+
+    def __init__(
+        self,
+        channel: Any,
+        header: Header,
+        point: SyncPoint,
+        phase: int,
+        entry: Optional[RoundRecord],
+        in_ring: bool,
+        checked_later: bool,
+    ) -> None:
+        self._channel, self._header, self._point, self._phase, self._entry = channel, header, point, phase, entry
+        self._in_ring, self._checked_later = in_ring, checked_later
+        self._streams: Set[int] = set()  # the CUDA streams that wait for the all-gather
+        self._gathered: Optional[Tensor] = None
+        self._work: Any = None
+        self._finish_time: Optional[float] = None
+        self._done = False
+        self._error: Optional[BaseException] = None
+
+    def start(self, message: Tensor) -> None:
+        """Starts the all-gather; :meth:`wait` raises its errors."""
+        try:
+            self._gathered, self._work = self._channel._all_gather(message)
+        except RuntimeError as error:
+            self._error = error
+        if self._channel._monitor is not None and self._work is not None:
+            self._channel._monitor.watch(f"{self._point.name} ({PHASES[self._phase]})", self._work)
+        if self._entry is not None and self._gathered is not None and not self._gathered.is_cuda:
+            with contextlib.suppress(AttributeError, RuntimeError):  # some backends have no futures
+                self._work.get_future().add_done_callback(self._note_finish)
+
+    def _note_finish(self, _: Any) -> None:
+        self._finish_time = time.perf_counter()
+
+    def wait(self, keep: bool = False) -> Tensor:
+        """Waits for the all-gather, checks the headers and returns the payloads ``(W, capacity − 32)``.
+
+        Args:
+            keep: whether to copy the result, because the next all-gather may overwrite it.
+
+        Raises:
+            SyncBatchNormError: if the all-gather or the check failed. Every call raises the same error.
+        """
+        channel = self._channel
+        if not self._done:
+            self._done = True
+            if channel._in_flight is self:
+                channel._in_flight = None
+            try:
+                self._wait_for_work()
+                assert self._gathered is not None
+                if not self._header.words[2] & FAULT:  # a failing rank raises its own error
+                    if not self._checked_later and not is_capturing(self._gathered):
+                        channel._check(self._gathered, self._header, self._point, self._phase)
+                    channel.failed = False
+            except SyncBatchNormError as error:
+                self._error, channel.failed = error, True
+        if self._error is not None:
+            raise self._error
+        assert self._gathered is not None
+        if self._gathered.is_cuda:
+            self._order_current_stream(self._gathered.device)
+        if keep and not self._in_ring:
+            self._gathered = self._gathered.clone()
+        return self._gathered[:, HEADER_BYTES:]
+
+    def _order_current_stream(self, device: torch.device) -> None:
+        """Makes the current stream wait for the all-gather, if another stream has called :meth:`wait` first."""
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if self._streams and stream not in self._streams:
+            self._work.wait()
+        self._streams.add(stream)
+
+    def wait_until_completed(self, seconds: float) -> None:
+        """Waits up to ``seconds`` until the all-gather has completed. Raises nothing."""
+        is_completed = getattr(self._work, "is_completed", None)
+        deadline = time.monotonic() + seconds
+        while is_completed is not None and not is_completed() and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def _wait_for_work(self) -> None:
+        start = time.perf_counter()
+        try:
+            if self._error is not None:
+                raise self._error
+            self._work.wait()
+        except RuntimeError as error:
+            where, channel = f"{self._point.name} ({PHASES[self._phase]})", self._channel
+            message = describe_failure(where, error, channel.rank, channel.world_size, channel.label, channel._store())
+            raise SyncBatchNormError(message) from error
+        if self._entry is not None:
+            finish = time.perf_counter() if self._finish_time is None else self._finish_time
+            # A benchmark's Work that models a network records the arrival of the messages.
+            self._entry.wait, self._entry.finish = start, getattr(self._work, "arrival", finish)
