@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz lint docs bench conformance contract clean
+.PHONY: demo test fuzz lint docs launches gpu-check bench conformance contract clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.made:
@@ -47,6 +47,13 @@ lint: $(VENV)/.test ## formatting, lint rules, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+launches: $(VENV)/.test ## kernel launches and host waits on CUDA, counted without a GPU (needs g++); fails above the limits
+	$(BIN)/python benchmarks/launches.py
+
+# On a machine with a GPU, with the PyTorch build that is installed there.
+gpu-check: ## everything that needs a GPU; writes benchmarks/results/gpu_*.json
+	$(PYTHON) benchmarks/gpu_check.py
 
 # The allocator must not return memory to the system: page faults, unevenly distributed over variants, would distort ratios.
 bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824

@@ -177,8 +177,8 @@ class SyncBatchNorm(_BatchNorm):
         if source is None:
             return SINGLE_PROCESS
         if self._channel is None or self._channel_source is None or self._channel_source() is not source:
-            channel = channel_of(self.process_group)
             device = device or self.device
+            channel = channel_of(self.process_group, device)
             if device is not None:
                 channel.use_device(device)
             if self.tag is None:

@@ -25,7 +25,7 @@ _creation_counts: Counter[Tuple[int, ...]] = Counter()  # by the ranks of the gr
 # is destroyed later.
 _live_groups: List[Any] = []
 _world: Optional[weakref.ref[Any]] = None
-atexit.register(_live_groups.clear)
+atexit.register(_live_groups.clear)  # without shutdown, which may wait for ranks that have terminated
 
 
 def default_group() -> Any:
@@ -49,8 +49,8 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
         on_host: whether the communicator is for CPU tensors even if the world's group communicates CUDA tensors.
 
     Returns:
-        A bare backend with the methods of a process group. It lives until the program ends or another world is
-        initialized. Keep a weak reference only.
+        A bare backend with the methods of a process group. It lives until the world is destroyed or the program ends.
+        Keep a weak reference only.
 
     Collectives:
         Every rank of ``ranks`` must call, and no other.
@@ -58,9 +58,10 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
     global _world
     world = default_group()
     if _world is None or _world() is not world:
+        _close_groups()
         _world = weakref.ref(world)
+        weakref.finalize(world, _close_groups).atexit = False  # at exit, atexit does it
         _creation_counts.clear()
-        _live_groups.clear()
     members = tuple(sorted(ranks))
     _creation_counts[members] += 1
     name = f"bagua_syncbn/{'_'.join(map(str, members))}/{_creation_counts[members]}"
@@ -69,14 +70,40 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
     rank = members.index(dist.get_rank())
     group: Any
     if is_nccl(world) and not on_host:
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit
-        group = dist.ProcessGroupNCCL(store, rank, len(members), options)
+        group = dist.ProcessGroupNCCL(store, rank, len(members), _nccl_options(limit, name, members))
     else:
         with _yielding_threads():
             group = dist.ProcessGroupGloo(store, rank, len(members), limit)
     _live_groups.append(group)
     return group
+
+
+def _nccl_options(timeout: timedelta, name: str, ranks: Sequence[int]) -> Any:
+    """Returns the options of a communicator for statistics.
+
+    Its kernels run on a stream of high priority: they are short, and each layer waits for one. Name and ranks identify
+    the communicator in the flight recorder of NCCL, in versions of PyTorch that have these options.
+    """
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    for option, value in (
+        ("is_high_priority_stream", True),
+        ("group_name", name),
+        ("global_ranks_in_group", list(ranks)),
+    ):
+        if hasattr(options, option):
+            setattr(options, option, value)
+    return options
+
+
+def _close_groups() -> None:
+    """Closes the communicators of a world that has been destroyed."""
+    groups = list(_live_groups)
+    _live_groups.clear()
+    for group in groups:
+        if isinstance(group, getattr(dist, "ProcessGroupNCCL", ())) and hasattr(group, "shutdown"):
+            with contextlib.suppress(RuntimeError):  # the communicator has failed before
+                group.shutdown()
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class RoundMonitor:
 
         Args:
             where: the layer and the phase, in words.
-            work: the collective: an object with ``is_completed()``.
+            work: the collective: an object with ``is_completed()``; ``None`` for a round that is not watched.
         """
         self._where, self._work, self._since = where, work, time.monotonic()
         self._rounds += 1

@@ -45,7 +45,9 @@ class PendingGather:
         except RuntimeError as error:
             self._error = error
         if self._channel._monitor is not None and self._work is not None:
-            self._channel._monitor.watch(f"{self._point.name} ({PHASES[self._phase]})", self._work)
+            # No other thread may query an event while a graph is captured.
+            work = None if is_capturing(message) else self._work
+            self._channel._monitor.watch(f"{self._point.name} ({PHASES[self._phase]})", work)
         if self._entry is not None and self._gathered is not None and not self._gathered.is_cuda:
             with contextlib.suppress(AttributeError, RuntimeError):  # some backends have no futures
                 self._work.get_future().add_done_callback(self._note_finish)

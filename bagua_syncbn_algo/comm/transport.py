@@ -178,9 +178,9 @@ class _StreamWork:
         return self._work.get_future()
 
 
-# By the id of the group, for the lifetime of the group. All ranks create and find a channel in the same calls,
-# independent of the models that a rank still references.
-_channels: Dict[int, Tuple[weakref.ref[Any], Channel]] = {}
+# By the id of the group and whether the channel is on the host, for the lifetime of the group. All ranks create and
+# find a channel in the same calls, independent of the models that a rank still references.
+_channels: Dict[Tuple[int, bool], Tuple[weakref.ref[Any], Channel]] = {}
 
 
 def source_group(process_group: Optional[Any]) -> Optional[Any]:
@@ -188,11 +188,13 @@ def source_group(process_group: Optional[Any]) -> Optional[Any]:
     return default_group() if process_group is None else process_group
 
 
-def channel_of(process_group: Optional[Any]) -> Channel:
+def channel_of(process_group: Optional[Any], device: Optional[torch.device] = None) -> Channel:
     """Returns the channel for statistics over the ranks of ``process_group``, created by the first call.
 
     Args:
         process_group: a ``torch.distributed`` group, a bare backend, or ``None`` for the world.
+        device: the device of the layers; ``None`` for that of the group. Layers on the CPU get a gloo communicator,
+            also if the group communicates by NCCL.
 
     Returns:
         The channel; :data:`SINGLE_PROCESS` for one rank or without an initialized group.
@@ -216,12 +218,14 @@ def channel_of(process_group: Optional[Any]) -> Channel:
         return SINGLE_PROCESS
     for key in [key for key, (held, _) in list(_channels.items()) if held() is None]:
         _channels.pop(key, None)
-    if id(source) not in _channels:
-        _channels[id(source)] = weakref.ref(source), _channel_over(source)
-    return _channels[id(source)][1]
+    on_host = device is not None and device.type != "cuda" and is_nccl(source)
+    key = (id(source), on_host)
+    if key not in _channels:
+        _channels[key] = weakref.ref(source), _channel_over(source, on_host)
+    return _channels[key][1]
 
 
-def _channel_over(source: Any) -> TorchChannel:
+def _channel_over(source: Any, on_host: bool) -> TorchChannel:
     """Returns a channel with a communicator of its own over the ranks of ``source``."""
     try:
         ranks = dist.get_process_group_ranks(source)
@@ -233,7 +237,7 @@ def _channel_over(source: Any) -> TorchChannel:
         return TorchChannel(source)  # a bare backend without global ranks, which the user provides for statistics
     seconds = SyncBatchNormConfig.from_env().timeout
     limit = timeout_of(source) if seconds is None else timedelta(seconds=seconds)
-    group = member_group(ranks, limit)
+    group = member_group(ranks, limit, on_host)
     channel = TorchChannel(group, default_store())
     if is_nccl(group):
         channel.watch(ranks, limit.total_seconds())

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..comm.groups import is_nccl
 from .streams import CpuStreams
 
 __all__ = ["BaguaBucketPy", "BaguaCommBackendPy", "BaguaSingleCommunicatorPy", "BaguaTensorPy"]
@@ -134,9 +135,10 @@ class BaguaSingleCommunicatorPy:
 
     def begin_allgather(self, send: BaguaTensorPy, recv: BaguaTensorPy) -> Any:
         """Starts :meth:`allgather` and returns its ``Work``. Not in upstream, whose ``allgather`` does not wait."""
-        source = send.effective().detach()
-        rows = list(recv.effective().detach().view((self.nranks(), *source.shape)).unbind(0))
-        return self._group.allgather([rows], [source])
+        source, result = send.effective().detach(), recv.effective().detach()
+        if is_nccl(self._group):  # an all-gather into a list adds a copy for each rank
+            return self._group._allgather_base(result.view(-1), source.view(-1))
+        return self._group.allgather([list(result.view((self.nranks(), *source.shape)).unbind(0))], [source])
 
     def allgather_inplace(self, tensor: BaguaTensorPy) -> None:
         """Fills ``tensor`` with one part of each rank, in rank order. Each rank has written its own part before."""

@@ -143,7 +143,7 @@ def launch_fused(
 
 @lru_cache(maxsize=1024)
 def _counts(elements: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tuple[Tensor, Tensor]:
-    """Returns the counts as the merge takes them, in ``dtype``, and as backward does, in int32. One copy to the device."""
+    """Returns the counts for the merge, in ``dtype``, and for backward, in int32. One copy moves both to the device."""
     weights = torch.tensor([float(n) or _ALMOST_NOTHING for n in elements], dtype=dtype)
     both = torch.cat([weights.view(torch.uint8), torch.tensor(elements, dtype=torch.int32).view(torch.uint8)])
     with torch.inference_mode(False):  # the tensors outlive an inference_mode block that may be active

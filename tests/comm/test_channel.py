@@ -406,7 +406,7 @@ def test_the_layer_tells_its_device(mocker: Any) -> None:
     """Catches a layer that binds to a channel without setting the device of its statistics."""
     channel = mocker.Mock(spec=Channel, local=False)
     channel.anonymous_name.return_value = "norm"
-    mocker.patch.object(layer_module, "channel_of", lambda group: channel)
+    mocker.patch.object(layer_module, "channel_of", lambda group, device: channel)
     mocker.patch.object(layer_module, "source_group", lambda group: channel)
     SyncBatchNorm(3)._bound_channel(torch.device("cuda", 1))
     channel.use_device.assert_called_once_with(torch.device("cuda", 1))
@@ -455,7 +455,7 @@ def test_late_checks_name_the_layers_of_an_earlier_step() -> None:
         return str(caught.value)
 
     for message in run_threads(2, body):
-        assert f"rank 0 at {A.name} (forward), rank 1 at {other.name} (forward)" in message
+        assert f"rank 0 at {B.name} (forward), rank 1 at {other.name} (forward)" in message
 
 
 @pytest.mark.multirank

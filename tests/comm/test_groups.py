@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import run_processes
 
+from bagua_syncbn_algo import SyncBatchNorm
 from bagua_syncbn_algo.comm import groups
 
 linux = pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="the platform has no scheduling policies")
@@ -48,3 +54,60 @@ def test_a_group_is_made_where_policies_may_not_be_set(mocker: Any) -> None:
     with groups._yielding_threads():
         made = True
     assert made
+
+
+def test_options_of_nccl_communicators(mocker: Any) -> None:
+    """Catches a communicator without a name in the flight recorder, or one whose kernels wait behind convolutions."""
+    options = SimpleNamespace(_timeout=None, is_high_priority_stream=False, group_name="", global_ranks_in_group=[])
+    mocker.patch.object(dist, "ProcessGroupNCCL", SimpleNamespace(Options=lambda: options), create=True)
+    groups._nccl_options(timedelta(seconds=5), "bagua_syncbn/0_2/1", (0, 2))
+    assert options == SimpleNamespace(
+        _timeout=timedelta(seconds=5),
+        is_high_priority_stream=True,
+        group_name="bagua_syncbn/0_2/1",
+        global_ranks_in_group=[0, 2],
+    )
+
+
+def _closed_with_the_world(rank: int, path: str) -> Any:
+    """Creates statistics groups in two worlds, and counts threads after each is destroyed."""
+    counts = []
+    for world in range(3):
+        store = dist.FileStore(f"{path}-{world}", 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        for _ in range(3):
+            groups.member_group(range(2)).barrier().wait()
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()
+        counts.append((len(os.listdir("/proc/self/task")), len(groups._live_groups)))
+    return counts
+
+
+@linux
+@pytest.mark.multirank
+def test_groups_are_closed_with_their_world(tmp_path: Path) -> None:
+    """Catches communicators that outlive their world, with their threads and connections."""
+    for counts in run_processes(2, _closed_with_the_world, str(tmp_path / "store")):
+        assert [live for _, live in counts] == [0, 0, 0]
+        assert counts[2][0] <= counts[0][0]
+
+
+def _host_channel(rank: int) -> Any:
+    dist.init_process_group("gloo")
+    from bagua_syncbn_algo.comm import transport
+
+    created = []
+    original = transport.member_group
+    transport.member_group = lambda ranks, limit, on_host: created.append(on_host) or original(ranks, limit, on_host)
+    transport.is_nccl = lambda group: not created  # the world communicates by NCCL, its own groups by gloo
+    layer = SyncBatchNorm(3)
+    output = layer(torch.full((2, 3), float(rank)))
+    dist.destroy_process_group()
+    return created, float(output.detach().sum())
+
+
+@pytest.mark.multirank
+def test_a_model_on_the_cpu_gets_a_communicator_for_the_cpu() -> None:
+    """Catches NCCL for layers on the CPU of a machine with GPUs."""
+    assert [created for created, _ in run_processes(2, _host_channel)] == [[True], [True]]

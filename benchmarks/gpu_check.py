@@ -1,0 +1,330 @@
+"""Checks on a machine with one GPU: parity, waits, launches, times, graph capture and errors.
+
+``make gpu-check`` prints one table and writes ``benchmarks/results/gpu_*.json``. Parts: one rank over NCCL, two ranks on
+one GPU over gloo (NCCL refuses two ranks on a device), and the host time of a layer with 8 fake ranks. With
+``--device cpu`` the script runs to its end without a GPU, as a test of itself; the parts that need CUDA are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import models
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, convert_sync_batchnorm
+from bagua_syncbn_algo.comm.transport import channel_of
+
+RESULTS = Path(__file__).parent / "results"
+CASES: Dict[str, Callable[[], Tensor]] = {
+    "random": lambda: torch.randn(4, 16, 8, 8),
+    "constant channel": lambda: torch.cat([torch.randn(4, 15, 8, 8), torch.full((4, 1, 8, 8), 0.75)], dim=1),
+    "one value a channel": lambda: torch.randn(1, 16, 1, 1),
+    "large mean": lambda: torch.randn(4, 16, 8, 8) + 100,
+    "channels_last": lambda: torch.randn(4, 16, 8, 8).contiguous(memory_format=torch.channels_last),
+}
+# The shapes of ResNet-50's layers at 224².
+SHAPES = [(64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)]
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+def _rank_main(
+    rank: int, body: str, world: int, backend: str, store: str, arguments: Sequence[Any], queue: Any
+) -> None:
+    try:
+        dist.init_process_group(backend, store=dist.FileStore(store, world), rank=rank, world_size=world)
+        queue.put((rank, globals()[body](rank, *arguments), ""))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_ranks(body: Callable[..., Any], world: int, backend: str, *arguments: Any, seconds: float = 300.0) -> List[Any]:
+    """Runs ``body(rank, *arguments)`` in ``world`` processes; ends all of them after ``seconds``."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        rest = (body.__name__, world, backend, os.path.join(folder, "store"), arguments, queue)
+        processes = [context.Process(target=_rank_main, args=(rank, *rest), daemon=True) for rank in range(world)]
+        for process in processes:
+            process.start()
+        try:
+            found = sorted((queue.get(timeout=seconds) for _ in processes), key=lambda each: each[0])
+        finally:
+            for process in processes:
+                process.join(10)
+                process.kill()
+    failed = [f"rank {rank}:\n{error}" for rank, _, error in found if error]
+    if failed:
+        raise RuntimeError("\n".join(failed))
+    return [value for _, value, _ in found]
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+# -- parity ------------------------------------------------------------------------------------------------------------
+
+
+def parity_rank(rank: int, device: str) -> Dict[str, float]:
+    """Returns the largest error of each case on two ranks, in units of float32's or bfloat16's precision."""
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for name, make in CASES.items():
+            torch.manual_seed(0)
+            shards = [make(), make()]
+            for empty in (False, True) if name == "random" else (False,):
+                inputs = [shards[0], shards[1][:0] if empty else shards[1]]
+                inputs = [each.to(dtype) for each in inputs]
+                weights = [torch.randn_like(each) for each in inputs]
+                reference = nn.BatchNorm2d(16).double()
+                whole = torch.cat(inputs).double().requires_grad_()
+                expected = reference(whole)
+                expected.backward(torch.cat(weights).double())
+                layer = SyncBatchNorm(16).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+                x = inputs[rank].to(device).detach().requires_grad_()
+                y = layer(x)
+                y.backward(weights[rank].to(device))
+                start = len(inputs[0]) * rank
+                rows = slice(start, start + len(x))
+                pairs = [(y, expected[rows]), (x.grad, whole.grad[rows])]
+                pairs += [(layer.running_mean, reference.running_mean), (layer.running_var, reference.running_var)]
+                unit = torch.finfo(dtype).eps
+                error = 0.0
+                for actual, wanted in pairs:
+                    if actual.numel():
+                        scale = wanted.abs().max().clamp(min=1e-3)
+                        unit_ = unit if actual.dtype == dtype else torch.finfo(torch.float32).eps
+                        error = max(error, float(((actual.double().cpu() - wanted).abs().max() / scale) / unit_))
+                errors[f"{name}{', empty shard' if empty else ''}, {str(dtype)[6:]}"] = error
+    return errors
+
+
+def check_parity(device: str) -> List[Tuple[str, str, bool]]:
+    per_rank = run_ranks(parity_rank, 2, "gloo", device)
+    rows = []
+    for name in per_rank[0]:
+        error = max(each[name] for each in per_rank)
+        limit = 1e5 if "large mean" in name else 256.0  # of a mean of 100 deviations, two digits are lost
+        rows.append((f"parity with float64, 2 ranks: {name}", f"{error:.1f} ulp of the largest value", error < limit))
+    return rows
+
+
+# -- waits, launches, time: one rank -----------------------------------------------------------------------------------
+
+
+def synchronized_layer(channels: int, device: str) -> SyncBatchNorm:
+    """Returns a layer that runs its rounds although there is one rank: it takes the channel of a group of its own."""
+    from bagua_syncbn_algo.comm.transport import TorchChannel
+    from bagua_syncbn_algo.comm.wire import Roster, sync_point
+
+    layer = SyncBatchNorm(channels).to(device)
+    channel = TorchChannel(dist.group.WORLD._get_backend(torch.device(device)))
+    channel.use_device(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    channel.join(Roster((("layer", channels),)))
+    layer.bind(channel, sync_point("layer"))
+    return layer
+
+
+def steps_of(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    grad = torch.randn_like(x)
+
+    def step() -> None:
+        torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
+
+    return step
+
+
+def time_rank(rank: int, device: str, batches: Sequence[int]) -> List[Dict[str, Any]]:
+    """Returns host and device time of a layer against torch.nn.SyncBatchNorm, medians of interleaved steps."""
+    found = []
+    for batch in batches:
+        for channels, size in SHAPES:
+            x = torch.randn(batch, channels, size, size, device=device, requires_grad=True)
+            layers = {"ours": synchronized_layer(channels, device), "native": nn.BatchNorm2d(channels).to(device)}
+            if device == "cuda":
+                layers["torch"] = nn.SyncBatchNorm(channels).to(device)
+            steps = {name: steps_of(layer, x) for name, layer in layers.items()}
+            for step in steps.values():
+                for _ in range(5):
+                    step()
+            synchronize(device)
+            host: Dict[str, List[float]] = {name: [] for name in steps}
+            total: Dict[str, List[float]] = {name: [] for name in steps}
+            for _ in range(20):
+                for name, step in steps.items():
+                    start = time.perf_counter()
+                    step()
+                    host[name].append(time.perf_counter() - start)
+                    synchronize(device)
+                    total[name].append(time.perf_counter() - start)
+            row: Dict[str, Any] = {"batch": batch, "channels": channels, "size": size}
+            for name in steps:
+                row[name] = {"host": statistics.median(host[name]), "total": statistics.median(total[name])}
+            found.append(row)
+    return found
+
+
+def waits_rank(rank: int) -> Dict[str, int]:
+    """Returns the kernel launches of a steady step; raises where a step or a new image size synchronizes."""
+    layer = synchronized_layer(64, "cuda")
+    inputs = [torch.randn(4, 64, size, size, device="cuda", requires_grad=True) for size in (32, 40)]
+    steps = [steps_of(layer, x) for x in inputs]
+    for _ in range(4):
+        steps[0]()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    for step in (*steps, *steps, *steps):
+        step()
+    layer._bound_channel().flush()
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        steps[0]()
+        torch.cuda.synchronize()
+    kernels = sum(event.count for event in profile.key_averages() if "Sync" not in event.key)
+    return {"launches": kernels}
+
+
+def capture_rank(rank: int) -> float:
+    """Returns the difference between a captured and an eager step of a small model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), SyncBatchNorm(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).cuda()
+    model[1] = synchronized_layer(8, "cuda")
+    x = torch.randn(4, 3, 16, 16, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(11):
+            model.zero_grad(set_to_none=True)
+            model(x).square().mean().backward()
+    torch.cuda.synchronize()
+    eager = [parameter.grad.clone() for parameter in model.parameters()]
+    graph = torch.cuda.CUDAGraph()
+    model.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph, stream=stream):
+        model(x).square().mean().backward()
+    graph.replay()
+    torch.cuda.synchronize()
+    captured = [parameter.grad for parameter in model.parameters()]
+    return max(float((a - b).abs().max()) for a, b in zip(eager, captured))
+
+
+# -- models and errors -------------------------------------------------------------------------------------------------
+
+
+def model_rank(rank: int, device: str, name: str) -> Dict[str, float]:
+    """Returns step times of one round a layer, coalesced, and overlapped, on two ranks of one device."""
+    torch.manual_seed(0)
+    build: Callable[[], nn.Module] = lambda: getattr(models, name)()
+    x, labels = torch.randn(2, 3, 64, 64, device=device), torch.randint(10, (2,), device=device)
+    variants = {
+        "local": build().to(device),
+        "a round a layer": convert_sync_batchnorm(build(), coalesce=False).to(device),
+        "coalesced": convert_sync_batchnorm(build(), overlap=False).to(device),
+        "overlapped": convert_sync_batchnorm(build()).to(device),
+    }
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(x), labels).backward()
+
+    times: Dict[str, List[float]] = {key: [] for key in variants}
+    for turn in range(9):
+        for key, model in variants.items():
+            start = time.perf_counter()
+            step(model)
+            synchronize(device)
+            if turn > 2:
+                times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(each) for key, each in times.items()}
+
+
+def errors_rank(rank: int, device: str) -> str:
+    """Returns the error of a layer that rank 1 skips once, found at most two steps later."""
+    layers = [SyncBatchNorm(4).to(device) for _ in range(3)]
+    x = torch.randn(2, 4, 3, 3, device=device)
+    try:
+        for step in range(6):
+            for index, layer in enumerate(layers):
+                if not (rank == 1 and step == 2 and index == 1):
+                    layer(x)
+            if rank == 1 and step == 2:
+                layers[2](x)
+            channel_of(None).flush()
+    except SyncBatchNormError as error:
+        return str(error)
+    return ""
+
+
+def check_models(device: str) -> Tuple[List[Tuple[str, str, bool]], Dict[str, Any]]:
+    rows, found = [], {}
+    for name in ("HighResolution", "ResNet"):
+        medians = run_ranks(model_rank, 2, "gloo", device, name)[0]
+        found[name] = medians
+        text = ", ".join(f"{key} {1000 * value:.1f} ms" for key, value in medians.items())
+        rows.append((f"{name}, 2 ranks on one device over gloo", text, True))
+    return rows, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 64])
+    options = parser.parse_args()
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("expected a machine with a GPU and a CUDA build of PyTorch (got none); --device cpu tests this script")
+    backend = "nccl" if device == "cuda" else "gloo"
+    rows = check_parity(device)
+    errors = run_ranks(errors_rank, 2, "gloo", device)
+    named = all("expected every rank to be at the same layer" in error for error in errors)
+    rows.append(("a skipped layer is named on both ranks", errors[0][:60] or "no error", named))
+    times = run_ranks(time_rank, 1, backend, device, options.batches)[0]
+    for row in times:
+        of = "torch" if "torch" in row else "native"
+        ratios = [row["ours"][kind] / row[of][kind] for kind in ("host", "total")]
+        shape = f"{row['batch']}×{row['channels']}×{row['size']}²"
+        rows.append((f"time of a layer, {shape}", f"host {ratios[0]:.2f}, total {ratios[1]:.2f} × {of}", True))
+    results: Dict[str, Any] = {"times": times}
+    if device == "cuda":
+        launches = run_ranks(waits_rank, 1, backend)[0]
+        rows.append(("launches of a step, without any synchronization", str(launches["launches"]), True))
+        difference = run_ranks(capture_rank, 1, backend)[0]
+        rows.append(("captured against eager step", f"{difference:.1e}", difference < 1e-5))
+        results.update(launches=launches, capture=difference)
+    model_rows, results["models"] = check_models(device)
+    rows += model_rows
+    width = max(len(row[0]) for row in rows)
+    for what, value, passed in rows:
+        print(f"{what.ljust(width)}  {'ok    ' if passed else 'FAILED'}  {value}")
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    results["machine"] = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    results["rows"] = rows
+    if device == "cuda":
+        RESULTS.joinpath("gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
+    if not all(passed for _, _, passed in rows):
+        sys.exit("expected all checks to pass (got the failures above); see the rows with FAILED")
+
+
+if __name__ == "__main__":
+    main()
