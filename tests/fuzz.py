@@ -547,10 +547,10 @@ def _train_step(case: Case, model: Any, index: int, rank: int, values: Values) -
 
 def _mutate_dx() -> None:
     """Scales the input gradient by 1 + 1e-6."""
-    from bagua_syncbn_algo.ops import functional
+    from bagua_syncbn_algo.ops import exact
 
-    original = functional.input_gradient
-    functional.input_gradient = lambda *arguments: original(*arguments) * (1 + 1e-6)  # type: ignore[assignment]
+    original = exact.input_gradient
+    exact.input_gradient = lambda *arguments: original(*arguments) * (1 + 1e-6)  # type: ignore[assignment]
 
 
 def _mutate_used() -> None:

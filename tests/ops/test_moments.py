@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Tuple
 
 import cuda_kernels
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from ranks import run_threads
+from torch import Tensor, nn
 
+from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError
 from bagua_syncbn_algo.comm.local import SINGLE_PROCESS
 from bagua_syncbn_algo.comm.wire import sync_point
+from bagua_syncbn_algo.layer import batch_norm_coalesced
 from bagua_syncbn_algo.ops import moments
 from bagua_syncbn_algo.ops.functional import Member, sync_batch_norm
 from bagua_syncbn_algo.ops.fused import Buffers, FusedStatistics
@@ -153,3 +156,40 @@ def test_second_derivatives_are_refused() -> None:
     (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.multirank
+def test_ranks_with_different_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches variances that another rank reads as inverse standard deviations: both messages have one length."""
+    cuda_kernels.install(monkeypatch, fuse=True)
+
+    def body(rank: int, group: Any) -> None:
+        layer = SyncBatchNorm(3, momentum=0.1 if rank == 0 else None, process_group=group)
+        with pytest.raises(SyncBatchNormError, match=r"of one kind at .*\(got fused on rank 0, exact on rank 1\)"):
+            layer(torch.randn(4, 3))
+
+    run_threads(2, body)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("features", [(3,), (3, 5)])
+@pytest.mark.parametrize("samples", [(0, 4, 3), (4, 0, 2)])
+def test_the_fused_merge_skips_empty_shards(
+    monkeypatch: pytest.MonkeyPatch, features: Tuple[int, ...], samples: Tuple[int, ...]
+) -> None:
+    """Catches NaN from a merge whose first count is 0, and layers of a round that read each other's statistics."""
+    cuda_kernels.install(monkeypatch, fuse=True)
+    inputs = [[torch.randn(n, c, dtype=torch.float64) for n in samples] for c in features]
+
+    def body(rank: int, group: Any) -> Any:
+        layers = [SyncBatchNorm(c, process_group=group).double() for c in features]
+        outputs = batch_norm_coalesced(layers, [x[rank] for x in inputs], "round" if len(layers) > 1 else None)
+        return outputs, [layer.running_var for layer in layers]
+
+    for rank, (outputs, variances) in enumerate(run_threads(len(samples), body)):
+        for x, output, variance in zip(inputs, outputs, variances):
+            reference = nn.BatchNorm1d(x[0].shape[1]).double()
+            start = sum(samples[:rank])
+            expected = reference(torch.cat(x))[start : start + samples[rank]]
+            torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(variance, reference.running_var, rtol=1e-10, atol=1e-10)
