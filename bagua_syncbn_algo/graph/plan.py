@@ -60,7 +60,7 @@ class SyncPlan:
 
     @property
     def layers(self) -> int:
-        """Number of layer calls: the number of forward rounds without coalescing."""
+        """The number of layer calls, which is the number of forward rounds without coalescing."""
         return sum(len(planned.layers) for planned in self.rounds)
 
     @property
