@@ -122,6 +122,15 @@ def test_only_the_configuration_reads_its_variables() -> None:
             assert not re.search(r"(environ|getenv)[\[.(].*BAGUA_SYNCBN", path.read_text()), path
 
 
+def test_files_stay_small_and_use_one_vocabulary() -> None:
+    """Catches a file too long to read at once, and a second word for one thing."""
+    replaced = r"\b(rehears\w*|twins?|twin_of|deferrals?|followers?|hide_behind|hidden|normalize_together|why_whole)\b"
+    for path in files():
+        text = path.read_text()
+        assert not re.search(replaced, text, re.IGNORECASE), path
+        assert text.count("\n") <= 400 or "embedded" in path.parts, f"split {path}"
+
+
 def run(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=PACKAGE.parent

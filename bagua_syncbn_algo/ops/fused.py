@@ -109,9 +109,9 @@ def launch_fused(
     """
     device = local[0].mean.device
     elements = tuple(part.elements for part in local)
-    shares, whole = _counts(elements, local[0].mean.dtype, device)
-    payload = [*(part.mean for part in local), *(part.invstd for part in local), shares]
-    arrived = channel.launch(point, FORWARD, [payload, whole], FUSED)
+    weights, counts = _counts(elements, local[0].mean.dtype, device)
+    payload = [*(part.mean for part in local), *(part.invstd for part in local), weights]
+    arrived = channel.launch(point, FORWARD, [payload, counts], FUSED)
 
     def merged() -> FusedStatistics:
         gathered, counts = arrived()

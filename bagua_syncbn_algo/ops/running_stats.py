@@ -15,7 +15,7 @@ from torch import Tensor
 from ..comm.channel import Channel
 from ..comm.wire import SyncPoint
 from ..compat import lerp_each_
-from .exact import ExactStatistics, launch_moments
+from .exact import ExactStatistics, constant, launch_moments
 from .fused import Buffers
 from .moments import LocalMoments, merge_moments, split_channels
 
@@ -113,7 +113,7 @@ class RunningPool:
         mean, variance = slot.mean, slot.variance
         own_mean, own_variance = self._views[index]
         if earlier:
-            counts = torch.tensor([[earlier], [elements]], device=self._device)
+            counts = constant((earlier, elements), torch.int64, self._device).view(2, 1)
             biased = torch.stack([own_variance, variance.to(self._dtype)]) * (1 - 1 / counts.to(self._dtype))
             means = torch.stack([own_mean, mean.to(self._dtype)])
             merged = merge_moments(counts, torch.cat([means, biased], dim=1), (mean.numel(),))
@@ -144,7 +144,7 @@ class RunningPool:
         elements, self._elements = self._elements, [0] * len(self._elements)
         # Factors from unbiased to biased variances.
         factors = [(n - 1) / n if n else 0.0 for n in elements]
-        per_layer = torch.tensor([elements, factors], dtype=self._dtype).to(self._device)
+        per_layer = constant((*elements, *factors), self._dtype, self._device).view(2, -1)
         counts, factors_of = per_layer[:, self._layer_of]
         means, variances = self._moments[0].clone(), self._moments[1] * factors_of
         self._moments.zero_()  # a kernel with a momentum of 1 computes 0 · old + new: an old NaN would remain
@@ -186,7 +186,7 @@ class RunningPool:
         tracked = [layer._buffers["num_batches_tracked"] for layer in self.layers]
         torch._foreach_add_(_select(tracked, chosen), _select(ran.to(tracked[0].dtype).unbind(0), chosen))
         momenta = [-1.0 if layer.momentum is None else layer.momentum for layer in self.layers]
-        weights = torch.tensor(momenta, dtype=self._dtype).to(self._device)
+        weights = constant(tuple(momenta), self._dtype, self._device)
         if min(momenta) < 0:  # the cumulative average
             cumulative = torch.stack(tracked).clamp(min=1).to(self._dtype).reciprocal()
             weights = torch.where(weights < 0, cumulative, weights)
