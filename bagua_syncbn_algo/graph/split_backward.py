@@ -28,6 +28,8 @@ _SPLIT = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
 # Smallest number of multiplications of a weight gradient for which a layer is split. A split costs 0.1 ms of Python, in
 # which one core of a server does about 5 million multiplications (benchmarks/overlap.py).
 WORTHWHILE = 5e6
+# On CUDA a launch takes longer than a small gradient: an estimate (10 µs at 100 TFLOP/s), not measured on a GPU yet.
+WORTHWHILE_ON_CUDA = 1e9
 
 
 def is_weighted(module: nn.Module) -> bool:
@@ -59,6 +61,7 @@ class DeferrableLayer:
     def __init__(self, name: str, shared: bool = False) -> None:
         self.name, self._shared = name, shared
         self._work = math.inf  # multiplications of the weight gradient; unknown until the first forward, which is split
+        self._on_cuda = False
 
     @property
     def is_measured(self) -> bool:
@@ -68,7 +71,7 @@ class DeferrableLayer:
     @property
     def is_large(self) -> bool:
         """Whether the weight gradient takes long enough to overlap it with a round."""
-        return self._work >= WORTHWHILE
+        return self._work >= (WORTHWHILE_ON_CUDA if self._on_cuda else WORTHWHILE)
 
     @property
     def is_worthwhile(self) -> bool:
@@ -83,6 +86,7 @@ class DeferrableLayer:
         """
         if self._work == math.inf:
             weight: Tensor = module.weight
+            self._on_cuda = input.is_cuda
             uses = input if isinstance(module, _TRANSPOSED) else output  # each element is one use of a filter
             self._work = uses.numel() * weight.numel() / weight.shape[0]
 

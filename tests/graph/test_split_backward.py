@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Tuple
 
 import models
@@ -589,6 +590,18 @@ def test_a_gradient_penalty_is_told_how_to_go_on() -> None:
         torch.autograd.grad(total(model(x)), x, create_graph=True)
     plain, _ = alone(Net(), overlap=False)
     torch.autograd.grad(total(plain(x)), x, create_graph=True)
+
+
+def test_smaller_gradients_are_not_worth_a_launch_on_cuda() -> None:
+    """Catches the CPU's limit on a GPU, where launching the two halves takes longer than the gradient."""
+    layer, x = nn.Conv2d(8, 8, 1), torch.empty(4, 8, 64, 64)
+    sizes = {}
+    for on_cuda in (False, True):
+        candidate = overlap_module.DeferrableLayer("layer")
+        given = SimpleNamespace(is_cuda=on_cuda, numel=x.numel)
+        candidate.record_work(layer, given, SimpleNamespace(numel=lambda: 10**6))  # type: ignore[arg-type]
+        sizes[on_cuda] = candidate.is_large
+    assert sizes == {False: True, True: False}
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
