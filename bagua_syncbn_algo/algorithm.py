@@ -258,8 +258,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         if self._ranks_per_group == 1:
             channel = SINGLE_PROCESS
         elif self._group is not self._world_group:
-            label = f"bagua_syncbn/{','.join(map(str, self._group.ranks))}"
-            channel = bagua_channel(self._group, streams(), device, self._timeout, label)
+            channel = bagua_channel(self._group, streams(), device, self._timeout)
             channel.join(roster, itemsize)
             self._channels.append((channel, self._group.ranks))
         if self._running_group is not None:

@@ -271,8 +271,8 @@ class OurCase:
 
     def end_step(self) -> Count:
         """Counts what a step takes once, for all of its rounds: the copy of their headers to the host."""
-        ring = self.channel._ring
-        return Count(0, 0, {}) if ring is None else count(ring.rotate)
+        rings = list(self.channel._rings.values())
+        return Count(0, 0, {}) if not rings else count(rings[0].rotate)
 
     def backward(self) -> Count:
         from bagua_syncbn_algo.ops import functional

@@ -84,7 +84,7 @@ def backward_reduce(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, input_g: bool, weight_g: bool, bias_g: bool
 ) -> Any:
     dy, x = _accumulated(dy), _accumulated(x)
-    assert input_g and (not weight_g or weight is not None)  # the gradient has the dtype and shape of the weight
+    assert input_g and (not (weight_g or bias_g) or weight is not None)  # these have the dtype and shape of the weight
     # In float64, so that the tests see the arithmetic around the kernels, not the order of a float32 sum.
     sums = [dy.double().sum(_dims(x)), (dy.double() * (x.double() - mean.double().view(_shape(x)))).sum(_dims(x))]
     sum_dy, sum_dy_xmu = (each.to(mean.dtype) for each in sums)

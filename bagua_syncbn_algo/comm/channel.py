@@ -9,6 +9,7 @@ the header, they would hang or compute wrong statistics silently.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -75,7 +76,8 @@ class Channel:
         self._rosters: Dict[Roster, int] = {}
         self._headers: Dict[Tuple[Any, ...], Header] = {}
         self._in_flight: Optional[PendingGather] = None
-        self._ring: Optional[HeaderRing] = None  # the received messages whose headers are checked later
+        self._latest: Optional[PendingGather] = None
+        self._rings: Dict[Tuple[torch.device, int], HeaderRing] = {}  # received messages that are checked later
         self._slot: Optional[Tensor] = None  # in the ring, of the round that starts
         self._monitor: Optional[RoundMonitor] = None
 
@@ -238,6 +240,8 @@ class Channel:
             self._send(point, phase, FAULT, [payload])
             if wait and self._in_flight is not None:
                 self._in_flight.wait_until_completed(_NOTICE_SECONDS)
+        if self._monitor is not None:
+            self._monitor.publish_error(f"{point.name} ({PHASES[phase]}): {text.decode(errors='replace')}")
         self.failed = True  # also if the round that was in flight before has succeeded
 
     def recover(self, frames: int) -> None:
@@ -256,8 +260,8 @@ class Channel:
                 self._send(point, JOIN, FAULT, [empty])
         with contextlib.suppress(SyncBatchNormError):
             self.flush()
-        if self._ring is not None:
-            self._ring.clear()
+        for ring in self._rings.values():
+            ring.clear()
         self.failed = False
 
     def flush(self) -> None:
@@ -269,8 +273,8 @@ class Channel:
         if self._in_flight is not None:
             self._in_flight.wait()
         try:
-            if self._ring is not None:
-                self._ring.compare_arrived()
+            for ring in self._rings.values():
+                ring.compare_arrived()
         except SyncBatchNormError:
             self.failed = True
             raise
@@ -297,16 +301,18 @@ class Channel:
         device = parts[0].device
         header = self._header(point, phase, flags, length, device)
         message = self._message(point, device)
+        if self._latest is not None and message.is_cuda:
+            self._latest.order_current_stream(message.device)  # which may have sent the same memory on another stream
         torch.cat([header.bytes, *parts], out=message[: HEADER_BYTES + size])
+        slot = self._take_slot(message, header, point, phase)  # may raise: before anything is counted
         self.rounds += phase != JOIN
         self.frames += 1
         record = None if phase == JOIN else active()
         entry = None
         if record is not None:
             entry = record.launch(point.layers or (point.name,), PHASES[phase], message.numel())
-        self._slot = self._take_slot(message, header, point, phase)
-        late = self._slot is not None and phase != JOIN
-        self._in_flight = pending = PendingGather(self, header, point, phase, entry, self._slot is not None, late)
+        self._slot = slot
+        self._in_flight = self._latest = pending = PendingGather(self, header, point, phase, entry, slot is not None)
         pending.start(message)
         return pending
 
@@ -323,14 +329,24 @@ class Channel:
         return header
 
     def _take_slot(self, message: Tensor, header: Header, point: SyncPoint, phase: int) -> Optional[Tensor]:
-        """Returns the memory for the messages of a round whose headers are checked later; ``None`` for other rounds."""
+        """Returns the memory for the messages of a round whose headers are checked later; ``None`` for other rounds.
+
+        Those are rounds on the CPU, in a captured graph, of several messages, agreements, which the host reads in any
+        case, and the report of an error.
+        """
+        _, _, flags, length = header.words
         if not (self.checks_late or message.is_cuda) or is_capturing(message):
             return None
-        if self._ring is None or self._ring.capacity != message.numel():
-            self._ring = HeaderRing(self.world_size, message.numel(), message.device, self._compare)
-        checked = phase != JOIN and not header.words[2] & FAULT
+        if phase == JOIN or flags & FAULT or length > self.capacity - HEADER_BYTES:
+            return None
+        key = (message.device, message.numel())
         try:
-            return self._ring.take(header.words, point, phase, checked)
+            if key not in self._rings:
+                for ring in self._rings.values():
+                    ring.rotate()  # its last step is compared by `flush`
+                check = weakref.WeakMethod(self._compare)
+                self._rings[key] = HeaderRing(self.world_size, message.numel(), message.device, check)
+            return self._rings[key].take(header.words, point, phase)
         except SyncBatchNormError:
             self.failed = True
             raise

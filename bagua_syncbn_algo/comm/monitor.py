@@ -8,6 +8,7 @@ for its rank, also if that rank is not late.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import threading
@@ -21,6 +22,15 @@ logger = logging.getLogger(__name__)
 
 _INTERVAL = 1.0  # seconds between two looks at the latest round
 _LATE_SHARE = 0.5  # of the timeout, after which a round is late
+
+
+_monitors: weakref.WeakSet[RoundMonitor] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for monitor in list(_monitors):
+        monitor.stop()
 
 
 class RoundMonitor:
@@ -45,6 +55,7 @@ class RoundMonitor:
         self._rounds = self._asked = self._reported = 0
         self._answered = ""
         self._stopped = threading.Event()
+        _monitors.add(self)
         self._thread: Optional[threading.Thread] = None
 
     def watch(self, where: str, work: Any) -> None:
@@ -61,6 +72,11 @@ class RoundMonitor:
             arguments = (weakref.ref(self), self._stopped, self._interval)
             self._thread = threading.Thread(target=_run, args=arguments, name="syncbn-monitor", daemon=True)
             self._thread.start()
+
+    def publish_error(self, text: str) -> None:
+        """Publishes an error of this rank: the other ranks may wait for the device before they read its message."""
+        with contextlib.suppress(Exception):  # the store ends with its process
+            self._store.set(f"{self._prefix}/error", f"rank {self._ranks[self._rank]} at {text}")
 
     def stop(self) -> None:
         """Ends the thread."""
@@ -106,15 +122,18 @@ class RoundMonitor:
                     positions[rank] = position
         known = "; ".join(f"rank {rank} at {where}" for rank, where in sorted(positions.items()))
         missing = [str(rank) for rank in self._ranks if rank not in positions]
+        key = f"{self._prefix}/error"
+        error = f"; an error of {self._store.get(key).decode()}" if self._store.check([key]) else ""
         absent = f"; rank {', '.join(missing)} does not answer: it terminated or is stopped" if missing else ""
         logger.error(
-            "expected all %d ranks to exchange statistics at %s (got nothing for %.0f s; %s%s); read the output of the "
-            "rank that is elsewhere or does not answer: the backend will end this process after its timeout",
+            "expected all %d ranks to exchange statistics at %s (got nothing for %.0f s; %s%s%s); read the output of "
+            "the rank that is elsewhere or does not answer: the backend will end this process after its timeout",
             len(self._ranks),
             self._where,
             waited,
             known,
             absent,
+            error,
         )
 
 
@@ -130,6 +149,8 @@ def _run(reference: weakref.ref[RoundMonitor], stopped: threading.Event, interva
         monitor = reference()
         if monitor is None:
             return
-        with contextlib.suppress(Exception):  # the store ends with its process; a monitor must not end the training
+        try:
             monitor.look()
+        except Exception:  # the store has ended with its process; a monitor must not end the training
+            return
         del monitor

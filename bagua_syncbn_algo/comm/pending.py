@@ -26,11 +26,11 @@ class PendingGather:
         point: SyncPoint,
         phase: int,
         entry: Optional[RoundRecord],
-        in_ring: bool,
         checked_later: bool,
     ) -> None:
-        self._channel, self._header, self._point, self._phase, self._entry = channel, header, point, phase, entry
-        self._in_ring, self._checked_later = in_ring, checked_later
+        self._channel: Any = channel
+        self._header, self._point, self._phase, self._entry = header, point, phase, entry
+        self._checked_later = checked_later
         self._streams: Set[int] = set()  # the CUDA streams that wait for the all-gather
         self._gathered: Optional[Tensor] = None
         self._work: Any = None
@@ -78,19 +78,20 @@ class PendingGather:
                     channel.failed = False
             except SyncBatchNormError as error:
                 self._error, channel.failed = error, True
+            self._channel = None  # the channel keeps its latest round: a reference cycle
         if self._error is not None:
             raise self._error
         assert self._gathered is not None
         if self._gathered.is_cuda:
-            self._order_current_stream(self._gathered.device)
-        if keep and not self._in_ring:
+            self.order_current_stream(self._gathered.device)
+        if keep:
             self._gathered = self._gathered.clone()
         return self._gathered[:, HEADER_BYTES:]
 
-    def _order_current_stream(self, device: torch.device) -> None:
-        """Makes the current stream wait for the all-gather, if another stream has called :meth:`wait` first."""
+    def order_current_stream(self, device: torch.device) -> None:
+        """Makes the current stream wait for the all-gather, if only other streams have done so."""
         stream = torch.cuda.current_stream(device).cuda_stream
-        if self._streams and stream not in self._streams:
+        if self._streams and stream not in self._streams and self._work is not None:
             self._work.wait()
         self._streams.add(stream)
 

@@ -10,7 +10,7 @@ of a failed rank is still there when its header is compared.
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, NamedTuple, Sequence
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .wire import HEADER_BYTES, SyncPoint
 __all__ = ["HeaderRing", "event_on"]
 
 _MOST_SLOTS = 64  # of a half
-_MOST_BYTES = 4 << 20  # of a half
+_MOST_BYTES = 32 << 20  # of a half
 
 
 class _Expected(NamedTuple):
@@ -69,10 +69,10 @@ class _Half:
         """Whether a copy has been started and has ended."""
         return self._copied is not None and bool(self._copied.query())
 
-    def compare(self, check: Callable[..., None]) -> None:
+    def compare(self, check: Optional[Callable[..., None]]) -> None:
         """Compares the copied headers, if any; the half is empty afterwards."""
         copied, expected, self._copied, self.expected, self.used = self._copied, self.expected, None, [], 0
-        if copied is None:
+        if copied is None or check is None:
             return
         if not copied.query():
             copied.synchronize()  # the host is more than a step ahead of the device
@@ -91,18 +91,18 @@ class HeaderRing:
         world_size: the number of ranks.
         capacity: bytes of a message.
         device: the device of the messages.
-        check: called with the headers of a round (a list of words for each rank), this rank's words, the sync point,
-            the phase and the messages ``(W, capacity)``; raises an error if the headers differ.
+        check: a weak reference to a function of the headers of a round (a list of words for each rank), this rank's
+            words, the sync point, the phase and the messages ``(W, capacity)``. It raises an error for other headers.
     """
 
-    def __init__(self, world_size: int, capacity: int, device: torch.device, check: Callable[..., None]) -> None:
-        self.capacity, self._check = capacity, check
+    def __init__(self, world_size: int, capacity: int, device: torch.device, check: Callable[[], Any]) -> None:
+        self._check = check
         slots = max(1, min(_MOST_SLOTS, _MOST_BYTES // (world_size * capacity)))
         with torch.inference_mode(False):  # the slots outlive an inference_mode block that may be active
             halves = torch.empty((2, slots, world_size, capacity), dtype=torch.uint8, device=device)
             self._current, self._earlier = _Half(halves[0]), _Half(halves[1])
 
-    def take(self, words: Sequence[int], point: SyncPoint, phase: int, checked: bool = True) -> Tensor:
+    def take(self, words: Sequence[int], point: SyncPoint, phase: int) -> Tensor:
         """Returns the slot ``(W, capacity)`` for the messages of the next round.
 
         A round that repeats the first round of the half is the first round of the next step.
@@ -111,7 +111,6 @@ class HeaderRing:
             words: the header of this rank.
             point: the sync point of the round.
             phase: the phase of the round.
-            checked: whether the other ranks' headers must be the same.
 
         Raises:
             SyncBatchNormError: if a header of an earlier step differs.
@@ -124,8 +123,7 @@ class HeaderRing:
             current = self._current
         slot = current.used
         current.used += 1
-        if checked:
-            current.expected.append(_Expected(slot, list(words), point, phase))
+        current.expected.append(_Expected(slot, list(words), point, phase))
         return current.slots[slot]
 
     def rotate(self) -> None:
@@ -136,7 +134,7 @@ class HeaderRing:
         """
         self._current.copy()
         self._current, self._earlier = self._earlier, self._current
-        self._current.compare(self._check)
+        self._current.compare(self._check())
 
     def compare_arrived(self) -> None:
         """Compares the headers of the step before if their copy has ended; does not wait.
@@ -145,7 +143,7 @@ class HeaderRing:
             SyncBatchNormError: if a header differs.
         """
         if self._earlier.has_arrived:
-            self._earlier.compare(self._check)
+            self._earlier.compare(self._check())
 
     def clear(self) -> None:
         """Removes all rounds without a comparison, after an error."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from datetime import timedelta
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -141,9 +142,17 @@ class BaguaChannel(Channel):
         return self._key_value_store
 
 
-def bagua_channel(
-    group: Any, streams: Any, device: torch.device, timeout: Optional[float] = None, label: str = Channel.label
-) -> BaguaChannel:
+_label_counts: Counter[Tuple[int, ...]] = Counter()
+
+
+def _next_label(ranks: Sequence[int]) -> str:
+    """Returns a name for the next channel over ``ranks``: channels of other ranks, or of other models, differ."""
+    members = tuple(sorted(ranks))
+    _label_counts[members] += 1
+    return f"bagua_syncbn/{'_'.join(map(str, members))}/{_label_counts[members]}"
+
+
+def bagua_channel(group: Any, streams: Any, device: torch.device, timeout: Optional[float] = None) -> BaguaChannel:
     """Returns a channel over a Bagua process group that is only for statistics.
 
     Args:
@@ -151,10 +160,9 @@ def bagua_channel(
         streams: the stream operations of the host.
         device: the device of the messages. On CUDA, a monitor reports late rounds.
         timeout: the timeout of the group in seconds; ``None`` for that of the default group.
-        label: the prefix of the channel's keys in the store.
     """
     channel = BaguaChannel(group.get_global_communicator(), streams, device, default_store())
-    channel.label = label
+    channel.label = _next_label(group.ranks)
     if device.type == "cuda":
         channel.watch(group.ranks, timeout_of(default_group()).total_seconds() if timeout is None else timeout)
     return channel
@@ -239,6 +247,7 @@ def _channel_over(source: Any, on_host: bool) -> TorchChannel:
     limit = timeout_of(source) if seconds is None else timedelta(seconds=seconds)
     group = member_group(ranks, limit, on_host)
     channel = TorchChannel(group, default_store())
+    channel.label = _next_label(ranks)
     if is_nccl(group):
         channel.watch(ranks, limit.total_seconds())
     return channel

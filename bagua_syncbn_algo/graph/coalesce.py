@@ -176,4 +176,5 @@ def _expected_call(
     required = [
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return CallPattern.of([torch.empty(0)] * len(required), {})
+    # A tensor for each: two arguments that are one tensor make another kind of call.
+    return CallPattern.of([torch.empty(0) for _ in required], {})

@@ -167,6 +167,7 @@ class CoalescedForward:
 
     def _disable(self, variant: _Variant, reason: str) -> None:
         variant.run, variant.failure = None, reason
+        variant.forget_trace()
         warnings.warn(
             f"expected the regrouped forward of {self.name} to compute what the original computes (got: {reason}); "
             "the module runs layer by layer: exact, but with more rounds",
@@ -223,11 +224,10 @@ class _Regrouped:
                 path = str(node.target)
                 is_module = node.op == "call_module" or isinstance(attribute_of(module, path), nn.Module)
                 node.target = names.setdefault(path, f"m{len(names)}") if is_module else f"root.{path}"
-        # GraphModule looks up the targets, and keeps what it finds: the modules of the replica.
+        # GraphModule looks up the targets, of which the code needs the names only.
         holder = nn.Module()
-        holder.root = traced.replica
-        for path, name in names.items():
-            setattr(holder, name, traced.replica.get_submodule(path))
+        for name in names.values():
+            setattr(holder, name, nn.Module())
         self._generated: Callable[..., Any] = type(fx.GraphModule(holder, graph)).forward
         self._paths, self._names, self._outputs = list(names), list(names.values()), traced.outputs
         # Weak references: a submodule must be freed when the user replaces it.
@@ -277,16 +277,23 @@ class _Variant:
             planned = PlannedRound(forward.path, level.number, names, features, backward, overlapped_with)
             self.rounds.append(planned)
             self._calls[_key(level)] = _LevelCall(planned, [candidate.shared for candidate in overlap_with])
-        self._traced, self._levels, self._candidates = traced, levels, candidates
+        # Without the replica, which has the size of the model.
+        self._traced, self._levels, self._candidates = traced._replace(replica=nn.Module()), levels, candidates
         self._regroup(forward.module)
 
     def _regroup(self, module: nn.Module) -> None:
         traced, levels, candidates = self._traced, self._levels, self._candidates
         assert traced is not None
-        self.run = None
-        if any(len(level.members) > 1 or overlap_with for level, overlap_with in zip(levels, candidates)):
+        # A graph stays one also if the removal of candidates leaves levels of one layer: the removal depends on this
+        # rank's batch, and all ranks must run the levels in one order.
+        shared = any(len(level.members) > 1 or overlap_with for level, overlap_with in zip(levels, candidates))
+        if shared or self.run is not None:
             graph = regroup(traced.graph, module, levels, candidates, lambda level: self._calls[_key(level)])
             self.run = _Regrouped(module, graph, traced)
+
+    def forget_trace(self) -> None:
+        """Releases what a second graph would need."""
+        self._traced = None
 
     def without_small_candidates(self, module: nn.Module) -> Optional[Callable[..., Any]]:
         """Returns the regrouped forward; builds it again without the candidates that are too small to be split.

@@ -148,7 +148,7 @@ def launch_exact(
     return lambda: ExactStatistics(arrived(), eps, [part.mean.dtype for part in local])
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=65536)  # never evicted in practice: a captured graph reads it
 def constant(values: Tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns a tensor of Python numbers, which must not be written to."""
     with torch.inference_mode(False):  # the tensor outlives an inference_mode block that may be active

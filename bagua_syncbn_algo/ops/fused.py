@@ -141,7 +141,7 @@ def launch_fused(
     return merged
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=65536)  # never evicted in practice: a captured graph reads it
 def _counts(elements: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tuple[Tensor, Tensor]:
     """Returns the counts for the merge, in ``dtype``, and for backward, in int32. One copy moves both to the device."""
     weights = torch.tensor([float(n) or _ALMOST_NOTHING for n in elements], dtype=dtype)
@@ -178,9 +178,11 @@ class FusedStatistics:
         """Returns the sums of layer ``i`` over this rank, from the gradient of its output."""
         mean, _, invstd, _ = self.layers[i]
         weight = None if weight is None else cast(weight, mean.dtype)
-        wanted = (True, weight is not None and needs[0], needs[1])
-        dy, dy_xmu, d_weight, d_bias = torch.batch_norm_backward_reduce(grad, input, mean, invstd, weight, *wanted)
-        return GradientSums(dy, dy_xmu, d_weight if wanted[1] else None, d_bias if wanted[2] else None)
+        weight_wanted = weight is not None and needs[0]
+        # Not the gradient of the bias, which is Σ dy: without a weight the kernel has no dtype for it.
+        wanted = (True, weight_wanted, False)
+        dy, dy_xmu, d_weight, _ = torch.batch_norm_backward_reduce(grad, input, mean, invstd, weight, *wanted)
+        return GradientSums(dy, dy_xmu, d_weight if weight_wanted else None, dy if needs[1] else None)
 
     def total_gradients(self, gathered: Tensor) -> Sequence[Any]:
         """Returns the arguments of :meth:`input_gradient` for each layer.

@@ -188,7 +188,7 @@ def _weights(counts: Tensor, features: Tuple[int, ...]) -> Weights:
     return Weights(elements, shares, elements / (elements - 1))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=65536)  # never evicted in practice: a captured graph reads it
 def layer_index(features: Tuple[int, ...], device: torch.device) -> Tensor:
     """Returns the index of the layer of each channel, shape ``(ΣC,)``: expands a value per layer to one per channel."""
     with torch.inference_mode(False):
@@ -336,7 +336,7 @@ def split_channels(vector: Tensor, features: Sequence[int]) -> Sequence[Tensor]:
     return (vector,) if len(features) == 1 else vector.split_with_sizes(features)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=65536)  # never evicted in practice: a captured graph reads it
 def _filled(value: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns a constant vector, never to be written to."""
     with torch.inference_mode(False):  # it outlives the block that may be running

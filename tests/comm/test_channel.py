@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
+from types import SimpleNamespace
 from typing import Any, List, Optional
 
 import pytest
@@ -456,6 +458,67 @@ def test_late_checks_name_the_layers_of_an_earlier_step() -> None:
 
     for message in run_threads(2, body):
         assert f"rank 0 at {B.name} (forward), rank 1 at {other.name} (forward)" in message
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("features", [4, 4000, 12000])
+def test_late_checked_messages_of_several_frames(features: int) -> None:
+    """Catches frames of one message that share a slot: the third one overwrites the first one without an error."""
+
+    def body(rank: int, group: Any) -> Any:
+        channel = LateChannel(group)
+        channel.join(Roster(((A.name, 4),)))
+        channel.capacity = 8192
+        part = torch.arange(features, dtype=torch.float32) + rank / 4
+        waits = [channel.launch(A, phase, [part * (1 + phase)]) for phase in (FORWARD, BACKWARD)]
+        return [wait()[0] for wait in waits]
+
+    expected = torch.stack([torch.arange(features) + rank / 4 for rank in range(2)])
+    for forward, backward in run_threads(2, body):
+        torch.testing.assert_close(forward, expected)
+        torch.testing.assert_close(backward, expected * 2)
+
+
+@pytest.mark.multirank
+def test_a_late_error_counts_no_message_that_was_not_sent() -> None:
+    """Catches ranks that recover to different numbers of messages: one finds the error before it sends the next one."""
+
+    def body(rank: int, group: Any) -> Any:
+        channel = LateChannel(group)
+        channel.join(Roster(((A.name, 4),)))
+        if rank == 1:
+            channel.fail(A, FORWARD, ValueError("made up"))
+        else:
+            channel.exchange(A, FORWARD, [torch.zeros(4)])
+        channel.exchange(A, FORWARD, [torch.zeros(4)])
+        if rank == 0:
+            with pytest.raises(SyncBatchNormError, match="made up"):
+                channel.exchange(A, FORWARD, [torch.zeros(4)])
+        frames = channel.frames
+        channel.recover(frames)
+        return frames, channel.exchange(A, FORWARD, [torch.full((4,), float(rank))])[0][:, 0].tolist()
+
+    assert run_threads(2, body) == [(3, [0.0, 1.0])] * 2
+
+
+def test_a_channel_with_late_checks_is_freed() -> None:
+    """Catches a reference cycle that keeps the slots, pinned memory and the communicator until a garbage collection."""
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 1, name=lambda: "gloo")
+    group.allgather = lambda outputs, inputs: outputs[0][0].copy_(inputs[0]) is None or SimpleNamespace(wait=bool)
+    holder = WeakReferenced(group)
+    channel = LateChannel(holder)
+    channel.capacity = 64
+    channel.exchange(A, FORWARD, [torch.zeros(4)])
+    reference = weakref.ref(channel)
+    del channel
+    assert reference() is None
+
+
+class WeakReferenced:
+    """A process group of one rank that a channel can reference weakly."""
+
+    def __init__(self, group: Any) -> None:
+        self.__dict__.update(vars(group))
 
 
 @pytest.mark.multirank

@@ -72,6 +72,17 @@ def test_an_earlier_answer_of_a_terminated_rank_is_not_its_position(caplog: pyte
     assert "at Net.bn2 (forward) (got nothing" in caplog.text and "; rank 6 does not answer" in caplog.text
 
 
+def test_the_error_of_another_rank_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a report without the cause: the failing rank's message stays on the device of a rank that waits."""
+    first, second = monitors(dist.HashStore())
+    first.watch("Net.bn1 (forward)", FakeWork())
+    second.publish_error("Net.bn1 (forward): ValueError: made up")
+    time.sleep(0.05)
+    for _ in range(3):
+        first.look()
+    assert "; an error of rank 6 at Net.bn1 (forward): ValueError: made up" in caplog.text
+
+
 def test_rounds_in_time_are_not_reported(caplog: pytest.LogCaptureFixture) -> None:
     """Catches a report of a round that has ended, or that is younger than its share of the timeout."""
     store = dist.HashStore()

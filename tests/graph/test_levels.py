@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bagua_syncbn_algo import convert_sync_batchnorm, plan_of
+from bagua_syncbn_algo import SyncBatchNorm, convert_sync_batchnorm, plan_of
+from bagua_syncbn_algo.comm.local import TWO_RANK_STUB
 from bagua_syncbn_algo.graph import ordering as ordering_module
 
 
@@ -179,3 +180,46 @@ def test_these_tests_fail_without_the_remedies(remedy: str, monkeypatch: Any) ->
     for model in cases:
         with pytest.raises(UserWarning, match="its regrouped forward differs"):
             checked(model)
+
+
+class Towers(nn.Module):
+    """Two towers that one call runs one after the other; in level order their layers alternate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def tower() -> nn.Module:
+            return nn.Sequential(
+                nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1)
+            )
+
+        self.left, self.right = tower(), tower()
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.left(x), self.right(y)
+
+
+def test_small_candidates_do_not_change_the_order_of_rounds() -> None:
+    """Catches a rank that returns to program order because its batch is small, while the others run level by level."""
+    model = convert_sync_batchnorm(Towers())
+    forward = model.__dict__["forward"]
+    variant = forward._variants[0]
+    for call in variant._calls.values():
+        for candidate in call._candidates:
+            candidate._work = 0.0
+    run = variant.without_small_candidates(model)
+    assert run is not None and variant._traced is None
+    order = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, SyncBatchNorm):
+            layer._bound_channel = lambda *unused: TWO_RANK_STUB  # type: ignore[method-assign]
+            layer.register_forward_hook(lambda *unused, name=name: order.append(name))
+    run(model, torch.randn(2, 3, 4), torch.randn(2, 3, 4))
+    assert order == ["left.1", "right.1", "left.3", "right.3"]
+
+
+def test_a_graph_keeps_no_copy_of_the_model() -> None:
+    """Catches a traced replica, with weights of its own, that stays until a graph of this kind runs."""
+    model = convert_sync_batchnorm(Towers())
+    variant = model.__dict__["forward"]._variants[0]
+    assert not list(variant._traced.replica.parameters())

@@ -158,6 +158,21 @@ def test_second_derivatives_are_refused() -> None:
         gradient.square().sum().backward()
 
 
+def test_a_bias_without_a_weight_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a request for the bias gradient from a kernel that takes its dtype from the weight."""
+    x, bias = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.zeros(3).double().requires_grad_()
+
+    def gradients() -> Any:
+        (y,) = sync_batch_norm(
+            [Member(x, None, bias, 1e-5, "test")], SINGLE_PROCESS, sync_point("test"), buffers=[None]
+        )
+        return torch.autograd.grad(y.pow(3).sum(), [x, bias])
+
+    expected = gradients()
+    cuda_kernels.install(monkeypatch, fuse=True)
+    torch.testing.assert_close(gradients(), expected)
+
+
 @pytest.mark.multirank
 def test_ranks_with_different_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches variances that another rank reads as inverse standard deviations: both messages have one length."""
