@@ -35,6 +35,7 @@ class TorchChannel(Channel):
         # A weak reference: a group that outlives destroy_process_group aborts the process at exit.
         self._group, self._key_value_store = weakref.ref(group), store
         self._messages: Dict[torch.device, Tensor] = {}
+        self._all_messages: List[Tensor] = []  # also shorter ones: a captured graph may use their memory
         self._is_nccl = is_nccl(group)
         self._device: Optional[torch.device] = None
 
@@ -54,6 +55,7 @@ class TorchChannel(Channel):
         if message is None or message.numel() < self.capacity:
             with torch.inference_mode(False):
                 message = self._messages[device] = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+            self._all_messages.append(message)
         return message
 
     def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
