@@ -312,7 +312,9 @@ class Channel:
         if record is not None:
             entry = record.launch(point.layers or (point.name,), PHASES[phase], message.numel())
         self._slot = slot
-        self._in_flight = self._latest = pending = PendingGather(self, header, point, phase, entry, slot is not None)
+        self._in_flight = pending = PendingGather(self, header, point, phase, entry, slot is not None)
+        if message.is_cuda:  # not on the CPU: gloo's Work keeps the saved-tensor hooks of its thread
+            self._latest = pending
         pending.start(message)
         return pending
 

@@ -224,11 +224,11 @@ class _Regrouped:
                 path = str(node.target)
                 is_module = node.op == "call_module" or isinstance(attribute_of(module, path), nn.Module)
                 node.target = names.setdefault(path, f"m{len(names)}") if is_module else f"root.{path}"
-        # GraphModule looks up the targets, of which the code needs the names only.
-        holder = nn.Module()
-        for name in names.values():
-            setattr(holder, name, nn.Module())
-        self._generated: Callable[..., Any] = type(fx.GraphModule(holder, graph)).forward
+        # Not a GraphModule, which would keep the modules that it finds under the targets: those of the replica.
+        code = graph.python_code("self")
+        scope: Dict[str, Any] = dict(code.globals)
+        exec(compile(code.src, f"<regrouped forward of {type(module).__name__}>", "exec"), scope)
+        self._generated: Callable[..., Any] = scope["forward"]
         self._paths, self._names, self._outputs = list(names), list(names.values()), traced.outputs
         # Weak references: a submodule must be freed when the user replaces it.
         self._module = weakref.ref(module)
