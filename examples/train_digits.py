@@ -304,8 +304,8 @@ def finding(results: Dict[str, List[Result]]) -> List[str]:
         f"Local batch normalization ends {abs(gap):.1f} points {'below' if gap > 0 else 'above'} "
         "a single process on the same images.",
         f"With the running statistics of the whole world instead of rank 0's, it changes by {gain:+.1f} points.",
-        f"Synchronized batch normalization ends {'within' if inside else 'OUTSIDE'} the range of the single process "
-        f"(for the same seed, at most {apart:.1f} points apart).",
+        f"Synchronized, it ends {'within' if inside else 'OUTSIDE'} the range of the single process "
+        f"(at most {apart:.1f} points apart for a seed).",
     ]
 
 
