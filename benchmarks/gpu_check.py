@@ -8,14 +8,10 @@ end without a GPU, as a test of itself; the parts that need CUDA are left out.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
-import tempfile
 import time
-import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
@@ -27,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, convert_sync_batchnorm
+from bagua_syncbn_algo.bench.measure import interleave, run_ranks, write
 from bagua_syncbn_algo.comm.transport import channel_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,38 +45,17 @@ _GROUPS: List[Any] = []
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
-def _rank_main(
-    rank: int, body: str, world: int, backend: str, store: str, arguments: Sequence[Any], queue: Any
-) -> None:
-    try:
-        dist.init_process_group(backend, store=dist.FileStore(store, world), rank=rank, world_size=world)
-        queue.put((rank, globals()[body](rank, *arguments), ""))
-    except BaseException:
-        queue.put((rank, None, traceback.format_exc()))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def _in_group(rank: int, body: Callable[..., Any], backend: str, arguments: Sequence[Any]) -> List[Any]:
+    dist.init_process_group(backend, timeout=timedelta(seconds=300))
+    results: List[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, body(rank, *arguments))
+    return results
 
 
-def run_ranks(body: Callable[..., Any], world: int, backend: str, *arguments: Any, seconds: float = 300.0) -> List[Any]:
-    """Runs ``body(rank, *arguments)`` in ``world`` processes; ends all of them after ``seconds``."""
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        rest = (body.__name__, world, backend, os.path.join(folder, "store"), arguments, queue)
-        processes = [context.Process(target=_rank_main, args=(rank, *rest), daemon=True) for rank in range(world)]
-        for process in processes:
-            process.start()
-        try:
-            found = sorted((queue.get(timeout=seconds) for _ in processes), key=lambda each: each[0])
-        finally:
-            for process in processes:
-                process.join(10)
-                process.kill()
-    failed = [f"rank {rank}:\n{error}" for rank, _, error in found if error]
-    if failed:
-        raise RuntimeError("\n".join(failed))
-    return [value for _, value, _ in found]
+def run_in_group(body: Callable[..., Any], world: int, backend: str, *arguments: Any) -> List[Any]:
+    """Returns the results of ``body(rank, *arguments)`` on all ranks of a new group."""
+    found: List[Any] = run_ranks(_in_group, body, backend, arguments, ranks=world)
+    return found
 
 
 def synchronize(device: str) -> None:
@@ -127,7 +103,7 @@ def parity_rank(rank: int, device: str) -> Dict[str, float]:
 
 
 def check_parity(device: str) -> List[Tuple[str, str, bool]]:
-    per_rank = run_ranks(parity_rank, 2, "gloo", device)
+    per_rank = run_in_group(parity_rank, 2, "gloo", device)
     rows = []
     for name in per_rank[0]:
         error = max(each[name] for each in per_rank)
@@ -258,16 +234,10 @@ def model_rank(rank: int, device: str, name: str) -> Dict[str, float]:
     def step(model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(model(x), labels).backward()
+        synchronize(device)
 
-    times: Dict[str, List[float]] = {key: [] for key in variants}
-    for turn in range(9):
-        for key, model in variants.items():
-            start = time.perf_counter()
-            step(model)
-            synchronize(device)
-            if turn > 2:
-                times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(each) for key, each in times.items()}
+    spreads = interleave({key: (lambda m=model: step(m)) for key, model in variants.items()}, 6, warmup=3)
+    return {key: spread.median for key, spread in spreads.items()}
 
 
 def errors_rank(rank: int, device: str) -> str:
@@ -290,7 +260,7 @@ def errors_rank(rank: int, device: str) -> str:
 def check_models(device: str) -> Tuple[List[Tuple[str, str, bool]], Dict[str, Any]]:
     rows, found = [], {}
     for name in ("HighResolution", "ResNet"):
-        medians = run_ranks(model_rank, 2, "gloo", device, name)[0]
+        medians = run_in_group(model_rank, 2, "gloo", device, name)[0]
         found[name] = medians
         text = ", ".join(f"{key} {1000 * value:.1f} ms" for key, value in medians.items())
         rows.append((f"{name}, 2 ranks on one device over gloo", text, True))
@@ -307,10 +277,10 @@ def main() -> None:
         sys.exit("expected a machine with a GPU and a CUDA build of PyTorch (got none); --device cpu tests this script")
     backend = "nccl" if device == "cuda" else "gloo"
     rows = check_parity(device)
-    errors = run_ranks(errors_rank, 2, "gloo", device)
+    errors = run_in_group(errors_rank, 2, "gloo", device)
     named = all("expected every rank to be at the same layer" in error for error in errors)
     rows.append(("a skipped layer is named on both ranks", errors[0][:60] or "no error", named))
-    times = run_ranks(time_rank, 1, backend, device, options.batches)[0]
+    times = run_in_group(time_rank, 1, backend, device, options.batches)[0]
     for row in times:
         of = "torch" if "torch" in row else "native"
         ratios = [row["ours"][kind] / row[of][kind] for kind in ("host", "total")]
@@ -318,9 +288,9 @@ def main() -> None:
         rows.append((f"time of a layer, {shape}", f"host {ratios[0]:.2f}, total {ratios[1]:.2f} × {of}", True))
     results: Dict[str, Any] = {"times": times}
     if device == "cuda":
-        launches = run_ranks(waits_rank, 1, backend)[0]
+        launches = run_in_group(waits_rank, 1, backend)[0]
         rows.append(("launches of a step, without any synchronization", str(launches["launches"]), True))
-        difference = run_ranks(capture_rank, 1, backend)[0]
+        difference = run_in_group(capture_rank, 1, backend)[0]
         rows.append(("captured against eager step", f"{difference:.1e}", difference < 1e-5))
         results.update(launches=launches, capture=difference)
     model_rows, results["models"] = check_models(device)
@@ -328,11 +298,10 @@ def main() -> None:
     width = max(len(row[0]) for row in rows)
     for what, value, passed in rows:
         print(f"{what.ljust(width)}  {'ok    ' if passed else 'FAILED'}  {value}")
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    results["machine"] = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
     results["rows"] = rows
     if device == "cuda":
-        RESULTS.joinpath("gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
+        results["device"] = torch.cuda.get_device_name()
+        write(RESULTS / "gpu_check.json", results)
     if not all(passed for _, _, passed in rows):
         sys.exit("expected all checks to pass (got the failures above); see the rows with FAILED")
 

@@ -277,8 +277,7 @@ class _Variant:
             planned = PlannedRound(forward.path, level.number, names, features, backward, overlapped_with)
             self.rounds.append(planned)
             self._calls[_key(level)] = _LevelCall(planned, [candidate.shared for candidate in overlap_with])
-        # Without the replica, which has the size of the model.
-        self._traced, self._levels, self._candidates = traced._replace(replica=nn.Module()), levels, candidates
+        self._traced, self._levels, self._candidates = traced, levels, candidates
         self._regroup(forward.module)
 
     def _regroup(self, module: nn.Module) -> None:

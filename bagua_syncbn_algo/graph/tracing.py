@@ -99,7 +99,6 @@ class Trace(NamedTuple):
     outputs: Any  # the TreeSpec of the output
     opaque: Dict[str, str]  # paths of submodules that are one step in the graph, with the reason
     uncoalesced: Dict[str, str]  # paths of SyncBatchNorm layers that cannot share a round, with the reason
-    replica: nn.Module  # the copy that was traced
 
 
 def normalize_standalone(layer: SyncBatchNorm, input: Tensor) -> Tensor:
@@ -156,7 +155,7 @@ def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
         raise _RandomDrawError
     if reason is not None:
         raise UntraceableError(reason)
-    return Trace(graph, tracer.outputs, tracer.opaque, tracer.uncoalesced, replica)
+    return Trace(graph, tracer.outputs, tracer.opaque, tracer.uncoalesced)
 
 
 class _Proxy(fx.Proxy):

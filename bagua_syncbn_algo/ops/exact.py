@@ -24,7 +24,16 @@ from .moments import (
     statistics_dtype,
 )
 
-__all__ = ["ExactStatistics", "GradientSums", "constant", "launch_exact", "launch_moments", "local_or_empty"]
+__all__ = [
+    "ExactStatistics",
+    "GradientSums",
+    "constant",
+    "launch_exact",
+    "launch_moments",
+    "local_or_empty",
+    "require_two_values",
+    "to_device",
+]
 
 
 class GradientSums(NamedTuple):
@@ -127,17 +136,32 @@ def launch_moments(
 
     def merged() -> GlobalMoments:
         counts, moments = arrived()
-        # A rank that has two values per channel itself does not need the other ranks' counts.
-        for index, part in enumerate(local):
-            if part.elements < 2 and int(counts[:, index].sum()) < 2:
-                raise ValueError(
-                    f"expected more than 1 value per channel in the whole group when training (got {part.elements} "
-                    f"on this rank, {int(counts[:, index].sum())} on all {channel.world_size} ranks, at "
-                    f"{names[index]}); use a larger batch or eval()"
-                )
+        require_two_values([part.elements for part in local], counts, names)
         return merge_moments(counts, moments, tuple(part.mean.numel() for part in local))
 
     return merged
+
+
+def require_two_values(elements: Sequence[int], counts: Tensor, names: Sequence[str]) -> None:
+    """Checks that the ranks together have at least two values per channel.
+
+    A rank that has two values itself does not need the other ranks' counts. Otherwise the host waits for them.
+
+    Args:
+        elements: this rank's elements per channel, for each layer.
+        counts: the elements of all ranks, shape ``(W, L)``.
+        names: the names of the layers, for errors.
+
+    Raises:
+        ValueError: if they have fewer.
+    """
+    for index, own in enumerate(elements):
+        total = 2 if own >= 2 else int(counts[:, index].sum())
+        if total < 2:
+            raise ValueError(
+                f"expected more than 1 value per channel in the whole group when training (got {own} on this rank, "
+                f"{total} on all {len(counts)} ranks, at {names[index]}); use a larger batch or eval()"
+            )
 
 
 def launch_exact(
@@ -152,10 +176,12 @@ def launch_exact(
 def constant(values: Tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns a tensor of Python numbers, which must not be written to."""
     with torch.inference_mode(False):  # the tensor outlives an inference_mode block that may be active
-        if device.type != "cuda":
-            return torch.tensor(values, dtype=dtype)
-        # From pinned memory: a copy from pageable memory would block the host.
-        return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
+        return to_device(torch.tensor(values, dtype=dtype), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Moves a tensor from the CPU without blocking the host: from pinned memory, not from pageable memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _eps_per_channel(eps: Tuple[float, ...], merged: GlobalMoments) -> Tensor:

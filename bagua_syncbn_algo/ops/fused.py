@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..comm.channel import Channel
 from ..comm.wire import FORWARD, FUSED, SyncPoint
-from .exact import GradientSums
+from .exact import GradientSums, require_two_values, to_device
 from .moments import LayerStatistics, cast, has_fused_kernels, split_channels, statistics_dtype
 
 __all__ = ["Buffers", "FusedLocal", "FusedStatistics", "can_fuse", "launch_fused", "local_statistics"]
@@ -115,14 +115,7 @@ def launch_fused(
 
     def merged() -> FusedStatistics:
         gathered, counts = arrived()
-        for index, part in enumerate(local):
-            # A rank that has two values per channel itself does not need the other ranks' counts. Else the host waits.
-            if part.elements < 2 and int(counts[:, index].sum()) < 2:
-                raise ValueError(
-                    f"expected more than 1 value per channel in the whole group when training (got {part.elements} "
-                    f"on this rank, {int(counts[:, index].sum())} on all {channel.world_size} ranks, at "
-                    f"{names[index]}); use a larger batch or eval()"
-                )
+        require_two_values(elements, counts, names)
         features = [part.mean.numel() for part in local]
         means, invstds, shares = gathered.split_with_sizes([sum(features), sum(features), len(local)], dim=1)
         rows = zip(
@@ -144,10 +137,10 @@ def launch_fused(
 @lru_cache(maxsize=65536)  # never evicted in practice: a captured graph reads it
 def _counts(elements: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tuple[Tensor, Tensor]:
     """Returns the counts for the merge, in ``dtype``, and for backward, in int32. One copy moves both to the device."""
-    weights = torch.tensor([float(n) or _ALMOST_NOTHING for n in elements], dtype=dtype)
-    both = torch.cat([weights.view(torch.uint8), torch.tensor(elements, dtype=torch.int32).view(torch.uint8)])
     with torch.inference_mode(False):  # the tensors outlive an inference_mode block that may be active
-        both = both.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else both.clone()
+        weights = torch.tensor([float(n) or _ALMOST_NOTHING for n in elements], dtype=dtype)
+        both = torch.cat([weights.view(torch.uint8), torch.tensor(elements, dtype=torch.int32).view(torch.uint8)])
+        both = to_device(both, device)
         size = weights.numel() * weights.element_size()
         return both[:size].view(dtype), both[size:].view(torch.int32)
 

@@ -37,6 +37,17 @@ class LateChannel(TorchChannel):
     checks_late = True
 
 
+def channel_after_failure(rank: int, group: Any) -> LateChannel:
+    """Returns a channel in whose first round rank 1 has sent an error instead of its statistics."""
+    channel = LateChannel(group)
+    channel.join(Roster(((A.name, 4),)))
+    if rank == 1:
+        channel.fail(A, FORWARD, ValueError("made up"))
+    else:
+        channel.exchange(A, FORWARD, [torch.zeros(4)])
+    return channel
+
+
 def messages(failures: List[Optional[BaseException]]) -> List[str]:
     assert all(isinstance(failure, SyncBatchNormError) for failure in failures), failures
     return [str(failure) for failure in failures]
@@ -422,12 +433,7 @@ def test_a_failing_rank_leaves_no_check_behind() -> None:
     """Catches a header check of a rank's own error message, which on CUDA would raise in a later round."""
 
     def body(rank: int, group: Any) -> Any:
-        channel = LateChannel(group)
-        channel.join(Roster(((A.name, 4),)))
-        if rank == 1:
-            channel.fail(A, FORWARD, ValueError("made up"))
-        else:
-            channel.launch(A, FORWARD, [torch.zeros(4)])()
+        channel = channel_after_failure(rank, group)
         channel.flush()
         found = channel.exchange(A, FORWARD, [torch.full((4,), float(rank))])  # the next step
         if rank == 1:
@@ -484,12 +490,7 @@ def test_a_late_error_counts_no_message_that_was_not_sent() -> None:
     """Catches ranks that recover to different numbers of messages: one finds the error before it sends the next one."""
 
     def body(rank: int, group: Any) -> Any:
-        channel = LateChannel(group)
-        channel.join(Roster(((A.name, 4),)))
-        if rank == 1:
-            channel.fail(A, FORWARD, ValueError("made up"))
-        else:
-            channel.exchange(A, FORWARD, [torch.zeros(4)])
+        channel = channel_after_failure(rank, group)
         channel.exchange(A, FORWARD, [torch.zeros(4)])
         if rank == 0:
             with pytest.raises(SyncBatchNormError, match="made up"):
