@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ALLGATHER_ON_CURRENT_STREAM",
     "any_autocast",
     "aten_op_draws",
     "autocast_dtype",
@@ -20,6 +21,7 @@ __all__ = [
     "current_node",
     "graph_task",
     "lerp_each_",
+    "own_client",
     "saved_tensors_hooks",
     "sequence_of",
     "uncompiled",
@@ -39,6 +41,19 @@ will_run: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node",
 
 #: Returns whether autocast is enabled for any device. Always ``True`` before torch 2.4: use :func:`autocast_dtype`.
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def _on_current_stream() -> Optional[Any]:
+    backend = getattr(torch._C, "_distributed_c10d", None)
+    options: Any = getattr(backend, "AllgatherOptions", lambda: None)()
+    if not hasattr(options, "asyncOp"):
+        return None
+    options.asyncOp = False
+    return options
+
+
+#: Options with which NCCL's all-gather runs on the current stream and returns ``None``; ``None`` before torch 2.8.
+ALLGATHER_ON_CURRENT_STREAM: Optional[Any] = _on_current_stream()
 
 _top_hooks: Optional[Callable[[bool], Any]] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
@@ -121,3 +136,14 @@ def batch_norm_into(out: Tensor, *arguments: Any) -> Tensor:
     nothing = _NO_STATISTICS[out.dtype]
     _BATCH_NORM_OUT(*arguments, out=out, save_mean=nothing, save_invstd=nothing)
     return out
+
+
+def own_client(store: Any) -> Any:
+    """Returns a client of a key-value store for another thread; the store itself in versions without ``clone``.
+
+    A client serves one request at a time: a thread would wait while another thread waits for a key.
+    """
+    try:
+        return store.clone()
+    except (AttributeError, NotImplementedError, RuntimeError):  # not all kinds of stores have the method
+        return store

@@ -25,6 +25,7 @@ class SyncBatchNormConfig:
             (``BAGUA_SYNCBN_NORMALIZE_OVER``).
         coalesce: whether independent layers share a round of statistics (``BAGUA_SYNCBN_COALESCE=0|1``).
         overlap: whether backward rounds overlap with weight gradients (``BAGUA_SYNCBN_OVERLAP=0|1``).
+        triton: whether a Triton kernel merges statistics on CUDA, if Triton is installed (``BAGUA_SYNCBN_TRITON=0|1``).
         timeout: the number of seconds that a rank waits for the statistics of the other ranks; ``None`` for the timeout
             of the process group (``BAGUA_SYNCBN_TIMEOUT``).
 
@@ -37,10 +38,11 @@ class SyncBatchNormConfig:
     normalize_over: Union[str, int] = "world"
     coalesce: bool = True
     overlap: bool = True
+    triton: bool = True
     timeout: Optional[float] = None
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "coalesce", "overlap"):
+        for name in ("enabled", "coalesce", "overlap", "triton"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"expected {name} to be True or False (got {getattr(self, name)!r}); pass a bool")
         if self.host not in _HOSTS:
@@ -70,7 +72,7 @@ class SyncBatchNormConfig:
         environ = os.environ if environ is None else environ
         known = {
             _PREFIX,
-            *(f"{_PREFIX}_{name}" for name in ("COALESCE", "HOST", "NORMALIZE_OVER", "OVERLAP", "TIMEOUT")),
+            *(f"{_PREFIX}_{name}" for name in ("COALESCE", "HOST", "NORMALIZE_OVER", "OVERLAP", "TIMEOUT", "TRITON")),
         }
         for name in sorted(environ):
             if name.startswith(_PREFIX) and name not in known:
@@ -78,14 +80,13 @@ class SyncBatchNormConfig:
                     f"expected one of {', '.join(sorted(known))} (got the environment variable {name}); "
                     "correct its name or unset it"
                 )
-        switches = {
-            name: environ.get(name, default)
-            for name, default in ((_PREFIX, "0"), (f"{_PREFIX}_COALESCE", "1"), (f"{_PREFIX}_OVERLAP", "1"))
-        }
+        switches = {_PREFIX: environ.get(_PREFIX, "0")}
+        for switch in ("COALESCE", "OVERLAP", "TRITON"):
+            switches[f"{_PREFIX}_{switch}"] = environ.get(f"{_PREFIX}_{switch}", "1")
         for name, value in switches.items():
             if value not in _BOOLEANS:
                 raise ValueError(f"expected {name} to be 0 or 1 (got {value!r}); set it to 1 to enable or 0 to disable")
-        enabled, coalesce, overlap = (_BOOLEANS[value] for value in switches.values())
+        enabled, coalesce, overlap, triton = (_BOOLEANS[value] for value in switches.values())
         host = environ.get(f"{_PREFIX}_HOST", "auto")
         if host not in _HOSTS:
             raise ValueError(
@@ -97,7 +98,7 @@ class SyncBatchNormConfig:
         text = environ.get(f"{_PREFIX}_TIMEOUT")
         try:
             timeout = None if text is None else float(text)
-            return cls(enabled, host, normalize_over, coalesce, overlap, timeout)
+            return cls(enabled, host, normalize_over, coalesce, overlap, triton, timeout)
         except ValueError:
             raise ValueError(
                 f"expected {_PREFIX}_TIMEOUT to be a positive number of seconds (got {text!r}); set it to e.g. 600"

@@ -1,18 +1,21 @@
 """Checks on a machine with one GPU: parity, waits, launches, times, graph capture and errors.
 
 ``make gpu-check`` prints one table and writes ``benchmarks/results/gpu_check.json``. It runs one rank over NCCL, and
-two ranks on one GPU over gloo, because NCCL refuses two ranks on a device. With ``--device cpu`` the script runs to its
-end without a GPU, as a test of itself; the parts that need CUDA are left out.
+two ranks on one GPU over gloo, because NCCL refuses two ranks on a device, and one rank of a group of 8 whose other
+ranks are copies of it, for the host time of a larger group. With ``--device cpu`` the script runs to its end without a
+GPU, as a test of itself; the parts that need CUDA are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,7 +27,11 @@ from torch import Tensor, nn
 
 from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, convert_sync_batchnorm
 from bagua_syncbn_algo.bench.measure import interleave, run_ranks, write
-from bagua_syncbn_algo.comm.transport import channel_of
+from bagua_syncbn_algo.comm.pending import OnStream
+from bagua_syncbn_algo.comm.transport import TorchChannel, channel_of
+from bagua_syncbn_algo.comm.wire import Roster, sync_point
+from bagua_syncbn_algo.layer import batch_norm_coalesced
+from bagua_syncbn_algo.ops import fused
 
 RESULTS = Path(__file__).parent / "results"
 CASES: Dict[str, Callable[[], Tensor]] = {
@@ -66,8 +73,9 @@ def synchronize(device: str) -> None:
 # -- parity ------------------------------------------------------------------------------------------------------------
 
 
-def parity_rank(rank: int, device: str) -> Dict[str, float]:
+def parity_rank(rank: int, device: str, triton: bool) -> Dict[str, float]:
     """Returns the largest error of each case on two ranks, in units of float32's or bfloat16's precision."""
+    os.environ["BAGUA_SYNCBN_TRITON"] = str(int(triton))
     errors = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for name, make in CASES.items():
@@ -102,13 +110,14 @@ def parity_rank(rank: int, device: str) -> Dict[str, float]:
     return errors
 
 
-def check_parity(device: str) -> List[Tuple[str, str, bool]]:
-    per_rank = run_in_group(parity_rank, 2, "gloo", device)
+def check_parity(device: str, triton: bool) -> List[Tuple[str, str, bool]]:
+    per_rank = run_in_group(parity_rank, 2, "gloo", device, triton)
+    kernel = ", merged by Triton" if triton else ""
     rows = []
     for name in per_rank[0]:
         error = max(each[name] for each in per_rank)
         limit = 1e5 if "large mean" in name else 256.0  # of a mean of 100 deviations, two digits are lost
-        rows.append((f"parity with float64, 2 ranks: {name}", f"{error:.1f} ulp of the largest value", error < limit))
+        rows.append((f"parity with float64, 2 ranks{kernel}: {name}", f"{error:.1f} ulp of the largest value", error < limit))
     return rows
 
 
@@ -117,9 +126,6 @@ def check_parity(device: str) -> List[Tuple[str, str, bool]]:
 
 def synchronized_layer(channels: int, device: str) -> SyncBatchNorm:
     """Returns a layer that runs its rounds although there is one rank: it takes the channel of a group of its own."""
-    from bagua_syncbn_algo.comm.transport import TorchChannel
-    from bagua_syncbn_algo.comm.wire import Roster, sync_point
-
     layer = SyncBatchNorm(channels).to(device)
     group = dist.group.WORLD._get_backend(torch.device(device))
     _GROUPS.append(group)  # a channel keeps a weak reference only
@@ -167,6 +173,55 @@ def time_rank(rank: int, device: str, batches: Sequence[int]) -> List[Dict[str, 
                 row[name] = {"host": statistics.median(host[name]), "total": statistics.median(total[name])}
             found.append(row)
     return found
+
+
+class _CopiedRanks(TorchChannel):
+    """A channel of 8 ranks that all send this rank's message; a copy on the current stream replaces the all-gather."""
+
+    def _all_gather(self, message: Tensor) -> Any:
+        gathered = self._receive_buffer(message)
+        gathered.copy_(message.expand_as(gathered))
+        return gathered, OnStream(message.device) if message.is_cuda else SimpleNamespace(wait=lambda: None)
+
+
+def host_times(count: int, device: str) -> Dict[str, float]:
+    """Returns the host time of forward and backward of ``count`` independent layers, per layer."""
+    inputs = [torch.randn(2, 64, 8, 8, device=device, requires_grad=True) for _ in range(count)]
+    grads = [torch.randn_like(x) for x in inputs]
+    layers = [SyncBatchNorm(64).to(device) for _ in inputs]
+    channel = _CopiedRanks(dist.group.WORLD)
+    channel.join(Roster((("layer", 64),), (("round", (64,) * count),)))
+    for index, layer in enumerate(layers):
+        layer.bind(channel, sync_point(f"layer {index}"))
+    leaves = [*inputs, *(parameter for layer in layers for parameter in layer.parameters())]
+
+    def ours(load: Any) -> None:
+        fused.load_merge_kernel = load
+        torch.autograd.grad(batch_norm_coalesced(layers, inputs, "round" if count > 1 else None), leaves, grads)
+
+    load = fused.load_merge_kernel
+    others = {"native": [nn.BatchNorm2d(64).to(device) for _ in inputs]}
+    variants: Dict[str, Callable[[], Any]] = {"ours, ATen": lambda: ours(lambda device: None)}
+    if device == "cuda":
+        others["torch"] = [nn.SyncBatchNorm(64).to(device) for _ in inputs]
+        if load(inputs[0].device) is not None:
+            variants["ours, Triton"] = lambda: ours(load)
+    for name, modules in others.items():
+        steps = [steps_of(*each) for each in zip(modules, inputs)]
+        variants[name] = lambda steps=steps: [step() for step in steps]
+    spreads = interleave(variants, 30, 15, progress=lambda: synchronize(device))
+    fused.load_merge_kernel = load
+    return {f"{name}, {count} in a round": spread.median / count for name, spread in spreads.items()}
+
+
+def host_rank(rank: int, device: str) -> Dict[str, float]:
+    """Returns the host times of one layer and of four layers in a round, with 8 ranks."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    # The fake group receives nothing: as above, a copy replaces the all-gather of torch.nn.SyncBatchNorm.
+    dist.all_gather_into_tensor = lambda out, x, *_, **__: out.view(8, -1).copy_(x.view(1, -1))
+    return {**host_times(1, device), **host_times(4, device)}
 
 
 def waits_rank(rank: int) -> Dict[str, int]:
@@ -257,6 +312,15 @@ def errors_rank(rank: int, device: str) -> str:
     return ""
 
 
+def nan_rank(rank: int, device: str) -> List[List[bool]]:
+    """Returns which channels of output and running mean are finite, if rank 1 has a NaN in channel 2."""
+    layer = SyncBatchNorm(4).to(device)
+    x = torch.randn(2, 4, 3, 3, device=device)
+    x[0, 2, 0, 0] = float("nan") if rank == 1 else 0.0
+    output = layer(x)
+    return [output.isfinite().all(0).flatten(1).all(1).tolist(), layer.running_mean.isfinite().tolist()]
+
+
 def check_models(device: str) -> Tuple[List[Tuple[str, str, bool]], Dict[str, Any]]:
     rows, found = [], {}
     for name in ("HighResolution", "ResNet"):
@@ -276,17 +340,24 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("expected a machine with a GPU and a CUDA build of PyTorch (got none); --device cpu tests this script")
     backend = "nccl" if device == "cuda" else "gloo"
-    rows = check_parity(device)
+    rows = check_parity(device, triton=False)
+    if device == "cuda" and fused.load_merge_kernel(torch.device(device, 0)) is not None:
+        rows += check_parity(device, triton=True)
     errors = run_in_group(errors_rank, 2, "gloo", device)
     named = all("expected every rank to be at the same layer" in error for error in errors)
     rows.append(("a skipped layer is named on both ranks", errors[0][:60] or "no error", named))
+    finite = run_in_group(nan_rank, 2, "gloo", device)
+    as_expected = finite == [[[True, True, False, True]] * 2] * 2
+    rows.append(("a NaN reaches its channel on both ranks, and no other", str(finite[0][0]), as_expected))
+    host = run_ranks(host_rank, device, ranks=1)
+    rows += [(f"host time of a layer, 8 ranks, {name}", f"{1e6 * value:.0f} µs", True) for name, value in host.items()]
     times = run_in_group(time_rank, 1, backend, device, options.batches)[0]
     for row in times:
         of = "torch" if "torch" in row else "native"
         ratios = [row["ours"][kind] / row[of][kind] for kind in ("host", "total")]
         shape = f"{row['batch']}×{row['channels']}×{row['size']}²"
         rows.append((f"time of a layer, {shape}", f"host {ratios[0]:.2f}, total {ratios[1]:.2f} × {of}", True))
-    results: Dict[str, Any] = {"times": times}
+    results: Dict[str, Any] = {"times": times, "host": host}
     if device == "cuda":
         launches = run_in_group(waits_rank, 1, backend)[0]
         rows.append(("launches of a step, without any synchronization", str(launches["launches"]), True))

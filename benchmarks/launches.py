@@ -35,6 +35,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bagua_syncbn_algo.ops import fused, merge_kernel
+
 WORLD = 8
 
 
@@ -104,6 +106,9 @@ def stub_cuda() -> None:
     empty = torch.empty
     torch.empty = lambda *shape, pin_memory=False, **options: empty(*shape, **options)  # type: ignore[assignment]
     torch.cuda.Event = _Event  # type: ignore[misc,assignment]
+    Tensor.data_ptr = lambda tensor: 1  # type: ignore[method-assign]
+    # The kernels of Triton are no operators, which the dispatch mode would see.
+    merge_kernel._run = lambda grid, *arguments: Counter.active.operators.append("triton")
 
 
 def _without_values(data: Any, dtype: Optional[torch.dtype] = None, device: Any = None) -> Tensor:
@@ -150,10 +155,13 @@ _FREE = {
 class Counter(TorchDispatchMode):
     """Counts launches and waits of the operators that run on CUDA tensors."""
 
+    active: Any = None
+
     def __init__(self) -> None:
         super().__init__()
         self.operators: List[str] = []
         self.waits = 0
+        Counter.active = self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -238,13 +246,14 @@ def to_cuda(layer: Any) -> Any:
 class OurCase:
     """Layers of this package that share a round, with the autograd engine replaced by direct calls."""
 
-    def __init__(self, layers: int, momentum: Optional[float] = 0.1) -> None:
+    def __init__(self, layers: int, momentum: Optional[float] = 0.1, triton: bool = False) -> None:
         from bagua_syncbn_algo import SyncBatchNorm
         from bagua_syncbn_algo.comm.transport import TorchChannel
         from bagua_syncbn_algo.comm.wire import sync_point
         from bagua_syncbn_algo.graph.forward import _LevelCall
         from bagua_syncbn_algo.graph.plan import PlannedRound
 
+        fused.load_merge_kernel = lambda device: merge_kernel.merge if triton else None
         self.layers = [to_cuda(SyncBatchNorm(16, momentum=momentum)) for _ in range(layers)]
         channel = TorchChannel(dist.group.WORLD)
         channel.capacity = 4096
@@ -306,10 +315,11 @@ class Row(NamedTuple):
 
 
 def measure() -> Iterator[Row]:
-    for layers, forward_limit, backward_limit in ((1, 7, 5), (4, 16, 11)):
-        name = f"{layers} layer{'s in a round' if layers > 1 else ''}"
+    cases = ((1, 7, 5, False), (4, 16, 11, False), (1, 5, 5, True), (4, 11, 11, True))
+    for layers, forward_limit, backward_limit, triton in cases:
+        name = f"{layers} layer{'s in a round' if layers > 1 else ''}{', Triton' if triton else ''}"
         theirs = count_torch(layers, 8)
-        case = OurCase(layers)
+        case = OurCase(layers, triton=triton)
         for _ in range(3):  # steps: the first one creates buffers and constants
             forward, backward = case.forward(8), case.backward()
         yield Row(f"{name}, forward", theirs[0], forward, forward_limit)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ["TRITON_INTERPRET"] = "1"  # the kernels of Triton run on CPU tensors; read when a kernel is defined
 
 _multirank: Dict[str, str] = {}
 

@@ -6,6 +6,7 @@ results: aten/src/ATen/native/cuda/Normalization.cu and Normalization.cuh of PyT
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Tuple
 
 import pytest
@@ -103,13 +104,30 @@ def backward_elemt(
     return ((_accumulated(dy) - (sum_dy / total).view(s) - centred * slope) * scale.view(s)).to(x.dtype)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, fuse: bool) -> None:
+_one_interpreter = threading.Lock()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fuse: bool, triton: bool = False) -> None:
     """Replaces the kernels.
 
     Args:
         monkeypatch: takes the replacements away after the test.
         fuse: whether to take the fused path, for float64 too; otherwise the exact path calls the kernels.
+        triton: whether the Triton kernel merges, in Triton's interpreter (``TRITON_INTERPRET=1``, set by conftest.py).
     """
+    if triton:
+        from bagua_syncbn_algo.ops import merge_kernel
+
+        run = merge_kernel._run
+
+        def run_one(*arguments: Any) -> None:
+            with _one_interpreter:  # it keeps the number of the running program in a global variable
+                run(*arguments)
+
+        monkeypatch.setattr(merge_kernel, "_run", run_one)
+        monkeypatch.setattr(fused, "load_merge_kernel", lambda device: merge_kernel.merge)
+    else:
+        monkeypatch.setattr(fused, "load_merge_kernel", lambda device: None)
     for function in (update_stats, stats, elemt, backward_reduce, backward_elemt):
         monkeypatch.setattr(torch, f"batch_norm_{function.__name__}", function)
     monkeypatch.setattr(torch, "batch_norm_gather_stats_with_counts", gather_stats)

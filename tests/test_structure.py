@@ -34,6 +34,7 @@ ORDER = [
     "ops.recompute",
     "ops.deferred",
     "ops.exact",
+    "ops.merge_kernel",
     "ops.fused",
     "ops.functional",
     "ops.running_stats",

@@ -21,6 +21,7 @@ from .recorder import active
 from .report import first_difference
 from .ring import HeaderRing
 from .wire import (
+    BACKWARD,
     FAULT,
     FRAME_SHIFT,
     HEADER_BYTES,
@@ -79,6 +80,7 @@ class Channel:
         self._latest: Optional[PendingGather] = None
         self._rings: Dict[Tuple[torch.device, int], HeaderRing] = {}  # received messages that are checked later
         self._slot: Optional[Tensor] = None  # in the ring, of the round that starts
+        self._waits_at_once = False  # whether the caller waits for the round that starts before anything else
         self._monitor: Optional[RoundMonitor] = None
 
     # -- the collective -------------------------------------------------------------------------------------------
@@ -311,7 +313,7 @@ class Channel:
         entry = None
         if record is not None:
             entry = record.launch(point.layers or (point.name,), PHASES[phase], message.numel())
-        self._slot = slot
+        self._slot, self._waits_at_once = slot, phase != BACKWARD
         self._in_flight = pending = PendingGather(self, header, point, phase, entry, slot is not None)
         if message.is_cuda:  # not on the CPU: gloo's Work keeps the saved-tensor hooks of its thread
             self._latest = pending

@@ -16,6 +16,8 @@ import time
 import weakref
 from typing import Any, Dict, List, Optional
 
+from ..compat import own_client
+
 __all__ = ["RoundMonitor"]
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class RoundMonitor:
     def __init__(
         self, label: str, rank: int, ranks: List[int], store: Any, timeout: float, interval: float = _INTERVAL
     ) -> None:
-        self._prefix, self._rank, self._ranks, self._store = f"{label}/late", rank, ranks, store
+        self._prefix, self._rank, self._ranks, self._store = f"{label}/late", rank, ranks, own_client(store)
         self._late, self._interval = timeout * _LATE_SHARE, interval
         self._where, self._since = "the start", time.monotonic()
         self._work: Any = None

@@ -11,9 +11,31 @@ from torch import Tensor
 
 from .recorder import RoundRecord
 from .report import describe_failure
+from .ring import event_on
 from .wire import FAULT, HEADER_BYTES, PHASES, Header, SyncBatchNormError, SyncPoint, is_capturing
 
-__all__ = ["PendingGather"]
+__all__ = ["OnStream", "PendingGather"]
+
+
+class OnStream:
+    """The ``Work`` of a collective that runs on the current CUDA stream, as a kernel does.
+
+    It is cheaper than a collective on the communicator's own stream, which takes an event and a wait in each direction.
+
+    Args:
+        device: the device of the stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._event = device, event_on(device)
+
+    def wait(self) -> None:
+        """Makes the current stream wait for the collective."""
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def is_completed(self) -> bool:
+        """Returns whether the collective has ended."""
+        return bool(self._event.query())
 
 
 class PendingGather:

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..compat import ALLGATHER_ON_CURRENT_STREAM
 from ..config import SyncBatchNormConfig
 from .channel import Channel
 from .groups import default_group, default_store, is_nccl, member_group, timeout_of
 from .local import SINGLE_PROCESS
+from .pending import OnStream
 from .wire import SyncPoint
 
 __all__ = ["BaguaChannel", "TorchChannel", "bagua_channel", "channel_of", "source_group"]
@@ -67,7 +69,10 @@ class TorchChannel(Channel):
         if group is None:
             raise RuntimeError("the process group was destroyed")
         if self._is_nccl:
-            return gathered, group._allgather_base(gathered.view(-1), message.view(-1))
+            on_current_stream = ALLGATHER_ON_CURRENT_STREAM if self._waits_at_once else None
+            options = [] if on_current_stream is None else [on_current_stream]
+            work = group._allgather_base(gathered.view(-1), message.view(-1), *options)
+            return gathered, OnStream(message.device) if work is None else work
         return gathered, group.allgather([list(gathered.unbind(0))], [message])
 
     def _store(self) -> Optional[Any]:

@@ -28,6 +28,7 @@ __all__ = [
     "Roster",
     "SyncBatchNormError",
     "SyncPoint",
+    "TRITON",
     "digest",
     "header_error",
     "is_capturing",
@@ -42,7 +43,10 @@ PHASES = ("forward", "backward", "first use")
 HEADER_BYTES = 32
 FAULT = 1  # flag: the payload is the text of an error of the sending rank
 FUSED = 2  # flag: the payload has the statistics of the fused kernels: 1/√(variance + eps) instead of variances
+TRITON = 4  # flag: the payload is for the Triton kernel
 FRAME_SHIFT = 8  # the bits of the flags from this one on: index of the frame, for payloads of several frames
+
+_KINDS = {FUSED: "fused", TRITON: "fused by Triton"}
 
 DEFAULT_CAPACITY = 8192  # bytes per message for an empty roster: up to 1,019 float32 channels
 _LONGEST_CAPACITY = 65536  # bytes per message; larger rounds of several layers are split over several messages
@@ -168,11 +172,13 @@ def header_error(
             f"expected every rank to be at the same layer (got {places}); make all ranks run the same "
             "synchronized layers in the same order, and skip a layer on all ranks or on none"
         )
-    if len({row[2] & FUSED for row in rows}) > 1:
-        kinds = ", ".join(f"{'fused' if row[2] & FUSED else 'exact'} on rank {rank}" for rank, row in enumerate(rows))
+    kinds = [_KINDS.get(row[2] & (FUSED | TRITON), "exact") for row in rows]
+    if len(set(kinds)) > 1:
+        found = ", ".join(f"{kind} on rank {rank}" for rank, kind in enumerate(kinds))
         return SyncBatchNormError(
-            f"expected statistics of one kind at {name} ({phase_name}) (got {kinds}); use the same input dtype, eps, "
-            "momentum and dtype of the running statistics on all ranks"
+            f"expected statistics of one kind at {name} ({phase_name}) (got {found}); use the same input dtype, eps, "
+            "momentum and dtype of the running statistics on all ranks, and Triton on all ranks or on none "
+            "(BAGUA_SYNCBN_TRITON=0)"
         )
     lengths = ", ".join(f"{row[3]} bytes on rank {rank}" for rank, row in enumerate(rows))
     return SyncBatchNormError(

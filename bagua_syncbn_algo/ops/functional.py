@@ -62,7 +62,7 @@ def sync_batch_norm(
     point: SyncPoint,
     cache: Optional[RecomputeCache] = None,
     overlap_with: Optional[OverlapCandidates] = None,
-    update: Optional[Callable[[Sequence[Local], Statistics], None]] = None,
+    update: Optional[Callable[[Sequence[Local], ExactStatistics], None]] = None,
     buffers: Optional[Sequence[Optional[Buffers]]] = None,
 ) -> Tuple[Tensor, ...]:
     """Normalizes the inputs of independent layers, each over the elements of all ranks of ``channel``.
@@ -76,7 +76,7 @@ def sync_batch_norm(
             backward has a round.
         update: called with this rank's statistics and the merged ones, once all ranks know them and before an output is
             computed: an error in the normalization then leaves the same running statistics on all ranks. Not called for
-            a recomputation.
+            a recomputation, nor if a fused kernel has updated ``buffers``.
         buffers: for each layer the running statistics that a fused kernel updates during the merge, or ``None`` for a
             layer without them. Without ``buffers`` the statistics are merged in float64.
 
@@ -124,14 +124,14 @@ def sync_batch_norm(
         with reporting_errors(channel, point, FORWARD):
             wait: Callable[[], Statistics]
             if fuses and buffers is not None:
-                wait = launch_fused(local, channel, point, names, buffers)
+                wait = launch_fused(local, channel, point, names, eps, buffers)
             else:
                 wait = launch_exact(local, channel, point, names, eps)
             finish = defer(False)
         statistics = wait()
         if owners:
             saved = SavedStatistics(local, statistics)
-        if update is not None:
+        if update is not None and isinstance(statistics, ExactStatistics):
             # In the caller's gradient mode, which decides whether running statistics are pooled.
             with reporting_errors(channel, point, FORWARD):
                 update(local, statistics)

@@ -11,22 +11,35 @@ The kernels are those under ``torch.nn.SyncBatchNorm`` (aten/src/ATen/native/cud
 
 The merge is float32. It divides by the number of elements merged so far, so that a leading count of 0 would give NaN.
 An empty shard sends a count of 1e-30 instead, which has no effect on a float32 sum with an ordinary count.
+
+Where Triton is installed, one kernel of :mod:`.merge_kernel` merges all layers of a round instead, in float64. Its
+messages contain variances and integer counts, as those of :mod:`.exact` do.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
+import warnings
+from functools import cache, lru_cache
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from ..comm.channel import Channel
-from ..comm.wire import FORWARD, FUSED, SyncPoint
-from .exact import GradientSums, require_two_values, to_device
-from .moments import LayerStatistics, cast, has_fused_kernels, split_channels, statistics_dtype
+from ..comm.wire import FORWARD, FUSED, TRITON, SyncPoint
+from ..config import SyncBatchNormConfig
+from .exact import GradientSums, constant, local_or_empty, require_two_values, to_device
+from .moments import LayerStatistics, LocalMoments, cast, has_fused_kernels, split_channels, statistics_dtype
 
-__all__ = ["Buffers", "FusedLocal", "FusedStatistics", "can_fuse", "launch_fused", "local_statistics"]
+__all__ = [
+    "Buffers",
+    "FusedLocal",
+    "FusedStatistics",
+    "can_fuse",
+    "launch_fused",
+    "load_merge_kernel",
+    "local_statistics",
+]
 
 _ALMOST_NOTHING = 1e-30
 # Of inputs. The kernels also take float64, which gets the exact merge.
@@ -36,8 +49,9 @@ FUSED_DTYPES: Tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfl
 class Buffers(NamedTuple):
     """The running statistics that a merge updates."""
 
-    running_mean: Tensor  # (C,) float32
-    running_var: Tensor
+    mean: Tensor  # (C,) float32
+    variance: Tensor  # (C,) float32
+    counter: Tensor  # num_batches_tracked
     momentum: float
 
 
@@ -67,13 +81,40 @@ def can_fuse(inputs: Sequence[Tensor], eps: Sequence[float], world_size: int) ->
     )
 
 
-def local_statistics(input: Tensor, eps: float) -> FusedLocal:
-    """Computes the statistics of this rank's elements.
+@cache
+def load_merge_kernel(device: torch.device) -> Optional[Callable[..., Any]]:
+    """Returns the Triton kernel that merges a round; ``None`` if it is switched off, or does not work on ``device``.
+
+    The first call for a device compiles the kernel and compares its result with that of ATen operators.
+    """
+    if not SyncBatchNormConfig.from_env().triton:
+        return None
+    try:
+        from . import merge_kernel
+    except ImportError:
+        return None
+    try:
+        merge_kernel.check(device)
+    except Exception as error:  # compilers and drivers raise errors of any type
+        warnings.warn(
+            f"expected the Triton kernel that merges statistics to work on {device} (got {type(error).__name__}: "
+            f"{error}); ATen's kernels merge them, with one launch per layer. Set BAGUA_SYNCBN_TRITON=0 on all ranks "
+            "to choose them without this warning",
+            stacklevel=2,
+        )
+        return None
+    return merge_kernel.merge
+
+
+def local_statistics(input: Tensor, eps: float) -> Union[FusedLocal, LocalMoments]:
+    """Computes the statistics of this rank's elements, as the kernel that merges them takes them.
 
     Args:
         input: shape ``(N, C, ...)``, dense; ``N`` may be 0.
         eps: the layer's.
     """
+    if load_merge_kernel(input.device) is not None:
+        return local_or_empty(input)
     channels = input.shape[1]
     if input.numel() == 0:
         zeros = torch.zeros(channels, dtype=statistics_dtype(input.dtype), device=input.device)
@@ -82,10 +123,11 @@ def local_statistics(input: Tensor, eps: float) -> FusedLocal:
 
 
 def launch_fused(
-    local: Sequence[FusedLocal],
+    local: Sequence[Union[FusedLocal, LocalMoments]],
     channel: Channel,
     point: SyncPoint,
     names: Sequence[str],
+    eps: Sequence[float],
     buffers: Sequence[Optional[Buffers]],
 ) -> Callable[[], FusedStatistics]:
     """Starts the exchange of local statistics.
@@ -95,7 +137,8 @@ def launch_fused(
         channel: the ranks to merge over.
         point: the round.
         names: the names of the layers, for errors.
-        buffers: for each layer the running statistics to update, or ``None``.
+        eps: of each layer.
+        buffers: for each layer the running statistics to update, or ``None``. No two layers share them.
 
     Returns:
         A function that waits for the exchange, merges the statistics and updates the running statistics.
@@ -109,29 +152,52 @@ def launch_fused(
     """
     device = local[0].mean.device
     elements = tuple(part.elements for part in local)
-    weights, counts = _counts(elements, local[0].mean.dtype, device)
-    payload = [*(part.mean for part in local), *(part.invstd for part in local), weights]
-    arrived = channel.launch(point, FORWARD, [payload, counts], FUSED)
+    features = tuple(part.mean.numel() for part in local)
+    merge = load_merge_kernel(device)
+    means, spreads = [part.mean for part in local], [_spread(part) for part in local]
+    if merge is not None:
+        own_counts = constant(elements, torch.int64, device)
+        arrived = channel.launch(point, FORWARD, [own_counts, [*means, *spreads]], TRITON)
+    else:
+        weights, own_counts = _counts(elements, means[0].dtype, device)
+        arrived = channel.launch(point, FORWARD, [[*means, *spreads, weights], own_counts], FUSED)
 
     def merged() -> FusedStatistics:
-        gathered, counts = arrived()
+        parts = arrived()
+        counts = parts[0] if merge is not None else parts[1]
         require_two_values(elements, counts, names)
-        features = [part.mean.numel() for part in local]
-        means, invstds, shares = gathered.split_with_sizes([sum(features), sum(features), len(local)], dim=1)
-        rows = zip(
-            shares.unbind(1), means.split_with_sizes(features, 1), invstds.split_with_sizes(features, 1), local, buffers
-        )
-        layers = []
-        for share, mean, invstd, part, running in rows:
-            mean_buffer, var_buffer, momentum = running or (None, None, 0.0)
-            # The first argument decides the dtype of the counts: not the input, which may be half precision.
-            mean, invstd = torch.batch_norm_gather_stats_with_counts(
-                mean, mean, invstd, mean_buffer, var_buffer, momentum, part.eps, share
-            )
-            layers.append(LayerStatistics(mean, None, invstd, part.eps))
-        return FusedStatistics(layers, counts.t().contiguous())
+        if merge is not None:
+            mean, invstd, per_layer = merge(counts, parts[1], features, eps, buffers)
+            rows = zip(split_channels(mean, features), split_channels(invstd, features), eps)
+            return FusedStatistics([LayerStatistics(m, None, i, e) for m, i, e in rows], per_layer)
+        return FusedStatistics(_merge_each(parts[0], features, eps, buffers), counts.t().contiguous())
 
     return merged
+
+
+def _spread(local: Union[FusedLocal, LocalMoments]) -> Tensor:
+    return local.variance if isinstance(local, LocalMoments) else local.invstd
+
+
+def _merge_each(
+    gathered: Tensor, features: Tuple[int, ...], eps: Sequence[float], buffers: Sequence[Optional[Buffers]]
+) -> List[LayerStatistics]:
+    """Merges the statistics of each layer with ATen's kernel, which updates the running statistics."""
+    means, invstds, shares = gathered.split_with_sizes([sum(features), sum(features), len(features)], dim=1)
+    rows = zip(shares.unbind(1), means.split_with_sizes(features, 1), invstds.split_with_sizes(features, 1), eps)
+    layers = []
+    for (share, mean, invstd, eps_), running in zip(rows, buffers):
+        mean_buffer, var_buffer, _, momentum = running or (None, None, None, 0.0)
+        # The first argument decides the dtype of the counts: not the input, which may be half precision.
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(
+            mean, mean, invstd, mean_buffer, var_buffer, momentum, eps_, share
+        )
+        layers.append(LayerStatistics(mean, None, invstd, eps_))
+    counters = [running.counter for running in buffers if running is not None]
+    if counters:
+        with torch.no_grad():
+            torch._foreach_add_(counters, 1)
+    return layers
 
 
 @lru_cache(maxsize=65536)  # never evicted in practice: a captured graph reads it

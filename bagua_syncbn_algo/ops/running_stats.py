@@ -263,6 +263,8 @@ def _count_batches(layers: Sequence[Any]) -> List[Tensor]:
 
 def fusible_buffers(layers: Sequence[Any]) -> Optional[List[Optional[Buffers]]]:
     """Returns the running statistics that a fused kernel can update; ``None`` if it cannot for any of the layers."""
+    if len(set(map(id, layers))) < len(layers):
+        return None  # the updates of a layer that occurs twice have an order
     found: List[Optional[Buffers]] = []
     for layer in layers:
         mean, variance = layer.running_mean, layer.running_var
@@ -271,19 +273,14 @@ def fusible_buffers(layers: Sequence[Any]) -> Optional[List[Optional[Buffers]]]:
         elif layer._running is not None or layer.momentum is None or mean.dtype != torch.float32:
             return None
         else:
-            found.append(Buffers(mean, variance, layer.momentum))
+            found.append(Buffers(mean, variance, layer.num_batches_tracked, layer.momentum))
     return found
 
 
-def record_moments(layers: Sequence[Any], local: Sequence[Any], statistics: Any) -> None:
+def record_moments(layers: Sequence[Any], local: Sequence[Any], statistics: ExactStatistics) -> None:
     """Updates the running statistics of each layer, or adds the local moments to the layer's pool."""
     pools = [layer._running if layer.track_running_stats else None for layer in layers]
     distinct = len(set(map(id, layers))) == len(layers)
-    if not isinstance(statistics, ExactStatistics):
-        # The merge has updated the running statistics.
-        for group in [layers] if distinct else [[layer] for layer in layers]:
-            _count_batches([layer for layer in group if layer.track_running_stats and layer.running_mean is not None])
-        return
     merged = statistics.merged
     if distinct and all(pool is None for pool in pools):
         move_running_statistics(layers, merged.mean, merged.unbiased_variance())

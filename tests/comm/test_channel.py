@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError
 from bagua_syncbn_algo import layer as layer_module
+from bagua_syncbn_algo.comm import pending as pending_module
 from bagua_syncbn_algo.comm import transport
 from bagua_syncbn_algo.comm.channel import Channel
 from bagua_syncbn_algo.comm.local import SINGLE_PROCESS
@@ -413,6 +414,37 @@ def test_control_messages_lie_where_the_layers_do(mocker: Any) -> None:
     channel.use_device(torch.device("cuda", 1))
     channel.use_device(torch.device("cuda", 2))  # ignored: a communicator has one device
     assert channel.device == torch.device("cuda", 1)
+
+
+def test_a_round_that_is_awaited_at_once_runs_on_the_current_stream(mocker: Any) -> None:
+    """Catches a forward round that pays for the change of streams, and a backward round that blocks the stream."""
+    mocker.patch.object(transport, "is_nccl", lambda group: True)
+    event, stream = mocker.Mock(**{"query.return_value": False}), mocker.Mock()
+    mocker.patch.object(pending_module, "event_on", lambda device: event)
+    mocker.patch.object(torch.cuda, "current_stream", lambda device=None: stream)
+    work = mocker.Mock()
+    # NCCL's all-gather on the current stream returns no Work: PyTorch 2.8, ProcessGroupNCCL.cpp, `collective`.
+    group = mocker.Mock(**{"rank.return_value": 0, "size.return_value": 2})
+
+    def all_gather(out: Tensor, message: Tensor, options: Optional[Any] = None) -> Any:
+        out.view(2, -1).copy_(message)
+        return work if options is None else None
+
+    group._allgather_base.side_effect = all_gather
+    channel = TorchChannel(group)
+    channel.capacity = 128
+    channel.watch = mocker.Mock()
+    backward = channel.launch(A, BACKWARD, [torch.ones(4)])
+    assert group._allgather_base.call_args.args[2:] == ()
+    assert channel._in_flight is not None and channel._in_flight._work is work
+    backward()
+    channel.launch(A, FORWARD, [torch.ones(4)])
+    options = group._allgather_base.call_args.args[2]
+    assert options.asyncOp is False
+    in_flight = channel._in_flight
+    assert in_flight is not None and not in_flight._work.is_completed()  # as the monitor asks
+    in_flight._work.wait()
+    stream.wait_event.assert_called_once_with(event)
 
 
 def test_the_layer_tells_its_device(mocker: Any) -> None:

@@ -168,12 +168,12 @@ def flat(result: Result) -> Dict[str, Tensor]:
     return {name: part.double() for name, part in parts.items() if part is not None}
 
 
-@pytest.fixture(params=["small inputs", "large inputs", "fused kernels"], autouse=True)
+@pytest.fixture(params=["small inputs", "large inputs", "fused kernels", "Triton kernel"], autouse=True)
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs every test on each kind of arithmetic: two forms on the CPU, and the CUDA kernels' stand-ins."""
+    """Runs every test on each kind of arithmetic: two forms on the CPU, and two on the CUDA kernels' stand-ins."""
     kind: str = request.param
-    if kind == "fused kernels":
-        cuda_kernels.install(monkeypatch, fuse=True)
+    if kind in ("fused kernels", "Triton kernel"):
+        cuda_kernels.install(monkeypatch, fuse=True, triton=kind == "Triton kernel")
     else:
         monkeypatch.setattr(moments, "SMALL", 0 if kind == "large inputs" else 2**40)
     return kind
