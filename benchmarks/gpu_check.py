@@ -117,7 +117,9 @@ def check_parity(device: str, triton: bool) -> List[Tuple[str, str, bool]]:
     for name in per_rank[0]:
         error = max(each[name] for each in per_rank)
         limit = 1e5 if "large mean" in name else 256.0  # of a mean of 100 deviations, two digits are lost
-        rows.append((f"parity with float64, 2 ranks{kernel}: {name}", f"{error:.1f} ulp of the largest value", error < limit))
+        rows.append(
+            (f"parity with float64, 2 ranks{kernel}: {name}", f"{error:.1f} ulp of the largest value", error < limit)
+        )
     return rows
 
 

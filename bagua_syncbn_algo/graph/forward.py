@@ -101,6 +101,7 @@ class CoalescedForward:
         variant = _Variant(Guard(self.module), pattern)
         try:
             traced = trace(self.module, pattern)
+            variant.guard.add_attributes(traced.attributes)
             levels = levels_of(traced.graph, self.module, list(traced.uncoalesced))
             candidates: List[List[SplitCandidate]] = [[] for _ in levels]
             if self.overlap:
@@ -158,8 +159,8 @@ class CoalescedForward:
                 self._warned = True
                 warnings.warn(
                     f"expected at most {_MAX_VARIANTS} kinds of training forward of {self.name} (got more: other "
-                    "modes, hooks, submodules or arguments that are not tensors); the module runs layer by layer from "
-                    "now on",
+                    "modes, hooks, submodules, attributes or arguments that are not tensors); the module runs layer by "
+                    "layer from now on",
                     stacklevel=2,
                 )
             return None

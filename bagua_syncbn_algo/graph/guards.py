@@ -1,99 +1,112 @@
-"""Guards: the properties of a module that a regrouped graph depends on, compared before each use of the graph."""
+"""Guards: the properties of a module that a regrouped graph depends on, compared before each use of the graph.
+
+The comparison runs in every forward. Therefore it compares lists over all submodules, which are built without a Python
+call per submodule, and leaves out what the graph finds in the module itself when it runs: plain layers of ``torch.nn``
+without parameters, buffers, dtypes and devices.
+"""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any, Dict, Optional, Tuple
+from operator import attrgetter
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..layer import SyncBatchNorm
-from .module_state import hooks_of
+from .module_state import HOOKS, MISSING
 
 __all__ = ["Guard", "has_global_hooks"]
 
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
 
 class Guard:
-    """The properties of a module that a graph depends on: submodules, modes, tensor metadata and some hooks."""
+    """The properties of a module that a graph depends on.
+
+    These are submodules, their classes and modes, which parameters are trained, some hooks, and the attributes that the
+    traced forward has read; see :meth:`add_attributes`.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._parts = [_Part(part) for part in module.modules()]
+        parts = list(module.modules())
+        self._parts = [weakref.ref(part) for part in parts]
+        self._classes = list(map(type, parts))
+        self._guarded = [index for index, part in enumerate(parts) if not _is_plain(part)]
+        # Tracing in another thread replaces the forward of SyncBatchNorm for a moment.
+        self._distinct = [each for each in dict.fromkeys(self._classes) if not issubclass(each, SyncBatchNorm)]
+        self._forwards = [each.forward for each in self._distinct]
+        guarded = [parts[index] for index in self._guarded]
+        self._hooks = [(index, kind) for index, part in enumerate(guarded) for kind in _guarded_hooks(part)]
+        self._attributes: List[Tuple[int, str]] = []
+        self._expected_values: List[Any] = []
+        self._expected_types: List[type] = []
+        self._expected = self._state(parts)
+
+    def add_attributes(self, attributes: Mapping[int, Mapping[str, Any]]) -> None:
+        """Adds attributes of submodules to the guard.
+
+        Args:
+            attributes: for the index of a submodule in ``module.modules()`` the names of attributes and their values,
+                as ``plain_copy`` returns them; ``MISSING`` for an attribute that does not exist.
+        """
+        for index, values in attributes.items():
+            self._attributes += [(index, name) for name in values]
+            self._expected_values += values.values()
+        self._expected_types = list(map(type, self._expected_values))
 
     def holds(self) -> bool:
         """Returns whether these properties are unchanged."""
-        return all([part.is_unchanged() for part in self._parts])
+        parts = [reference() for reference in self._parts]
+        if list(map(type, parts)) != self._classes:  # the type of a freed part is that of None
+            return False
+        values = [parts[index].__dict__.get(name, MISSING) for index, name in self._attributes]
+        # Types, too: 1 equals True and 1.0, with which a forward may compute in another dtype.
+        if values != self._expected_values or list(map(type, values)) != self._expected_types:
+            return False
+        return self._state(parts) == self._expected and [each.forward for each in self._distinct] == self._forwards
 
     @property
     def is_dead(self) -> bool:
         """Whether a part of the module has been freed, after which :meth:`holds` is always false."""
-        return any(part.reference() is None for part in self._parts)
+        return any(part() is None for part in self._parts)
+
+    def _state(self, parts: List[Any]) -> List[Any]:
+        """Returns the state of the guarded submodules."""
+        own: List[Dict[str, Any]] = [parts[index].__dict__ for index in self._guarded]
+        children, parameters = [each["_modules"] for each in own], [each["_parameters"] for each in own]
+        return [
+            [each["training"] for each in own],
+            list(map(len, children)),
+            [id(child) for each in children if each for child in each.values()],
+            list(map(len, parameters)),
+            [p is not None and _REQUIRES_GRAD(p) for each in parameters if each for p in each.values()],
+            [(index, id(f)) for index, f in enumerate([each.get("forward") for each in own]) if _is_foreign(f)],
+            [bool(own[index].get(kind)) for index, kind in self._hooks],
+        ]
 
 
-class _Part:
-    """The properties of one submodule. Every forward compares them, so that the comparison avoids new objects."""
-
-    __slots__ = ("_buffers", "_children", "_class", "_forward", "_hooks", "_parameters", "_training", "reference")
-
-    def __init__(self, part: nn.Module) -> None:
-        own = part.__dict__
-        self.reference = weakref.ref(part)
-        self._class, self._forward, self._training = type(part), _forward_of(part), part.training
-        self._children = tuple(map(id, own["_modules"].values()))
-        self._parameters = _metadata(own["_parameters"])
-        self._buffers = _metadata(own["_buffers"])
-        self._hooks = _hooks_of(part)
-
-    def is_unchanged(self) -> bool:
-        part = self.reference()
-        if part is None or type(part) is not self._class:
-            return False
-        own = part.__dict__
-        return bool(
-            own["training"] == self._training
-            and _same(own["_parameters"], self._parameters)
-            and _same(own["_buffers"], self._buffers)
-            and tuple(map(id, own["_modules"].values())) == self._children
-            and _forward_of(part) == self._forward
-            and (not self._hooks or _hooks_of(part) == self._hooks)  # without any: a plain layer of torch.nn
-        )
+def _is_foreign(forward: Any) -> bool:
+    """Returns whether a module has a ``forward`` on the instance that is not a regrouped one."""
+    return forward is not None and not getattr(forward, "regroups", False)
 
 
-_Metadata = Optional[Tuple[torch.dtype, torch.device, bool]]
+def _is_plain(part: nn.Module) -> bool:
+    """Returns whether a submodule is a layer of ``torch.nn`` without parameters, which the graph only calls."""
+    own = part.__dict__
+    return _is_leaf(part) and not own["_parameters"] and not own["_buffers"]
 
 
-def _metadata(tensors: Dict[str, Optional[Tensor]]) -> Tuple[_Metadata, ...]:
-    return tuple(None if t is None else (t.dtype, t.device, t.requires_grad) for t in tensors.values())
+def _is_leaf(part: nn.Module) -> bool:
+    return not part.__dict__["_modules"] and type(part).__module__.startswith("torch.nn.")
 
 
-def _same(tensors: Dict[str, Optional[Tensor]], metadata: Tuple[_Metadata, ...]) -> bool:
-    if len(tensors) != len(metadata):
-        return False
-    for tensor, expected in zip(tensors.values(), metadata):
-        if tensor is None or expected is None:
-            if tensor is not None or expected is not None:
-                return False
-        elif tensor.dtype != expected[0] or tensor.device != expected[1] or tensor.requires_grad != expected[2]:
-            return False
-    return True
-
-
-def _forward_of(part: nn.Module) -> Tuple[Any, ...]:
-    """Returns the forward of the class and that of the instance, if the latter is not a regrouped one."""
-    own = part.__dict__.get("forward")
-    instance = None if own is None or getattr(own, "regroups", False) else id(own)
-    # Tracing in another thread replaces the forward of SyncBatchNorm for a moment.
-    return (None if isinstance(part, SyncBatchNorm) else type(part).forward, instance)
-
-
-def _hooks_of(part: nn.Module) -> Tuple[bool, ...]:
-    """Returns the kinds of hooks that the graph does not run."""
+def _guarded_hooks(part: nn.Module) -> Tuple[str, ...]:
+    """Returns the kinds of hooks of a submodule that the graph does not run."""
     if type(part).forward is SyncBatchNorm.forward:  # the round runs forward hooks of the layer
-        before, _, *backward = hooks_of(part)
-        return (before, *backward)
-    if not part.__dict__["_modules"] and type(part).__module__.startswith("torch.nn."):
-        return ()  # the graph calls the module, which runs its hooks
-    return hooks_of(part)
+        return tuple(kind for kind in HOOKS if kind != "_forward_hooks")
+    return () if _is_leaf(part) else HOOKS  # the graph calls a leaf, which runs its hooks
 
 
 def has_global_hooks() -> bool:

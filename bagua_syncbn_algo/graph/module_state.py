@@ -16,20 +16,36 @@ from torch import Tensor, nn
 __all__ = [
     "CONSTANT_TYPES",
     "DRAWS_RANDOM_NUMBERS",
+    "HOOKS",
+    "MISSING",
     "ModuleSnapshot",
     "StateSnapshot",
     "UntraceableError",
     "clean_copy",
     "has_own_forward",
     "hooks_of",
+    "plain_copy",
     "preserved_random_states",
 ]
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+MISSING = "an attribute that does not exist"
 _MAX_ITEMS = 10000  # per container; later items are not compared
 DRAWS_RANDOM_NUMBERS = "draws random numbers while it is traced"
 CONSTANT_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _HOOK_ATTRIBUTES = frozenset(name for name in nn.Module().__dict__ if "_hooks" in name)
+
+
+def plain_copy(value: Any) -> Optional[Tuple[Any]]:
+    """Returns a constant, or a copy of a container of constants, in a tuple; ``None`` for a value of another kind."""
+    if isinstance(value, CONSTANT_TYPES):
+        return (value,)
+    if type(value) in (list, tuple, set, frozenset):
+        return (copy.copy(value),) if all(isinstance(item, CONSTANT_TYPES) for item in value) else None
+    if type(value) is dict:
+        items = [*value, *value.values()]
+        return (dict(value),) if all(isinstance(item, CONSTANT_TYPES) for item in items) else None
+    return None
 
 
 class UntraceableError(Exception):
@@ -38,7 +54,7 @@ class UntraceableError(Exception):
 
 def hooks_of(module: nn.Module) -> Tuple[bool, ...]:
     """Returns whether a module has forward pre-hooks, forward hooks, backward hooks and backward pre-hooks."""
-    return tuple(bool(module.__dict__.get(kind)) for kind in _HOOKS)
+    return tuple(bool(module.__dict__.get(kind)) for kind in HOOKS)
 
 
 def has_own_forward(module: nn.Module) -> bool:

@@ -26,12 +26,14 @@ from ..layer import SyncBatchNorm
 from .module_state import (
     CONSTANT_TYPES,
     DRAWS_RANDOM_NUMBERS,
+    MISSING,
     ModuleSnapshot,
     StateSnapshot,
     UntraceableError,
     clean_copy,
     has_own_forward,
     hooks_of,
+    plain_copy,
     preserved_random_states,
 )
 
@@ -46,6 +48,7 @@ __all__ = [
 _LOCK = threading.RLock()  # tracing patches classes and functions of torch for the whole process
 _MAX_ATTEMPTS = 3  # if random numbers are drawn during tracing, perhaps by another thread
 _CUSTOM_FUNCTION = "applies a custom autograd function"
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # which every module has; guards compare those that matter
 _is_grad_enabled = torch.is_grad_enabled  # tracing replaces the public function
 
 
@@ -99,6 +102,7 @@ class Trace(NamedTuple):
     outputs: Any  # the TreeSpec of the output
     opaque: Dict[str, str]  # paths of submodules that are one step in the graph, with the reason
     uncoalesced: Dict[str, str]  # paths of SyncBatchNorm layers that cannot share a round, with the reason
+    attributes: Dict[int, Dict[str, Any]]  # that the forward has read, by the index of the submodule; see `Guard`
 
 
 def normalize_standalone(layer: SyncBatchNorm, input: Tensor) -> Tensor:
@@ -139,6 +143,7 @@ def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
     pairs = list(zip(module.modules(), replica.modules()))
     hooks = {replica_: hooks_of(part) for part, replica_ in pairs}
     tracer = _Tracer(pattern, hooks, [replica_ for part, replica_ in pairs if has_own_forward(part)])
+    tracer.indices = {id(replica_): index for index, (_, replica_) in enumerate(pairs)}
     with _LOCK, preserved_random_states(), torch.enable_grad(), tracer.patched_torch():
         snapshots = [ModuleSnapshot(part) for part in replica.modules()]
         state = StateSnapshot(replica)
@@ -155,7 +160,10 @@ def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
         raise _RandomDrawError
     if reason is not None:
         raise UntraceableError(reason)
-    return Trace(graph, tracer.outputs, tracer.opaque, tracer.uncoalesced)
+    attributes: Dict[int, Dict[str, Any]] = {}
+    for index, name, value in tracer.reads:
+        attributes.setdefault(index, {}).setdefault(name, value)
+    return Trace(graph, tracer.outputs, tracer.opaque, tracer.uncoalesced, attributes)
 
 
 class _Proxy(fx.Proxy):
@@ -197,6 +205,8 @@ class _Tracer(fx.Tracer):
         self.uncoalesced: Dict[str, str] = {}
         self._thread = threading.get_ident()  # calls in other threads are not traced
         self.refusals: List[str] = []  # also those whose exception the module's own code has caught
+        self.indices: Dict[int, int] = {}  # of the submodules in the order of `modules()`, by id
+        self.reads: List[Tuple[int, str, Any]] = []  # attributes: index of the submodule, name, value
 
     # -- methods that fx calls ---------------------------------------------------------------------------------------
 
@@ -298,6 +308,22 @@ class _Tracer(fx.Tracer):
             return "has a branch or loop that depends on data"
         return f"cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
 
+    def record_read(self, part: nn.Module, name: str, found: bool) -> None:
+        """Records that the forward has read an attribute, if the attribute is plain data or does not exist."""
+        index = self.indices.get(id(part))
+        if index is None or name in _MODULE_ATTRIBUTES or name.startswith("__"):
+            return
+        own = object.__getattribute__(part, "__dict__")
+        if name in own:
+            plain = plain_copy(own[name])
+            if plain is not None:
+                self.reads.append((index, name, *plain))
+        elif found:
+            if isinstance(getattr(type(part), name, self), CONSTANT_TYPES):  # a default, which an instance may replace
+                self.reads.append((index, name, MISSING))
+        elif not any(name in own[group] for group in ("_parameters", "_buffers", "_modules")):
+            self.reads.append((index, name, MISSING))
+
     def refuse(self, reason: str) -> None:
         """Records and raises the reason why the forward cannot be traced."""
         self.refusals.append(reason)
@@ -319,6 +345,18 @@ class _Tracer(fx.Tracer):
             if threading.get_ident() == self._thread:
                 self.refuse(_CUSTOM_FUNCTION)
             return original_apply.__get__(None, function)(*args, **kwargs)
+
+        def read(part: nn.Module, name: str) -> Any:
+            traced = threading.get_ident() == self._thread
+            try:
+                value = object.__getattribute__(part, name)
+            except AttributeError:
+                if traced:
+                    self.record_read(part, name, found=False)
+                raise
+            if traced:
+                self.record_read(part, name, found=True)
+            return value
 
         original_apply: Any = inspect.getattr_static(torch.autograd.Function, "apply")
         original_forward = SyncBatchNorm.forward
@@ -346,6 +384,7 @@ class _Tracer(fx.Tracer):
                 stack.enter_context(_replaced(owner, name, refusing(owner, name, reason)))
             stack.enter_context(_replaced(torch.autograd.Function, "apply", classmethod(apply)))
             stack.enter_context(_replaced(SyncBatchNorm, "forward", normalize))
+            stack.enter_context(_replaced(nn.Module, "__getattribute__", read))
             yield
 
 
@@ -358,9 +397,10 @@ class _TraceProgress:
         self._stack = dict(self._module_stack())
         self._calls = dict(getattr(tracer, "num_calls", {}))
         self.refusals = len(tracer.refusals)
+        self._reads = len(tracer.reads)
 
     def restore(self) -> None:
-        """Erases the nodes, module stack entries, call counts and refusals that were added since then."""
+        """Erases the nodes, module stack entries, call counts, refusals and reads that were added since then."""
         tracer = self._tracer
         node = self._last_node()
         while node is not None and node is not self._last:
@@ -372,6 +412,7 @@ class _TraceProgress:
         if hasattr(tracer, "num_calls"):
             tracer.num_calls = self._calls
         del tracer.refusals[self.refusals :]
+        del tracer.reads[self._reads :]
 
     def _last_node(self) -> Optional[fx.Node]:
         return next(iter(reversed(self._tracer.graph.nodes)), None)

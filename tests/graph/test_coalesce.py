@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import models
@@ -511,14 +512,14 @@ def test_the_switch(monkeypatch: Any, caplog: Any) -> None:
 
 
 class Flagged(nn.Module):
-    """A module whose plain attribute a trace takes for a constant."""
+    """A module with an attribute that a trace takes for a constant."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.factor = nn.BatchNorm1d(3), nn.BatchNorm1d(3), 1.0
+        self.a, self.b, self.options = nn.BatchNorm1d(3), nn.BatchNorm1d(3), SimpleNamespace(factor=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.a(x) + self.b(x * 2) * self.factor
+        y: Tensor = self.a(x) + self.b(x * 2) * self.options.factor
         return y
 
 
@@ -530,14 +531,14 @@ def test_a_graph_that_differs_on_one_rank_is_given_up_on_all() -> None:
     def body(rank: int, group: Any) -> Any:
         model = convert_sync_batchnorm(Flagged(), group)
         if rank == 1:
-            model.factor = 2.0  # type: ignore[assignment]
+            model.options.factor = 2.0  # type: ignore[union-attr]
         y = model(x[rank])
         reference = nn.BatchNorm1d(3, affine=False)
         z = reference(torch.cat(x)) * (1 + (1 if rank == 0 else 2) * 1.0)
         torch.testing.assert_close(y, z[4 * rank : 4 * rank + 4], rtol=1e-4, atol=1e-4)
         rounds = trained(model, x[rank])
-        # Converting again on every rank is the remedy for a changed attribute.
-        model.factor = 2.0  # type: ignore[assignment]
+        # Converting again on every rank is the remedy for a changed object.
+        model.options.factor = 2.0  # type: ignore[union-attr]
         convert_sync_batchnorm(model)
         return rounds, trained(model, x[rank])
 
@@ -545,6 +546,71 @@ def test_a_graph_that_differs_on_one_rank_is_given_up_on_all() -> None:
         UserWarning, match="expected the regrouped forward of Flagged to compute what the original computes"
     ):
         assert run_threads(2, body) == [(2, 1)] * 2  # forward only: the input needs no gradient
+
+
+class Switched(nn.Module):
+    """A module whose forward depends on its own attributes and on those of its parts."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.act, self.part = nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.LeakyReLU(0.5), Opaque()
+        self.factor, self.order, self.names = 1.0, [0, 1], {"skip": False}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.part(x)
+        outputs = [self.a(x), self.b(x * 2)]
+        y: Tensor = outputs[self.order[0]] * self.factor + outputs[self.order[1]] * self.act.negative_slope
+        if getattr(self, "squares", False):
+            y = y * y
+        if self.count:
+            y = y + 1
+        return x if self.names["skip"] else y
+
+
+class Opaque(nn.Module):
+    """A module that cannot be traced, with an attribute that every forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.calls >= 0:
+            self.calls += 1
+        return x.sin()
+
+
+@pytest.mark.multirank
+def test_changed_attributes_are_used() -> None:
+    """Catches a flag that is set after the conversion and ignored, and a graph for each call of a part that counts."""
+    x = [torch.randn(4, 3) for _ in range(2)]
+    changes: List[Callable[[Any], Any]] = [
+        lambda m: None,
+        lambda m: setattr(m, "factor", 2.0),
+        lambda m: m.order.reverse(),
+        lambda m: setattr(m, "squares", True),
+        lambda m: setattr(m.act, "negative_slope", 0.1),
+        lambda m: setattr(m, "count", 1),
+        lambda m: m.names.update(skip=True),
+    ]
+
+    def body(rank: int, group: Any) -> Any:
+        model, reference = convert_sync_batchnorm(Switched(), group), Switched()
+        rounds = []
+        for change in changes:
+            change(model)
+            change(reference)
+            before = rounds_of(model)
+            for _ in range(2):
+                y = model(x[rank])
+                expected = reference(torch.cat(x))[4 * rank : 4 * rank + 4]
+                torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+            rounds.append(rounds_of(model) - before)
+        return rounds, len(model.__dict__["forward"]._variants)
+
+    assert run_threads(2, body) == [([2] * len(changes), len(changes))] * 2  # two steps of one round, forward only
 
 
 def test_a_difference_is_found_at_conversion_with_example_inputs() -> None:
