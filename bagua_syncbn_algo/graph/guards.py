@@ -35,7 +35,8 @@ class Guard:
         self._classes = list(map(type, parts))
         self._guarded = [index for index, part in enumerate(parts) if not _is_plain(part)]
         # Tracing in another thread replaces the forward of SyncBatchNorm for a moment.
-        self._distinct = [each for each in dict.fromkeys(self._classes) if not issubclass(each, SyncBatchNorm)]
+        distinct: List[Any] = [each for each in dict.fromkeys(self._classes) if not issubclass(each, SyncBatchNorm)]
+        self._distinct = distinct
         self._forwards = [each.forward for each in self._distinct]
         guarded = [parts[index] for index in self._guarded]
         self._hooks = [(index, kind) for index, part in enumerate(guarded) for kind in _guarded_hooks(part)]
