@@ -21,6 +21,7 @@ from .convert import (
 from .graph.coalesce import plan_of
 from .graph.plan import PlannedRound, Prediction, SyncPlan
 from .layer import SyncBatchNorm, SyncTag
+from .variants import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 if TYPE_CHECKING:
     from .algorithm import SyncBatchNormAlgorithm, SyncBatchNormAlgorithmImpl, enable_sync_batchnorm
@@ -35,6 +36,9 @@ __all__ = [
     "RoundRecord",
     "RoundRecords",
     "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
     "SyncBatchNormAct",
     "SyncBatchNormAlgorithm",
     "SyncBatchNormAlgorithmImpl",

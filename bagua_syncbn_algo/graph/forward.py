@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..compat import uncompiled
+from ..compat import inside_transform, uncompiled
 from ..layer import SyncBatchNorm, batch_norm_coalesced
 from ..ops.recompute import RecomputeCache, inside_backward
 from .guards import Guard, has_global_hooks
@@ -25,6 +25,7 @@ from .levels import Level, SplitCandidate, levels_of, regroup, split_candidates_
 from .module_state import UntraceableError
 from .ordering import attribute_of
 from .plan import PlannedRound, SyncPlan
+from .replaced import check_replaced
 from .split_backward import DeferrableLayer, DeferrableLayers
 from .tracing import CallPattern, Trace, trace
 from .verify import FAILED, PASSED, check_equivalence
@@ -98,6 +99,7 @@ class CoalescedForward:
 
     def prepare(self, pattern: CallPattern) -> _Variant:
         """Traces and regroups the forward for calls of ``pattern`` in the current modes of the module's parts."""
+        check_replaced(self.module, self.name, self.rounds)
         variant = _Variant(Guard(self.module), pattern)
         try:
             traced = trace(self.module, pattern)
@@ -194,7 +196,9 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     module = forward.module
     original = type(module).forward
     layer = next((part for part in module.modules() if isinstance(part, SyncBatchNorm)), None)
-    if layer is None or layer._bound_channel().local or has_global_hooks():
+    if layer is None:
+        check_replaced(module, forward.name, forward.rounds)
+    if layer is None or inside_transform() or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
     pattern, tensors = CallPattern.of(args, kwargs)
     variant = None if pattern is None else forward.variant(pattern)
