@@ -344,7 +344,7 @@ def test_the_environment_switches_it_on(value: str) -> None:
     """Catches a flag that changes only the model or only the algorithm, and one that has an effect when it is off."""
     first, second = run_processes(2, _flag, env={"BAGUA_SYNCBN": value})
     if value == "1":
-        assert first[:2] == ("SyncBatchNorm", "SyncBatchNormAlgorithm")
+        assert first[:2] == ("SyncBatchNorm2d", "SyncBatchNormAlgorithm")
     else:
         assert first[:2] == ("BatchNorm2d", "GradientAllReduceAlgorithm")
     assert torch.equal(first[2], second[2]) == (value == "1")

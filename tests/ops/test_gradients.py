@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, List, Optional
 
+import cuda_kernels
 import pytest
 import torch
 from ranks import run_processes, run_threads
@@ -58,13 +59,17 @@ def penalty(found: List[Optional[Tensor]], coefficients: List[Tensor]) -> Tensor
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("strided", [False, True])
-def test_second_derivatives_equal_those_of_one_process(strided: bool) -> None:
+@pytest.mark.parametrize(("strided", "fused"), [(False, False), (True, False), (False, True)])
+def test_second_derivatives_equal_those_of_one_process(
+    strided: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches second derivatives that omit the effect of one rank's input or penalty on another rank.
 
     The penalty contains the gradients of input, weight and bias; those of the parameters are of one rank, and their
     weights in the penalty differ between ranks. One rank has no samples. The tolerance is that of sums in float64.
     """
+    if fused:
+        cuda_kernels.install(monkeypatch, fuse=True)
     shapes = [(count, 4, 3) for count in SHARDS]
     xs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     outer = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
