@@ -20,6 +20,7 @@ from .convert import (
 )
 from .graph.coalesce import plan_of
 from .graph.plan import PlannedRound, Prediction, SyncPlan
+from .graph.report import StepReport, report
 from .layer import SyncBatchNorm, SyncTag
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "Prediction",
     "RoundRecord",
     "RoundRecords",
+    "StepReport",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "SyncBatchNormAlgorithm",
@@ -48,6 +50,7 @@ __all__ = [
     "plan_of",
     "record_rounds",
     "register_conversion",
+    "report",
     "revert_sync_batchnorm",
     "sync_batchnorm_layers",
     "tag_sync_batchnorm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from functools import partial
 from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
@@ -135,6 +136,11 @@ class SyncBatchNorm(_BatchNorm):
     def sync_name(self) -> str:
         """The name of this layer in errors and tables; empty before an untagged layer is bound."""
         return self._point.name if self.tag is None else self.tag.name
+
+    @property
+    def observed_calls(self) -> int:
+        """How often this layer took part in a round of the latest training step; 0 before the first step."""
+        return 0 if self.tag is None else self.tag.roster.observer.calls_of(self.tag.name)
 
     @property
     def device(self) -> Optional[torch.device]:
@@ -354,7 +360,24 @@ def batch_norm_coalesced(
     cache = None if channel.trial else cache
     buffers = fusible_buffers(layers) if has_fused_kernels(inputs[0]) else None
     update = partial(record_moments, layers)
-    return sync_batch_norm(members, channel, point, cache, overlap_with, update, buffers)
+    before = channel.rounds
+    outputs = sync_batch_norm(members, channel, point, cache, overlap_with, update, buffers)
+    if first.tag is not None and channel.rounds > before:  # not a recomputation
+        _observe(first.tag.roster, point)
+    return outputs
+
+
+def _observe(roster: Roster, point: SyncPoint) -> None:
+    """Records a round for the plan and the report; warns if a step has more rounds than planned."""
+    observer = roster.observer
+    if observer.add(point.layers or (point.name,)):
+        plan = observer.planned
+        warnings.warn(
+            f"expected {plan.rounds_forward} forward rounds of statistics in a step of {plan.model}, as planned (got "
+            f"{len(observer.rounds)}); print(report(model)) lists the reasons, and example_inputs= of "
+            "convert_sync_batchnorm plans for a real call",
+            stacklevel=2,
+        )
 
 
 def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:

@@ -50,6 +50,7 @@ ORDER = [
     "graph.verify",
     "graph.forward",
     "graph.coalesce",
+    "graph.report",
     "convert",
     "embedded.env",
     "embedded.streams",

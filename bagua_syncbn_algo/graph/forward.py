@@ -3,16 +3,20 @@
 The module keeps its class and its submodules. The module's ``__dict__`` contains the object under ``forward``. In
 training, the object runs the regrouped graph on the module itself, so that replaced submodules and parameters are used.
 In evaluation, and for calls without a valid graph, the forward of the class runs.
+
+Every module that contains layers has such a forward. The graph of an outer module does not call the forwards of the
+modules that it covers. If the outer module is not called, or its call cannot be traced, the inner forwards run.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 import weakref
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -29,10 +33,20 @@ from .split_backward import DeferrableLayer, DeferrableLayers
 from .tracing import CallPattern, Trace, trace
 from .verify import FAILED, PASSED, check_equivalence
 
-__all__ = ["CoalescedForward"]
+__all__ = ["CoalescedForward", "Outcome"]
 
 _MAX_VARIANTS = 32  # graphs of one module, by modes and calls; with more, the module runs layer by layer
 _MAX_TRIALS = 3  # equivalence checks of a graph that no rank can complete, after which the graph is disabled
+
+
+class Outcome(NamedTuple):
+    """What became of a call: the rounds of the module, and what they do not cover, each with the reason."""
+
+    rounds: Tuple[PlannedRound, ...]
+    opaque: Tuple[Tuple[str, str], ...]  # paths of submodules that are one step of the graph
+    uncoalesced: Tuple[Tuple[str, str], ...]  # paths of layers that cannot share a round
+    unsplit: Tuple[Tuple[str, str], ...]  # paths of layers whose weight gradient cannot be deferred
+    failure: Optional[str]  # why the module's own forward runs
 
 
 class CoalescedForward:
@@ -51,7 +65,8 @@ class CoalescedForward:
         # A weak reference: the module holds this object, and a strong one would be a reference cycle.
         self._module = weakref.ref(module)
         self.path, self.model, self.overlap = path, model, overlap
-        self.rounds: Tuple[PlannedRound, ...] = ()
+        self.outcome: Optional[Outcome] = None  # of the latest training call; before the first one, the expected one
+        self.calls = 0  # training calls on several ranks
         self._variants: List[_Variant] = []
         self._warned = False
 
@@ -76,11 +91,20 @@ class CoalescedForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.__func__.__get__(self.module))
+        return inspect.signature(type(self.module).forward.__get__(self.module))
 
     @property
     def __func__(self) -> Any:
-        return type(self.module).forward
+        """The forward as a function of the module. Mixed-precision wrappers of other libraries call it."""
+        original = type(self.module).forward
+
+        @functools.wraps(original)
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            # A copy of the module has the same wrapper, but not this forward.
+            run = self if module is self._module() else functools.partial(original, module)
+            return run(*args, **kwargs)
+
+        return forward
 
     @property
     def __self__(self) -> nn.Module:
@@ -88,7 +112,7 @@ class CoalescedForward:
 
     @property
     def __code__(self) -> Any:
-        return self.__func__.__code__
+        return type(self.module).forward.__code__
 
     @property
     def __name__(self) -> str:
@@ -113,6 +137,7 @@ class CoalescedForward:
         except Exception as error:  # a graph that fx cannot handle must not end the training
             variant.failure = f"cannot be regrouped ({type(error).__name__}: {error})"
         self._variants.append(variant)
+        self.outcome = variant.outcome
         return variant
 
     def verify(self, variant: _Variant, tensors: Sequence[Tensor]) -> None:
@@ -152,6 +177,7 @@ class CoalescedForward:
         """Returns the graph for a call, and creates it if necessary; ``None`` if there are too many graphs."""
         for variant in self._variants:
             if variant.pattern == pattern and variant.guard.holds():
+                self.outcome = variant.outcome
                 return variant
         self._variants = [variant for variant in self._variants if not variant.guard.is_dead]
         if len(self._variants) >= _MAX_VARIANTS:
@@ -168,6 +194,7 @@ class CoalescedForward:
 
     def _disable(self, variant: _Variant, reason: str) -> None:
         variant.run, variant.failure = None, reason
+        self.outcome = variant.outcome
         variant.forget_trace()
         warnings.warn(
             f"expected the regrouped forward of {self.name} to compute what the original computes (got: {reason}); "
@@ -185,7 +212,7 @@ class CoalescedForward:
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> CoalescedForward:
         replica = CoalescedForward(copy.deepcopy(self.module, memo), self.path, self.model, self.overlap)
-        replica.rounds = self.rounds
+        replica.outcome = self.outcome
         return replica
 
 
@@ -196,6 +223,7 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     layer = next((part for part in module.modules() if isinstance(part, SyncBatchNorm)), None)
     if layer is None or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
+    forward.calls += 1
     pattern, tensors = CallPattern.of(args, kwargs)
     variant = None if pattern is None else forward.variant(pattern)
     if variant is None or variant.run is None:
@@ -258,6 +286,7 @@ class _Variant:
         self.uncoalesced: Dict[str, str] = {}
         self.unsplit: Dict[str, str] = {}
         self._calls: Dict[Tuple[str, ...], _LevelCall] = {}  # by the members' paths
+        self._outcome: Optional[Outcome] = None
         self._traced: Optional[Trace] = None  # until the sizes of all candidates are known
         self._levels: Sequence[Level] = ()
         self._candidates: Sequence[Sequence[SplitCandidate]] = ()
@@ -280,6 +309,16 @@ class _Variant:
             self._calls[_key(level)] = _LevelCall(planned, [candidate.shared for candidate in overlap_with])
         self._traced, self._levels, self._candidates = traced, levels, candidates
         self._regroup(forward.module)
+
+    @property
+    def outcome(self) -> Outcome:
+        """The result for the plan."""
+        if self._outcome is None or self._outcome.failure != self.failure:
+            opaque, uncoalesced, unsplit = map(
+                tuple, (d.items() for d in (self.opaque, self.uncoalesced, self.unsplit))
+            )
+            self._outcome = Outcome(tuple(self.rounds), opaque, uncoalesced, unsplit, self.failure)
+        return self._outcome
 
     def _regroup(self, module: nn.Module) -> None:
         traced, levels, candidates = self._traced, self._levels, self._candidates

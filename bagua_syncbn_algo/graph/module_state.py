@@ -16,6 +16,7 @@ from torch import Tensor, nn
 __all__ = [
     "CONSTANT_TYPES",
     "DRAWS_RANDOM_NUMBERS",
+    "FORWARD",
     "HOOKS",
     "MISSING",
     "ModuleSnapshot",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+FORWARD = "_syncbn_forward"  # attribute of a module: its coalesced forward, also if other code wraps `forward`
 MISSING = "an attribute that does not exist"
 _MAX_ITEMS = 10000  # per container; later items are not compared
 DRAWS_RANDOM_NUMBERS = "draws random numbers while it is traced"
@@ -74,15 +76,16 @@ def clean_copy(module: nn.Module) -> nn.Module:
         for name, value in part.__dict__.items():
             if name in _HOOK_ATTRIBUTES and isinstance(value, dict):
                 memo[id(value)] = OrderedDict()
-            elif name in ("forward", "bagua_ddp") and value is not None:
+            elif name in ("forward", FORWARD, "bagua_ddp") and value is not None:
                 memo[id(value)] = None
     try:
         replica: nn.Module = copy.deepcopy(module, memo)
     except Exception as error:
         raise UntraceableError(f"cannot be copied ({type(error).__name__}: {error})") from error
     for part in replica.modules():
-        if part.__dict__.get("forward", 0) is None:
-            del part.__dict__["forward"]
+        for name in ("forward", FORWARD):
+            if part.__dict__.get(name, 0) is None:
+                del part.__dict__[name]
     return replica
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import random
@@ -327,8 +328,8 @@ def test_the_largest_traceable_submodules_of_an_untraceable_model() -> None:
     plan = coalesce(model)
     assert [len(planned.layers) for planned in plan.rounds] == [2, 2, 1, 1]
     assert [name for name, _ in plan.skipped] == ["Outer", "Outer.parts.1.inner"]
-    assert "forward" not in model.__dict__
-    assert all("forward" in part.__dict__ for part in model.parts)  # type: ignore[union-attr]
+    assert model.__dict__["forward"].outcome.failure == "enters autocast"
+    assert all(part.__dict__["forward"].outcome.failure is None for part in model.parts)  # type: ignore[union-attr]
 
 
 class Faithful(Pair):
@@ -495,8 +496,10 @@ def test_the_same_as_layer_by_layer_after_the_first_batch(kind: str) -> None:
             seen.append(y.detach().double())
         return torch.stack(seen)
 
-    for ours, theirs in both_ways(model, use):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    warned = pytest.warns(UserWarning, match="got 2") if kind == "list" else contextlib.nullcontext()
+    with warned:  # the expected call has no list, and the real one cannot be traced
+        for ours, theirs in both_ways(model, use):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.multirank
