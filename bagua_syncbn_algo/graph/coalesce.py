@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import SyncBatchNorm
-from .forward import CoalescedForward, Outcome
+from .call_pattern import CallPattern
+from .forward import CoalescedForward
 from .module_state import FORWARD, has_own_forward
 from .plan import PlannedRound, SyncPlan
-from .tracing import CallPattern
+from .variant import Outcome
 
 __all__ = ["coalesce", "plan_of", "uncoalesce"]
 
@@ -97,7 +98,7 @@ def _expect(
         if pattern is None:
             forward.outcome = Outcome((), (), (), (), "takes arguments that are not tensors")
         else:
-            variant = forward.prepare(pattern)
+            variant = forward.prepare(pattern, tensors if example is not None else None)
             if example is not None:
                 forward.verify(variant, tensors)
             if variant.failure is None:

@@ -22,11 +22,13 @@ __all__ = [
     "ModuleSnapshot",
     "StateSnapshot",
     "UntraceableError",
+    "attribute_of",
     "clean_copy",
     "has_own_forward",
     "hooks_of",
     "plain_copy",
     "preserved_random_states",
+    "replaced",
 ]
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -57,6 +59,14 @@ class UntraceableError(Exception):
 def hooks_of(module: nn.Module) -> Tuple[bool, ...]:
     """Returns whether a module has forward pre-hooks, forward hooks, backward hooks and backward pre-hooks."""
     return tuple(bool(module.__dict__.get(kind)) for kind in HOOKS)
+
+
+def attribute_of(module: nn.Module, path: str) -> Any:
+    """Returns the attribute of ``module`` at a path with dots, the target of a ``get_attr`` node."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -200,3 +210,17 @@ def preserved_random_states() -> Iterator[None]:
         yield
     finally:
         _set_random_states(states)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replaces an attribute of a class or module during the block."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)  # the original is inherited
+        else:
+            setattr(owner, name, own)

@@ -188,7 +188,7 @@ def wrap_forward(model: Any) -> None:
 
 @pytest.mark.multirank
 def test_a_wrapped_forward_stays_coalesced() -> None:
-    """Catches a wrapper of the class's forward that runs layer by layer, and a copy that runs the original's modules."""
+    """Catches a wrapper of the class's forward that runs layer by layer, and a copy that runs the original's parts."""
     x = torch.randn(2, 4, 3)
 
     def body(rank: int, group: Any) -> Any:

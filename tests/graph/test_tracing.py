@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bagua_syncbn_algo import convert_sync_batchnorm, sync_batchnorm_layers
+from bagua_syncbn_algo.graph.call_pattern import CallPattern
 from bagua_syncbn_algo.graph.coalesce import coalesce
 from bagua_syncbn_algo.graph.module_state import UntraceableError
-from bagua_syncbn_algo.graph.tracing import CallPattern, trace
+from bagua_syncbn_algo.graph.tracing import trace
 
 
 class Pair(nn.Module):
@@ -538,7 +539,7 @@ def test_too_many_kinds_of_calls_are_given_up() -> None:
     with pytest.warns(UserWarning, match="expected at most 32 kinds of training forward of Faithful"):
         for step in range(40):
             pattern, _ = CallPattern.of((torch.ones(2, 3), None, str(step)), {})
-            variant = forward.variant(pattern)
+            variant = forward.variant(pattern, [])
     assert variant is None
 
 
