@@ -9,7 +9,7 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .comm.channel import Channel
@@ -219,6 +219,8 @@ class SyncBatchNorm(_BatchNorm):
             )
 
     def forward(self, input: Tensor) -> Tensor:
+        if issubclass(type(input), fx.Proxy):
+            return _fx_node(self, input)  # type: ignore[no-any-return]
         if not self.training:
             self._check_input(input)
             return self._local_batch_norm(input, self.running_mean is None and self.running_var is None)
@@ -307,6 +309,17 @@ class SyncBatchNorm(_BatchNorm):
         from .convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
+
+
+def _fx_node(layer: SyncBatchNorm, input: Any) -> Any:
+    """Returns the layer as one node of a graph of ``torch.fx``, which takes only layers of ``torch.nn`` as leaves."""
+    tracer = input.tracer
+    path = tracer.path_of_module(layer)
+    if type(layer).forward is SyncBatchNorm.forward:
+        return tracer.create_proxy("call_module", path, (input,), {})
+    # A subclass adds operations, which the tracer follows.
+    itself = tracer.create_proxy("get_attr", path, (), {})
+    return tracer.create_proxy("call_function", SyncBatchNorm.forward, (itself, input), {})
 
 
 @uncompiled

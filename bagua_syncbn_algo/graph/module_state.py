@@ -61,6 +61,53 @@ def hooks_of(module: nn.Module) -> Tuple[bool, ...]:
     return tuple(bool(module.__dict__.get(kind)) for kind in HOOKS)
 
 
+def _original_class(part: nn.Module) -> type:
+    """Returns the class of a module before a wrapper replaced it by a subclass that refuses ``deepcopy``."""
+    kind: type = type(part)
+    while "__deepcopy__" in vars(kind) and len(kind.__mro__) > 2:
+        kind = next(each for each in kind.__mro__[1:] if issubclass(each, nn.Module))
+    return kind
+
+
+def _rebuilt(part: nn.Module, memo: Dict[int, Any]) -> nn.Module:
+    """Returns a module of the original class with copied attributes and new parameters of the full shapes."""
+    if id(part) in memo:
+        known: nn.Module = memo[id(part)]
+        return known
+    kind: Any = _original_class(part)
+    replica: nn.Module = kind.__new__(kind)
+    memo[id(part)] = replica
+    get_state: Any = getattr(part, "__getstate__", None)
+    state: Dict[str, Any] = part.__dict__ if get_state is None else get_state()
+    copies: Dict[str, Any] = {}
+    for name, value in state.items():
+        if name in ("_parameters", "_buffers"):
+            copied: Any = {key: None if t is None else _like(t, memo) for key, t in value.items()}
+        elif name == "_modules":
+            copied = {key: None if child is None else _rebuilt(child, memo) for key, child in value.items()}
+        else:
+            try:
+                copied = copy.deepcopy(value, memo)
+            except Exception:  # the wrapper's own state, such as process groups, which no forward uses
+                copied = value
+        copies[name] = copied
+    replica.__setstate__(copies)
+    return replica
+
+
+def _like(tensor: Tensor, memo: Dict[int, Any]) -> Tensor:
+    """Returns a tensor with the properties of a parameter or buffer, which may be sharded, and with its full shape."""
+    if id(tensor) not in memo:
+        if isinstance(tensor, nn.Parameter):
+            values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+            copied: Tensor = nn.Parameter(values.to(tensor.device, tensor.dtype), tensor.requires_grad)
+        else:
+            copied = tensor.detach().clone()
+        memo[id(tensor)] = copied
+    known: Tensor = memo[id(tensor)]
+    return known
+
+
 def attribute_of(module: nn.Module, path: str) -> Any:
     """Returns the attribute of ``module`` at a path with dots, the target of a ``get_attr`` node."""
     value: Any = module
@@ -78,6 +125,9 @@ def has_own_forward(module: nn.Module) -> bool:
 def clean_copy(module: nn.Module) -> nn.Module:
     """Returns a deep copy without hooks, without a ``forward`` set on an instance and without Bagua's state.
 
+    A module that refuses to be copied, as those of FSDP do, is rebuilt: from its original class and attributes, with
+    other values of parameters, which are the same in every copy.
+
     Raises:
         UntraceableError: if the module cannot be copied.
     """
@@ -89,7 +139,10 @@ def clean_copy(module: nn.Module) -> nn.Module:
             elif name in ("forward", FORWARD, "bagua_ddp") and value is not None:
                 memo[id(value)] = None
     try:
-        replica: nn.Module = copy.deepcopy(module, memo)
+        if any(_original_class(part) is not type(part) for part in module.modules()):
+            replica = _rebuilt(module, memo)
+        else:
+            replica = copy.deepcopy(module, memo)
     except Exception as error:
         raise UntraceableError(f"cannot be copied ({type(error).__name__}: {error})") from error
     for part in replica.modules():

@@ -11,10 +11,12 @@ from typing import Any, Callable, Dict, List, Optional
 import models
 import pytest
 import torch
-from ranks import run_threads
-from torch import Tensor, nn
+from ranks import run_processes, run_threads
+from torch import Tensor, fx, nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.fsdp import fully_shard
 
-from bagua_syncbn_algo import convert_sync_batchnorm, plan_of, report, sync_batchnorm_layers
+from bagua_syncbn_algo import SyncBatchNormAct, bagua, convert_sync_batchnorm, plan_of, report, sync_batchnorm_layers
 
 
 class Towers(nn.Module):
@@ -208,3 +210,59 @@ def test_a_wrapped_forward_stays_coalesced() -> None:
         return rounds, plan_of(model).rounds_forward
 
     assert run_threads(2, body) == [(2, 2)] * 2
+
+
+def _sharded(rank: int) -> Any:
+    bagua.init_process_group()
+    x = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for kind in ("whole", "blocks", "replicate"):
+        torch.manual_seed(0)
+        model: Any = models.Inception(8, blocks=2)
+        reference = copy.deepcopy(model)
+        model = convert_sync_batchnorm(model)
+        planned = plan_of(model).rounds_forward
+        if kind == "replicate":
+            replicate(model)
+        else:
+            for block in model.blocks if kind == "blocks" else []:
+                fully_shard(block)
+            fully_shard(model)
+        for _ in range(3):
+            y = model(x[rank])
+            y.sum().backward()
+            expected = reference(x.flatten(0, 1))[4 * rank : 4 * rank + 4]
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+        found[kind] = planned, len(report(model).observed), report(model).as_planned
+    return found
+
+
+@pytest.mark.multirank
+def test_models_that_refuse_to_be_copied() -> None:
+    """Catches a model of FSDP or ``replicate`` that runs layer by layer because its classes refuse ``deepcopy``."""
+    for found in run_processes(2, _sharded):
+        assert found == {kind: (5, 5, True) for kind in ("whole", "blocks", "replicate")}
+
+
+class Activated(nn.Module):
+    """A layer with a fused activation beside a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.BatchNorm1d(3)
+        self.act = SyncBatchNormAct(3)
+        self.act.drop, self.act.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.plain(x))
+        return y
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_graphs_of_other_tools_have_a_layer_as_one_node(training: bool) -> None:
+    """Catches a layer whose input check branches on a value of ``create_feature_extractor`` or ``prepare_fx``."""
+    model: Any = convert_sync_batchnorm(Activated()).train(training)
+    graph = fx.symbolic_trace(copy.deepcopy(model))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["plain", "act.drop", "act.act"]
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(graph(x), model(x))
