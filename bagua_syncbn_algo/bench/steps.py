@@ -140,7 +140,7 @@ def _run_rank(rank: int, options: Options) -> Dict[str, Any]:
     built: Dict[str, Any] = {}
     for name in options.variants:
         torch.manual_seed(0)
-        built[name] = build_variant(name, build(options.model))
+        built[name] = build_variant(name, build(options.model), example_inputs=inputs)
     steps = {name: training_step(each, *inputs) for name, each in built.items()}
     warmup = 5
     with Progress(transient=True, disable=rank != 0) as progress:

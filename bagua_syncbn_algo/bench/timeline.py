@@ -89,7 +89,8 @@ def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
     inputs = make_inputs(options.inputs)
     torch.manual_seed(0)
     buckets: List[Tuple[str, float, float]] = []
-    model = build_variant(options.variants[0], build(options.model), _recorded_algorithm(buckets))
+    algorithm = _recorded_algorithm(buckets)
+    model = build_variant(options.variants[0], build(options.model), algorithm, example_inputs=inputs)
     steps: List[List[Span]] = []
     for number in range(3 + _STEPS):
         if number == 3:  # the first steps check the graph and form the buckets
