@@ -1,4 +1,4 @@
-"""The command line: ``python -m bagua_syncbn_algo plan | bench | timeline package.module:factory``."""
+"""The command line: ``python -m bagua_syncbn_algo plan | bench | timeline MODEL``."""
 
 from __future__ import annotations
 
