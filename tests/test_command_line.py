@@ -109,7 +109,7 @@ def test_a_module_in_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("\n".join([*lines, ""]))
     done = run("plan", "mine:tower(6)", "--input", "4,6", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "layers 1, rounds forward 1, backward 1"
+    assert done.stdout.splitlines()[-1] == "layers 1, rounds forward 1, backward 0"
     failed = run("plan", "mine:tower(-1)", cwd=tmp_path)
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.startswith(
