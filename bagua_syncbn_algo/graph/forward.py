@@ -208,14 +208,14 @@ class CoalescedForward:
         """Returns the graph for a call, and creates it if necessary; ``None`` if there are too many graphs."""
         shapes = None
         for variant in self._variants:
-            if variant.pattern == pattern and not variant.wants_shapes and variant.guard.holds():
+            if variant.pattern == pattern and not self._is_outdated(variant) and variant.guard.holds():
                 if variant.shapes is not None:
                     shapes = shapes or shapes_of(values)
                     if variant.shapes != shapes:
                         continue
                 self.outcome = variant.outcome
                 return variant
-        self._variants = [each for each in self._variants if not each.guard.is_dead and not each.wants_shapes]
+        self._variants = [each for each in self._variants if not each.guard.is_dead and not self._is_outdated(each)]
         shaped = [variant for variant in self._variants if variant.shapes is not None]
         if len(shaped) >= _MAX_SHAPES:
             self._variants.remove(shaped[0])
@@ -230,6 +230,14 @@ class CoalescedForward:
                 )
             return None
         return self.prepare(pattern, values)
+
+    def _is_outdated(self, variant: Variant) -> bool:
+        """Returns whether another trace may succeed: with the shapes of a call, or after an initialization.
+
+        Some forwards change an attribute in their first call only, such as the kind of loss in a configuration.
+        """
+        initialized = variant.failure is not None and variant.failure.startswith("changes") and self.calls == 2
+        return variant.wants_shapes or initialized
 
     def _disable(self, variant: Variant, reason: str) -> None:
         variant.run, variant.failure = None, reason

@@ -127,6 +127,32 @@ def test_what_runs_otherwise_than_planned_is_reported_with_its_reason() -> None:
 
 
 @pytest.mark.multirank
+def test_a_forward_that_initializes_something_in_its_first_call() -> None:
+    """Catches a model that runs layer by layer for ever because its first call has set an option of a configuration."""
+
+    class Configured(Towers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = types.SimpleNamespace(kind=None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.config.kind is None:
+                self.config.kind = "regression"
+            return super().forward(x)
+
+    def body(rank: int, group: Any) -> Any:
+        model = convert_sync_batchnorm(Configured(), group)
+        rounds = []
+        for _ in range(4):
+            before = rounds_of(model)
+            model(torch.randn(4, 3))
+            rounds.append(rounds_of(model) - before)
+        return rounds, plan_of(model).rounds_forward
+
+    assert run_threads(2, body) == [([4, 2, 2, 2], 2)] * 2
+
+
+@pytest.mark.multirank
 def test_calls_of_a_layer_are_counted() -> None:
     """Catches a plan that counts a shared layer of an untraced module once."""
 
