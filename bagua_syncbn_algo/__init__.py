@@ -20,6 +20,7 @@ from .convert import (
 )
 from .graph.coalesce import plan_of
 from .graph.plan import PlannedRound, Prediction, SyncPlan
+from .graph.report import StepReport, report
 from .layer import SyncBatchNorm, SyncTag
 from .variants import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
@@ -35,6 +36,7 @@ __all__ = [
     "Prediction",
     "RoundRecord",
     "RoundRecords",
+    "StepReport",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
@@ -52,6 +54,7 @@ __all__ = [
     "plan_of",
     "record_rounds",
     "register_conversion",
+    "report",
     "revert_sync_batchnorm",
     "sync_batchnorm_layers",
     "tag_sync_batchnorm",

@@ -1,15 +1,17 @@
-"""Checks of the input of a layer and of the code around it."""
+"""Checks of the input of a layer, of the code around it, and of the number of rounds."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Optional, Tuple
 
 from torch import Tensor
 
 from .comm.channel import Channel
 from .comm.transport import source_group
+from .comm.wire import Roster, SyncPoint
 
-__all__ = ["check_channels", "check_dimensions", "refuse_transform", "scripting_error"]
+__all__ = ["check_channels", "check_dimensions", "observe", "refuse_transform", "scripting_error"]
 
 
 def check_dimensions(name: str, input: Tensor, accepted: Optional[Tuple[int, ...]]) -> None:
@@ -84,3 +86,16 @@ def scripting_error(name: str) -> RuntimeError:
         f"expected a model without SyncBatchNorm layers in torch.jit.script (got {name}, whose communication cannot be "
         "scripted); script revert_sync_batchnorm(copy.deepcopy(model)), or call torch.jit.trace on the model in eval()"
     )
+
+
+def observe(roster: Roster, point: SyncPoint) -> None:
+    """Records a round for the plan and the report; warns if a step has more rounds than planned."""
+    observer = roster.observer
+    if observer.add(point.layers or (point.name,)):
+        plan = observer.planned
+        warnings.warn(
+            f"expected {plan.rounds_forward} forward rounds of statistics in a step of {plan.model}, as planned (got "
+            f"{len(observer.rounds)}); print(report(model)) lists the reasons, and example_inputs= of "
+            "convert_sync_batchnorm plans for a real call",
+            stacklevel=3,
+        )

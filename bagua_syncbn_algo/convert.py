@@ -233,11 +233,13 @@ def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
     prefix = type(module).__name__
     # The class name distinguishes the layers of several models in one job, such as a generator and a discriminator.
     names = [f"{prefix}.{name}" if name else prefix for name, _ in named]
+    plan = plan_of(module)
     roster = Roster(
         tuple((name, layer.num_features) for name, (_, layer) in zip(names, named)),
-        plan_of(module).agreement(),
+        plan.agreement(),
         max((layer.itemsize for _, layer in named), default=4),
     )
+    roster.observer.planned = plan if any(planned.level for planned in plan.rounds) else None
     for order, (name, (_, layer)) in enumerate(zip(names, named)):
         layer._unbind()
         layer.tag = SyncTag(name, order, _global_ranks(layer.process_group), roster)

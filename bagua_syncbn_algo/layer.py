@@ -8,10 +8,10 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Type, TypeV
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checks import check_channels, check_dimensions, refuse_transform, scripting_error
+from .checks import check_channels, check_dimensions, observe, refuse_transform, scripting_error
 from .comm.channel import Channel
 from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
@@ -155,6 +155,11 @@ class SyncBatchNorm(_BatchNorm):
         return self.sync_name or type(self).__name__
 
     @property
+    def observed_calls(self) -> int:
+        """How often this layer took part in a round of the latest training step; 0 before the first step."""
+        return 0 if self.tag is None else self.tag.roster.observer.calls_of(self.tag.name)
+
+    @property
     def device(self) -> Optional[torch.device]:
         """The device of the parameters or buffers; ``None`` if the layer has neither."""
         tensor = next((t for t in (self.weight, self.running_mean) if t is not None), None)
@@ -218,6 +223,8 @@ class SyncBatchNorm(_BatchNorm):
         check_channels(self._shown_name, input, self.num_features)
 
     def forward(self, input: Tensor) -> Tensor:
+        if issubclass(type(input), fx.Proxy):
+            return _fx_node(self, input)  # type: ignore[no-any-return]
         if not self.training:
             self._check_input(input)
             return self._local_batch_norm(input, self.running_mean is None and self.running_var is None)
@@ -311,6 +318,17 @@ class SyncBatchNorm(_BatchNorm):
         return convert_sync_batchnorm(module, process_group)
 
 
+def _fx_node(layer: SyncBatchNorm, input: Any) -> Any:
+    """Returns the layer as one node of a graph of ``torch.fx``, which takes only layers of ``torch.nn`` as leaves."""
+    tracer = input.tracer
+    path = tracer.path_of_module(layer)
+    if type(layer).forward is SyncBatchNorm.forward:
+        return tracer.create_proxy("call_module", path, (input,), {})
+    # A subclass adds operations, which the tracer follows.
+    itself = tracer.create_proxy("get_attr", path, (), {})
+    return tracer.create_proxy("call_function", SyncBatchNorm.forward, (itself, input), {})
+
+
 @uncompiled
 def batch_norm_coalesced(
     layers: Sequence[SyncBatchNorm],
@@ -364,7 +382,11 @@ def batch_norm_coalesced(
     cache = None if channel.trial else cache
     buffers = fusible_buffers(layers) if has_fused_kernels(inputs[0]) else None
     update = partial(record_moments, layers)
-    return sync_batch_norm(members, channel, point, cache, overlap_with, update, buffers)
+    before = channel.rounds
+    outputs = sync_batch_norm(members, channel, point, cache, overlap_with, update, buffers)
+    if first.tag is not None and channel.rounds > before:  # not a recomputation
+        observe(first.tag.roster, point)
+    return outputs
 
 
 def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:

@@ -165,7 +165,6 @@ def test_an_added_latency_is_a_wires(later: int, monkeypatch: pytest.MonkeyPatch
     [
         (["bench", MODEL, "--variants", "local", "fast"], "expected variants among local, upstream, torch"),
         (["bench", MODEL, "--nproc", "1"], "expected at least 2 ranks"),
-        (["bench", MODEL, "--input", "4,0,16,16"], "expected an input of two dimensions or more"),
         (["timeline", MODEL, "--latency", "-1"], "a latency of at least 0"),
         (["timeline", "test_bench:Nothing"], "expected a function or class at test_bench:Nothing"),
         (["timeline", MODEL, "--variant", "quick"], r"(got quick)"),

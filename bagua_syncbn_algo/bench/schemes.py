@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -104,7 +104,13 @@ class TorchScheme(BareScheme):
         return [self.reduce(parts[0])]
 
 
-def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = None) -> Any:
+def build_variant(
+    name: str,
+    model: nn.Module,
+    inner: Any = None,
+    group: Any = None,
+    example_inputs: Optional[Tuple[Any, ...]] = None,
+) -> Any:
     """Returns ``model`` wrapped by ``with_bagua``, with the statistics exchange of one of :data:`VARIANTS`.
 
     Args:
@@ -113,6 +119,7 @@ def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = N
         inner: the algorithm for the gradients; all-reduce by default.
         group: the communicator of upstream's or torch's scheme. By default a new group of ``torch.distributed``, the
             kind of group that both schemes use.
+        example_inputs: the positional arguments of a training forward, for the conversion of a coalesced variant.
 
     Collectives:
         Those of ``with_bagua``, and of ``torch.distributed.new_group`` by default. Every rank must call.
@@ -123,7 +130,9 @@ def build_variant(name: str, model: nn.Module, inner: Any = None, group: Any = N
     if name == "local":
         return wrapped.with_bagua([], inner)
     coalesce = name in ("coalesced", "overlapped")
-    wrapped = convert_sync_batchnorm(model, coalesce=coalesce, overlap=name == "overlapped")
+    wrapped = convert_sync_batchnorm(
+        model, coalesce=coalesce, overlap=name == "overlapped", example_inputs=example_inputs
+    )
     if coalesce or name == "per layer":
         return wrapped.with_bagua([], SyncBatchNormAlgorithm(inner))
     wrapped.with_bagua([], inner)

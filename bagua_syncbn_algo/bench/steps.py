@@ -15,11 +15,13 @@ from ..comm.recorder import RoundRecords, record_rounds
 from ..graph.coalesce import plan_of
 from ..host import bagua
 from .factory import build
+from .inputs import make_inputs, parse_input
 from .latency import add_latency
 from .measure import RANKS, interleave, run_ranks
 from .schemes import COLORS, VARIANTS, build_variant, channel_of_model
+from .trial import as_on_two_ranks, check_step, convert, has_batch_norms
 
-__all__ = ["Options", "bars_of", "draw", "measure", "rows_of", "training_step"]
+__all__ = ["Options", "bars_of", "check", "draw", "measure", "rows_of", "training_step"]
 
 _RECORDED = 5  # steps of each variant under record_rounds, after the timed steps
 
@@ -29,23 +31,20 @@ class Options:
     """The options of a measurement.
 
     Raises:
-        ValueError: for no or an unknown variant, a shape of fewer than two dimensions or with a size below 1, fewer
-            than 2 ranks or steps, or a negative latency.
+        ValueError: for no or an unknown variant, an input that is no shape, fewer than 2 ranks or steps, or a negative
+            latency.
     """
 
-    model: str  # package.module:factory
-    shape: Tuple[int, ...] = (4, 3, 64, 64)  # the input of one rank
+    model: str  # as in `bench.factory`
+    inputs: Tuple[str, ...] = ("4,3,64,64",)  # the inputs of one rank, as in `bench.inputs`
     ranks: int = RANKS
     steps: int = 20  # timed steps of each variant
     latency: float = 0.0  # seconds added to every round of statistics
     variants: Tuple[str, ...] = tuple(VARIANTS)
 
     def __post_init__(self) -> None:
-        if len(self.shape) < 2 or min(self.shape) < 1:
-            raise ValueError(
-                f"expected an input of two dimensions or more, each at least 1 (got {','.join(map(str, self.shape))}); "
-                "use batch, channels and size, e.g. 4,3,64,64"
-            )
+        for text in self.inputs:
+            parse_input(text)
         if self.ranks < 2 or self.steps < 2 or self.latency < 0:
             raise ValueError(
                 f"expected at least 2 ranks and 2 steps and a latency of at least 0 (got {self.ranks}, {self.steps}, "
@@ -58,13 +57,13 @@ class Options:
             )
 
 
-def training_step(model: nn.Module, input: Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, *inputs: Tensor) -> Callable[[], None]:
     """Returns a function that runs one forward and backward. The loss is :func:`loss_of` the output."""
 
     def step() -> None:
         for parameter in model.parameters():
             parameter.grad = None
-        loss_of(model(input)).backward()
+        loss_of(model(*inputs)).backward()
 
     return step
 
@@ -85,6 +84,29 @@ def loss_of(output: Any) -> Tensor:
             "a model that does"
         )
     return torch.stack([leaf.float().square().mean() for leaf in leaves]).sum()
+
+
+def check(options: Options) -> None:
+    """Builds the model and runs one step in this process, so that a mistake is reported once and before ranks start.
+
+    Args:
+        options: the options of the measurement.
+
+    Raises:
+        ValueError: if the model cannot be built or converted, has no BatchNorm layers, or does not run on the inputs.
+    """
+    model = build(options.model)
+    if not has_batch_norms(model):
+        raise ValueError(
+            f"expected BatchNorm layers in {options.model} (got none, so that there is nothing to measure); use a "
+            "model with BatchNorm layers"
+        )
+    inputs = make_inputs(options.inputs)
+    if "local" in options.variants:
+        check_step(training_step(model, *inputs), options.model, options.inputs)
+    if set(options.variants) != {"local"}:
+        model = as_on_two_ranks(convert(model))
+        check_step(training_step(model, *inputs), options.model, options.inputs)
 
 
 def measure(options: Options) -> Dict[str, Any]:
@@ -114,12 +136,12 @@ def _run_rank(rank: int, options: Options) -> Dict[str, Any]:
 
     bagua.init_process_group()
     torch.manual_seed(rank)
-    input = torch.randn(options.shape)
+    inputs = make_inputs(options.inputs)
     built: Dict[str, Any] = {}
     for name in options.variants:
         torch.manual_seed(0)
-        built[name] = build_variant(name, build(options.model))
-    steps = {name: training_step(each, input) for name, each in built.items()}
+        built[name] = build_variant(name, build(options.model), example_inputs=inputs)
+    steps = {name: training_step(each, *inputs) for name, each in built.items()}
     warmup = 5
     with Progress(transient=True, disable=rank != 0) as progress:
         task = progress.add_task("measuring", total=len(built) * (options.steps + warmup))
@@ -189,10 +211,10 @@ def overhead_of(results: Mapping[str, Any], name: str, of: str = "upstream") -> 
 
 def title_of(options: Mapping[str, Any]) -> str:
     """Returns a title for figures and tables from the fields of :class:`Options`."""
-    shape = "x".join(map(str, options["shape"]))
+    inputs = " and ".join(text.replace(",", "x") for text in options["inputs"])
     latency = options["latency"]
     added = f"{1000 * latency:g} ms added to every round" if latency else "no latency added"
-    return f"{options['model']}, {shape} a rank, {options['ranks']} gloo ranks, {added}"
+    return f"{options['model']}, {inputs} a rank, {options['ranks']} gloo ranks, {added}"
 
 
 def bars_of(spreads: Mapping[str, Any], names: Sequence[str]) -> Tuple[List[float], List[List[float]], Dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ..comm.recorder import record_rounds
 from ..host import bagua
 from .factory import build
+from .inputs import make_inputs
 from .latency import add_latency
 from .measure import run_ranks
 from .schemes import build_variant, channel_of_model
@@ -85,10 +86,11 @@ def _recorded_algorithm(events: List[Tuple[str, float, float]]) -> Any:
 def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
     bagua.init_process_group()
     torch.manual_seed(rank)
-    input = torch.randn(options.shape)
+    inputs = make_inputs(options.inputs)
     torch.manual_seed(0)
     buckets: List[Tuple[str, float, float]] = []
-    model = build_variant(options.variants[0], build(options.model), _recorded_algorithm(buckets))
+    algorithm = _recorded_algorithm(buckets)
+    model = build_variant(options.variants[0], build(options.model), algorithm, example_inputs=inputs)
     steps: List[List[Span]] = []
     for number in range(3 + _STEPS):
         if number == 3:  # the first steps check the graph and form the buckets
@@ -99,7 +101,7 @@ def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
             parameter.grad = None
         with record_rounds() as rounds:
             begin = time.perf_counter()
-            loss = loss_of(model(input))
+            loss = loss_of(model(*inputs))
             middle = time.perf_counter()
             loss.backward()
             end = time.perf_counter()

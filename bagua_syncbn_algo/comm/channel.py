@@ -139,6 +139,14 @@ class Channel:
             self.register(sync_point(name, ordinal))
         return ordinal
 
+    def grow(self, capacity: int) -> None:
+        """Makes messages at least ``capacity`` bytes long, so that a larger round fits into one message.
+
+        Collectives:
+            None, but every rank must call after the same round.
+        """
+        self.capacity = max(self.capacity, capacity)
+
     def agree(self, occasion: str, text: str, value: int) -> List[int]:
         """Compares a text over all ranks, and gathers a number from each rank.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, field
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-__all__ = ["RoundRecord", "RoundRecords", "active", "record_rounds"]
+__all__ = ["RoundRecord", "RoundRecords", "StepObserver", "active", "record_rounds"]
+
+_MOST_ROUNDS = 10000  # of a step that an observer keeps
 
 
 @dataclass
@@ -130,3 +132,39 @@ def record_rounds() -> Iterator[RoundRecords]:
         yield _active
     finally:
         _active = None
+
+
+class StepObserver:
+    """The forward rounds of the latest training step of a model.
+
+    A round of the same layers as the first round of the step is the first round of the next step.
+
+    Attributes:
+        planned: the plan of a step; ``None`` for a model without coalescing.
+    """
+
+    def __init__(self) -> None:
+        self.planned: Any = None
+        self._current: List[Tuple[str, ...]] = []
+        self._complete: Optional[List[Tuple[str, ...]]] = None
+        self._compared = False
+
+    @property
+    def rounds(self) -> List[Tuple[str, ...]]:
+        """The names of the layers of each round, in the order of the rounds."""
+        return list(self._current if self._complete is None else self._complete)
+
+    def add(self, layers: Tuple[str, ...]) -> bool:
+        """Adds a round; returns ``True`` once, if a complete step has more rounds than planned."""
+        found = False
+        if self._current and self._current[0] == layers:
+            self._complete, self._current = self._current, []
+            if not self._compared and self.planned is not None:
+                found = self._compared = len(self._complete) > self.planned.rounds_forward
+        if len(self._current) < _MOST_ROUNDS:
+            self._current.append(layers)
+        return found
+
+    def calls_of(self, layer: str) -> int:
+        """Returns how often a layer took part in a round of the step."""
+        return sum(names.count(layer) for names in self.rounds)

@@ -115,7 +115,9 @@ class BaguaChannel(Channel):
     def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
         if point.key in self._buckets:
             message: Tensor = self._buckets[point.key].tensors[0]
-            return message
+            if message.numel() == self.capacity:
+                return message
+        # Of rounds that were not planned, and of all rounds after `grow`.
         if self._unregistered is None or self._unregistered.numel() < self.capacity:
             with torch.inference_mode(False):
                 message_: Any = torch.zeros(self.capacity, dtype=torch.uint8, device=device)

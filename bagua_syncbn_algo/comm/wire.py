@@ -7,12 +7,14 @@ error that names their layers.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Dict, List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor
+
+from .recorder import StepObserver
 
 __all__ = [
     "BACKWARD",
@@ -97,11 +99,13 @@ class Roster:
         layers: the qualified name and ``num_features`` of each layer, in the order of the model.
         rounds: for each round a line of text that names its layers, and their ``num_features``.
         itemsize: the bytes per statistic: 4, or 8 if any layer has float64 parameters.
+        observer: records the rounds of these layers on this rank.
     """
 
     layers: Tuple[Tuple[str, int], ...] = ()
     rounds: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()
     itemsize: int = 4
+    observer: StepObserver = field(default_factory=StepObserver, repr=False)
 
     def capacity(self, itemsize: int) -> int:
         """Returns the bytes of a message for the largest round: header, counts, means and variances.

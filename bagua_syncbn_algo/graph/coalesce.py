@@ -1,25 +1,24 @@
-"""The search for submodules whose forward can be regrouped into one round per dependency level."""
+"""The installation of coalesced forwards on a model, and the plan of what runs."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..layer import SyncBatchNorm
+from .call_pattern import CallPattern
 from .forward import CoalescedForward
-from .module_state import has_own_forward
+from .module_state import FORWARD, has_own_forward
 from .plan import PlannedRound, SyncPlan
-from .tracing import CallPattern
+from .variant import Outcome
 
 __all__ = ["coalesce", "plan_of", "uncoalesce"]
 
 logger = logging.getLogger(__name__)
-
-_SKIPPED = "_syncbn_skipped"  # attribute of the model: `skipped` and `unsplit` of its plan
 
 
 def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None, overlap: bool = True) -> SyncPlan:
@@ -40,119 +39,175 @@ def coalesce(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None,
         None.
     """
     uncoalesce(model)
-    search = _RegionSearch(type(model).__name__, overlap)
+    name = type(model).__name__
+    forwards: Dict[nn.Module, CoalescedForward] = {}
+    for path, part in model.named_modules():
+        if _can_have_forward(part) and not has_own_forward(part):
+            forwards[part] = CoalescedForward(part, path, name, overlap)
     modes = {part: part.training for part in model.modules()}
     if not model.training:
         model.train()  # the plan is for training; other modes get their own graph at the first call
     try:
-        search.visit(model, "", example_inputs)
+        _expect(model, forwards, example_inputs, set())
     finally:
         for part, training in modes.items():
             part.training = training
-    for forward in search.forwards:
-        forward.module.__dict__["forward"] = forward
-    model.__dict__[_SKIPPED] = tuple(search.skipped), tuple(search.unsplit)
+    for part, forward in forwards.items():
+        part.__dict__["forward"] = part.__dict__[FORWARD] = forward
     plan = plan_of(model)
-    skipped = "; ".join(f"{name}: {reason}" for name, reason in search.skipped)
-    logger.info(
-        "coalesced %s: %s%s", type(model).__name__, plan.summary(), f"; not coalesced: {skipped}" if skipped else ""
-    )
+    skipped = "; ".join(f"{name}: {reason}" for name, reason in plan.skipped)
+    logger.info("coalesced %s: %s%s", name, plan.summary(), f"; not coalesced: {skipped}" if skipped else "")
     return plan
 
 
 def uncoalesce(model: nn.Module) -> None:
-    """Removes the forwards and the attribute that :func:`coalesce` has added to ``model``."""
+    """Removes the forwards that :func:`coalesce` has added to ``model``."""
     for part in model.modules():
         if isinstance(part.__dict__.get("forward"), CoalescedForward):
             del part.__dict__["forward"]
-        part.__dict__.pop(_SKIPPED, None)
+        part.__dict__.pop(FORWARD, None)
+
+
+def _can_have_forward(part: nn.Module) -> bool:
+    """Returns whether a module has a forward of its own and layers inside."""
+    if isinstance(part, (SyncBatchNorm, nn.ModuleList, nn.ModuleDict)) or not _has_layers(part):
+        return False
+    return type(part).forward is not nn.Module.forward
+
+
+def _expect(
+    module: nn.Module,
+    forwards: Dict[nn.Module, CoalescedForward],
+    example: Optional[Tuple[Any, ...]],
+    visited: Set[nn.Module],
+) -> None:
+    """Traces ``module`` with the expected call, or its largest submodules that can be traced.
+
+    Args:
+        module: a module of the model.
+        forwards: the forwards of the model's modules.
+        example: positional arguments of a training forward of ``module``, if known.
+        visited: the modules that have been traced.
+    """
+    if module in visited or not _has_layers(module):
+        return
+    visited.add(module)
+    forward, children = forwards.get(module), list(module.children())
+    if forward is not None:
+        pattern, tensors = _expected_call(module, example)
+        if pattern is None:
+            forward.outcome = Outcome((), (), (), (), "takes arguments that are not tensors")
+        else:
+            variant = forward.prepare(pattern, tensors if example is not None else None)
+            if example is not None:
+                forward.verify(variant, tensors)
+            if variant.failure is None:
+                children = [module.get_submodule(path) for path in variant.opaque]
+    for child in children:
+        _expect(child, forwards, None, visited)
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
 
 
 def plan_of(model: nn.Module) -> SyncPlan:
     """Returns the plan of a training step: the rounds, and the modules and layers that are not coalesced or not split.
 
-    A layer outside of all regrouped modules counts as one round.
+    Before the first training step, the plan is that of the expected call of ``model``: its forward with one tensor for
+    each argument without a default, or with ``example_inputs``. Afterwards the plan is that of the calls that have run.
+    A layer outside of all regrouped modules counts as one round for each of its calls in the latest step.
 
     Args:
-        model: a converted model.
+        model: a converted model, also inside a wrapper such as ``DistributedDataParallel``.
     """
-    name = type(model).__name__
-    rounds: List[PlannedRound] = []
-    for part in model.modules():
-        forward = part.__dict__.get("forward")
-        if isinstance(forward, CoalescedForward):
-            rounds += forward.rounds
-    covered = {layer for planned in rounds for layer in planned.layers}
-    for path, layer in model.named_modules():
-        full = f"{name}.{path}" if path else name
-        if isinstance(layer, SyncBatchNorm) and full not in covered:
-            rounds.append(PlannedRound("", 0, (full,), (layer.num_features,)))
-    return SyncPlan(name, tuple(rounds), *model.__dict__.get(_SKIPPED, ()))
+    search = _PlanSearch()
+    search.visit(model, "")
+    name = next(
+        (layer.tag.name.split(".")[0] for layer in search.layers if layer.tag is not None), type(model).__name__
+    )
+    rounds = list(search.rounds)
+    for layer in search.layers:
+        if layer not in search.covered:
+            search.covered.add(layer)
+            single = PlannedRound("", 0, (search.names[layer],), (layer.num_features,))
+            rounds += [single] * max(1, layer.observed_calls)
+    return SyncPlan(name, tuple(rounds), tuple(search.skipped.items()), tuple(search.unsplit.items()))
 
 
-class _RegionSearch:
-    """Finds the largest submodules whose forward can be regrouped.
-
-    Args:
-        model: class name of the model.
-        overlap: whether backward rounds overlap with weight gradients.
+class _PlanSearch:
+    """Collects the rounds of the forwards that run: the outermost ones that are called and regrouped.
 
     Attributes:
-        forwards: the forwards to install.
+        rounds: their rounds.
+        covered: the layers of these rounds.
+        layers: all layers, in the order of the model.
+        names: the name of each layer.
         skipped: qualified names of modules and layers that are not coalesced, with the reason.
         unsplit: qualified names of layers whose weight gradient cannot be deferred, with the reason.
     """
 
-    def __init__(self, model: str, overlap: bool) -> None:
-        self._model, self._overlap = model, overlap
-        self.forwards: List[CoalescedForward] = []
-        self.skipped: List[Tuple[str, str]] = []
-        self.unsplit: List[Tuple[str, str]] = []
+    def __init__(self) -> None:
+        self.rounds: List[PlannedRound] = []
+        self.covered: Set[nn.Module] = set()
+        self.layers: List[SyncBatchNorm] = []
+        self.names: Dict[nn.Module, str] = {}
+        self.skipped: Dict[str, str] = {}
+        self.unsplit: Dict[str, str] = {}
+        self._visited: Set[nn.Module] = set()
 
-    def visit(self, module: nn.Module, path: str, example: Optional[Tuple[Any, ...]] = None) -> None:
-        """Regroups ``module``, or its largest submodules that can be regrouped.
-
-        Args:
-            module: a module of the model.
-            path: path of ``module`` in the model.
-            example: positional arguments of a training forward of ``module``, if known.
-        """
-        if isinstance(module, SyncBatchNorm) or not _has_layers(module):
+    def visit(self, module: nn.Module, path: str) -> None:
+        """Adds a module: its own rounds, or those of its submodules."""
+        if module in self._visited:
             return
-        if any(forward.module is module for forward in self.forwards):
-            return
-        children = [child for child, _ in module.named_children()]
-        failure: Optional[str] = None
-        if has_own_forward(module):
-            failure = "has a forward set on the instance"
-        elif type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            forward = CoalescedForward(module, path, self._model, self._overlap)
-            pattern, tensors = _expected_call(module, example)
-            if pattern is None:
-                failure = "takes arguments that are not tensors"
-            else:
-                variant = forward.prepare(pattern)
-                if example is not None:
-                    forward.verify(variant, tensors)
-                failure = variant.failure
-                if failure is None:
-                    children = self._accept(forward, variant)
-        name = f"{self._model}.{path}" if path else self._model
-        if failure is not None and name not in dict(self.skipped):
-            self.skipped.append((name, failure))
-        for child in children:
-            self.visit(module.get_submodule(child), f"{path}.{child}" if path else child)
+        self._visited.add(module)
+        self._add_layers(module, path)
+        forward = module.__dict__.get(FORWARD)
+        outcome = None if forward is None else forward.outcome
+        children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+        if forward is None:
+            if _can_have_forward(module) and has_own_forward(module):
+                self.skipped[_qualified(module, path)] = "has a forward set on the instance"
+        elif forward.calls == 0 and any(each.calls for each in _forwards_in(module)):
+            self.skipped[forward.name] = "its forward is not called; the forwards of its submodules are"
+        elif outcome is not None and outcome.failure is not None:
+            self.skipped[forward.name] = outcome.failure
+        elif outcome is not None:
+            children = self._add(module, path, forward, outcome)
+        for child_path, child in children:
+            self.visit(child, child_path)
 
-    def _accept(self, forward: CoalescedForward, variant: Any) -> List[str]:
-        """Records a forward that can be regrouped; returns the paths of submodules that its graph does not cover."""
-        forward.rounds = tuple(variant.rounds)
-        if variant.run is not None:
-            self.forwards.append(forward)
-        self.unsplit.extend((f"{forward.name}.{layer}", reason) for layer, reason in variant.unsplit.items())
-        self.skipped.extend((f"{forward.name}.{layer}", reason) for layer, reason in variant.uncoalesced.items())
-        opaque = [part for part in variant.opaque if _has_layers(forward.module.get_submodule(part))]
-        self.skipped.extend((f"{forward.name}.{part}", variant.opaque[part]) for part in opaque)
-        return opaque
+    def _add_layers(self, module: nn.Module, path: str) -> None:
+        for name, layer in module.named_modules():
+            if isinstance(layer, SyncBatchNorm) and layer not in self.names:
+                self.layers.append(layer)
+                full = ".".join(filter(None, (path, name)))
+                self.names[layer] = layer.tag.name if layer.tag is not None else full
+
+    def _add(self, module: nn.Module, path: str, forward: CoalescedForward, outcome: Outcome) -> List[Any]:
+        """Adds the rounds of a module; returns the submodules that they do not cover, with their paths."""
+        self.rounds += outcome.rounds
+        prefix = len(forward.name) + 1
+        for planned in outcome.rounds:
+            self.covered.update(module.get_submodule(name[prefix:]) for name in planned.layers)
+        self.unsplit.update((f"{forward.name}.{layer}", reason) for layer, reason in outcome.unsplit)
+        self.skipped.update((f"{forward.name}.{layer}", reason) for layer, reason in outcome.uncoalesced)
+        opaque = [(name, reason) for name, reason in outcome.opaque if _has_layers(module.get_submodule(name))]
+        self.skipped.update((f"{forward.name}.{name}", reason) for name, reason in opaque)
+        return [(f"{path}.{name}" if path else name, module.get_submodule(name)) for name, _ in opaque]
+
+
+def _forwards_in(module: nn.Module) -> Iterator[CoalescedForward]:
+    for part in module.modules():
+        if part is not module and isinstance(part.__dict__.get(FORWARD), CoalescedForward):
+            yield part.__dict__[FORWARD]
+
+
+def _qualified(module: nn.Module, path: str) -> str:
+    """Returns the name of a module without a coalesced forward, by the tag of a layer inside."""
+    layer_path, layer = next((p, m) for p, m in module.named_modules() if isinstance(m, SyncBatchNorm))
+    if layer.tag is None:
+        return path or type(module).__name__
+    return layer.tag.name[: -len(layer_path) - 1]
 
 
 def _has_layers(module: nn.Module) -> bool:

@@ -3,36 +3,41 @@
 The module keeps its class and its submodules. The module's ``__dict__`` contains the object under ``forward``. In
 training, the object runs the regrouped graph on the module itself, so that replaced submodules and parameters are used.
 In evaluation, and for calls without a valid graph, the forward of the class runs.
+
+Every module that contains layers has such a forward. The graph of an outer module does not call the forwards of the
+modules that it covers. If the outer module is not called, or its call cannot be traced, the inner forwards run.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 import weakref
-from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
+from ..comm.wire import Roster, SyncBatchNormError
 from ..compat import inside_transform, uncompiled
-from ..layer import SyncBatchNorm, batch_norm_coalesced
-from ..ops.recompute import RecomputeCache, inside_backward
+from ..layer import SyncBatchNorm
+from ..ops.recompute import inside_backward
+from .call_pattern import CallPattern
 from .guards import Guard, has_global_hooks
-from .levels import Level, SplitCandidate, levels_of, regroup, split_candidates_of
+from .levels import SplitCandidate, levels_of, split_candidates_of
 from .module_state import UntraceableError
-from .ordering import attribute_of
-from .plan import PlannedRound, SyncPlan
+from .plan import SyncPlan
 from .replaced import check_replaced
-from .split_backward import DeferrableLayer, DeferrableLayers
-from .tracing import CallPattern, Trace, trace
+from .shapes import has_fake_tensors, shapes_of
+from .tracing import Trace, may_need_shapes, trace
+from .variant import Outcome, Variant
 from .verify import FAILED, PASSED, check_equivalence
 
 __all__ = ["CoalescedForward"]
 
 _MAX_VARIANTS = 32  # graphs of one module, by modes and calls; with more, the module runs layer by layer
+_MAX_SHAPES = 32  # graphs for inputs of certain shapes only; the oldest one is then released
 _MAX_TRIALS = 3  # equivalence checks of a graph that no rank can complete, after which the graph is disabled
 
 
@@ -52,8 +57,9 @@ class CoalescedForward:
         # A weak reference: the module holds this object, and a strong one would be a reference cycle.
         self._module = weakref.ref(module)
         self.path, self.model, self.overlap = path, model, overlap
-        self.rounds: Tuple[PlannedRound, ...] = ()
-        self._variants: List[_Variant] = []
+        self.outcome: Optional[Outcome] = None  # of the latest training call; before the first one, the expected one
+        self.calls = 0  # training calls on several ranks
+        self._variants: List[Variant] = []
         self._warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,11 +83,20 @@ class CoalescedForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.__func__.__get__(self.module))
+        return inspect.signature(type(self.module).forward.__get__(self.module))
 
     @property
     def __func__(self) -> Any:
-        return type(self.module).forward
+        """The forward as a function of the module. Mixed-precision wrappers of other libraries call it."""
+        original = type(self.module).forward
+
+        @functools.wraps(original)
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            # A copy of the module has the same wrapper, but not this forward.
+            run = self if module is self._module() else functools.partial(original, module)
+            return run(*args, **kwargs)
+
+        return forward
 
     @property
     def __self__(self) -> nn.Module:
@@ -89,7 +104,7 @@ class CoalescedForward:
 
     @property
     def __code__(self) -> Any:
-        return self.__func__.__code__
+        return type(self.module).forward.__code__
 
     @property
     def __name__(self) -> str:
@@ -97,12 +112,18 @@ class CoalescedForward:
 
     # -- graphs --------------------------------------------------------------------------------------------------------
 
-    def prepare(self, pattern: CallPattern) -> _Variant:
-        """Traces and regroups the forward for calls of ``pattern`` in the current modes of the module's parts."""
-        check_replaced(self.module, self.name, self.rounds)
-        variant = _Variant(Guard(self.module), pattern)
+    def prepare(self, pattern: CallPattern, values: Optional[Sequence[Any]] = None) -> Variant:
+        """Traces and regroups the forward for calls of ``pattern`` in the current modes of the module's parts.
+
+        Args:
+            pattern: the pattern of the call.
+            values: the values of a real call. If the forward cannot be traced without their shapes, its graph is for
+                these shapes only.
+        """
+        check_replaced(self.module, self.name)
+        variant = Variant(Guard(self.module), pattern)
         try:
-            traced = trace(self.module, pattern)
+            traced = self._trace(variant, values)
             variant.guard.add_attributes(traced.attributes)
             levels = levels_of(traced.graph, self.module, list(traced.uncoalesced))
             candidates: List[List[SplitCandidate]] = [[] for _ in levels]
@@ -115,9 +136,33 @@ class CoalescedForward:
         except Exception as error:  # a graph that fx cannot handle must not end the training
             variant.failure = f"cannot be regrouped ({type(error).__name__}: {error})"
         self._variants.append(variant)
+        self.outcome = variant.outcome
         return variant
 
-    def verify(self, variant: _Variant, tensors: Sequence[Tensor]) -> None:
+    def _trace(self, variant: Variant, values: Optional[Sequence[Any]]) -> Trace:
+        """Traces the forward, a second time with the shapes of the call if that is necessary."""
+        traced, failure = None, None
+        try:
+            traced = trace(self.module, variant.pattern)
+            reasons = [reason for path, reason in traced.opaque.items() if _has_layers(self.module, path)]
+        except UntraceableError as error:
+            failure, reasons = error, [str(error)]
+        if has_fake_tensors() and any(map(may_need_shapes, reasons)):
+            variant.wants_shapes = values is None
+            if values is not None:
+                try:
+                    with_shapes = trace(self.module, variant.pattern, values)
+                    if traced is None or _uncovered(self.module, with_shapes) < _uncovered(self.module, traced):
+                        variant.shapes = shapes_of(values)
+                        return with_shapes
+                except UntraceableError as error:
+                    failure = failure and error  # the reason with the shapes is the more precise one
+        if traced is None:
+            assert failure is not None
+            raise failure
+        return traced
+
+    def verify(self, variant: Variant, tensors: Sequence[Tensor]) -> None:
         """Compares the regrouped forward with the original on this process; a difference disables the graph."""
         if variant.run is None:
             return
@@ -126,7 +171,7 @@ class CoalescedForward:
             self._disable(variant, f"its regrouped forward differs ({difference})")
         variant.verified = verdict == PASSED
 
-    def agree(self, variant: _Variant, layer: SyncBatchNorm, tensors: Sequence[Tensor]) -> bool:
+    def agree(self, variant: Variant, layer: SyncBatchNorm, tensors: Sequence[Tensor]) -> bool:
         """Compares the regrouped forward with the original on the first training batch of every rank.
 
         Returns:
@@ -137,9 +182,20 @@ class CoalescedForward:
         """
         assert variant.run is not None
         verdict, difference = check_equivalence(self.module, variant.run, variant.pattern, tensors, self.name)
-        rounds = "\n".join(words for words, _ in SyncPlan(self.model, tuple(variant.rounds)).agreement())
+        if any(each.serves_as(variant) for each in self._variants):
+            # Inputs of another shape, perhaps on this rank only. The ranks have agreed on the same rounds before.
+            if verdict == FAILED:
+                raise SyncBatchNormError(
+                    f"expected the regrouped forward of {self.name} to compute what the original computes (got a "
+                    f"difference for inputs of another shape: {difference}); convert the model with coalesce=False"
+                )
+            variant.verified = True
+            return True
+        agreement, channel = SyncPlan(self.model, tuple(variant.rounds)).agreement(), layer._bound_channel()
         subject = f"the check of {self.name}'s first training batch"
-        verdicts = layer._bound_channel().agree(subject, rounds, verdict)
+        verdicts = channel.agree(subject, "\n".join(words for words, _ in agreement), verdict)
+        if layer.tag is not None:  # rounds that were not planned may be larger than the planned ones
+            channel.grow(Roster(layer.tag.roster.layers, agreement).capacity(layer.tag.roster.itemsize))
         if FAILED in verdicts:
             what = difference or f"rank {verdicts.index(FAILED)} reports the difference"
             self._disable(variant, f"its regrouped forward differs ({what})")
@@ -150,13 +206,22 @@ class CoalescedForward:
             self._disable(variant, f"no rank could run the check in {_MAX_TRIALS} batches")
         return variant.verified
 
-    def variant(self, pattern: CallPattern) -> Optional[_Variant]:
+    def variant(self, pattern: CallPattern, values: Sequence[Any]) -> Optional[Variant]:
         """Returns the graph for a call, and creates it if necessary; ``None`` if there are too many graphs."""
+        shapes = None
         for variant in self._variants:
-            if variant.pattern == pattern and variant.guard.holds():
+            if variant.pattern == pattern and not self._is_outdated(variant) and variant.guard.holds():
+                if variant.shapes is not None:
+                    shapes = shapes or shapes_of(values)
+                    if variant.shapes != shapes:
+                        continue
+                self.outcome = variant.outcome
                 return variant
-        self._variants = [variant for variant in self._variants if not variant.guard.is_dead]
-        if len(self._variants) >= _MAX_VARIANTS:
+        self._variants = [each for each in self._variants if not each.guard.is_dead and not self._is_outdated(each)]
+        shaped = [variant for variant in self._variants if variant.shapes is not None]
+        if len(shaped) >= _MAX_SHAPES:
+            self._variants.remove(shaped[0])
+        if len(self._variants) - len(shaped) >= _MAX_VARIANTS:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -166,10 +231,19 @@ class CoalescedForward:
                     stacklevel=2,
                 )
             return None
-        return self.prepare(pattern)
+        return self.prepare(pattern, values)
 
-    def _disable(self, variant: _Variant, reason: str) -> None:
+    def _is_outdated(self, variant: Variant) -> bool:
+        """Returns whether another trace may succeed: with the shapes of a call, or after an initialization.
+
+        Some forwards change an attribute in their first call only, such as the kind of loss in a configuration.
+        """
+        initialized = variant.failure is not None and variant.failure.startswith("changes") and self.calls == 2
+        return variant.wants_shapes or initialized
+
+    def _disable(self, variant: Variant, reason: str) -> None:
         variant.run, variant.failure = None, reason
+        self.outcome = variant.outcome
         variant.forget_trace()
         warnings.warn(
             f"expected the regrouped forward of {self.name} to compute what the original computes (got: {reason}); "
@@ -187,7 +261,7 @@ class CoalescedForward:
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> CoalescedForward:
         replica = CoalescedForward(copy.deepcopy(self.module, memo), self.path, self.model, self.overlap)
-        replica.rounds = self.rounds
+        replica.outcome = self.outcome
         return replica
 
 
@@ -197,11 +271,12 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     original = type(module).forward
     layer = next((part for part in module.modules() if isinstance(part, SyncBatchNorm)), None)
     if layer is None:
-        check_replaced(module, forward.name, forward.rounds)
+        check_replaced(module, forward.name)
     if layer is None or inside_transform() or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
+    forward.calls += 1
     pattern, tensors = CallPattern.of(args, kwargs)
-    variant = None if pattern is None else forward.variant(pattern)
+    variant = None if pattern is None else forward.variant(pattern, tensors)
     if variant is None or variant.run is None:
         return original(module, *args, **kwargs)
     if not variant.verified and (inside_backward() or not forward.agree(variant, layer, tensors)):
@@ -210,150 +285,10 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     return original(module, *args, **kwargs) if run is None else run(module, *tensors)
 
 
-class _Regrouped:
-    """A regrouped graph as a function of the module and the values of a call.
-
-    The generated code finds each submodule in one namespace: a path of several attributes would call
-    ``Module.__getattr__`` for each of them.
-
-    Args:
-        module: the module of the graph.
-        graph: the regrouped graph; its targets are renamed.
-        traced: the trace that the graph comes from.
-    """
-
-    def __init__(self, module: nn.Module, graph: fx.Graph, traced: Trace) -> None:
-        names: Dict[str, str] = {}
-        for node in graph.nodes:
-            if node.op in ("call_module", "get_attr"):
-                path = str(node.target)
-                is_module = node.op == "call_module" or isinstance(attribute_of(module, path), nn.Module)
-                node.target = names.setdefault(path, f"m{len(names)}") if is_module else f"root.{path}"
-        # Not a GraphModule, which would keep the modules that it finds under the targets: those of the replica.
-        code = graph.python_code("self")
-        scope: Dict[str, Any] = dict(code.globals)
-        exec(compile(code.src, f"<regrouped forward of {type(module).__name__}>", "exec"), scope)
-        self._generated: Callable[..., Any] = scope["forward"]
-        self._paths, self._names, self._outputs = list(names), list(names.values()), traced.outputs
-        # Weak references: a submodule must be freed when the user replaces it.
-        self._module = weakref.ref(module)
-        self._parts = [weakref.ref(module.get_submodule(path)) for path in names]
-
-    def __call__(self, module: nn.Module, *values: Any) -> Any:
-        if module is self._module():  # whose guard holds: its submodules are those of the trace
-            parts: List[Any] = [reference() for reference in self._parts]
-        else:
-            parts = [module.get_submodule(path) for path in self._paths]
-        namespace = SimpleNamespace(root=module, **dict(zip(self._names, parts)))
-        return pytree.tree_unflatten(list(self._generated(namespace, *values)), self._outputs)
+def _has_layers(module: nn.Module, path: str = "") -> bool:
+    return any(isinstance(part, SyncBatchNorm) for part in module.get_submodule(path).modules())
 
 
-class _Variant:
-    """The graph for one combination of modes and one kind of call."""
-
-    def __init__(self, guard: Guard, pattern: CallPattern) -> None:
-        self.guard, self.pattern = guard, pattern
-        self.run: Optional[Callable[..., Any]] = None  # the regrouped forward; None: the original runs
-        self.failure: Optional[str] = None  # why the module cannot be regrouped
-        self.verified = False
-        self.trials = 0
-        self.rounds: List[PlannedRound] = []
-        self.opaque: Dict[str, str] = {}  # paths of submodules that are one step in the graph, with the reason
-        self.uncoalesced: Dict[str, str] = {}
-        self.unsplit: Dict[str, str] = {}
-        self._calls: Dict[Tuple[str, ...], _LevelCall] = {}  # by the members' paths
-        self._traced: Optional[Trace] = None  # until the sizes of all candidates are known
-        self._levels: Sequence[Level] = ()
-        self._candidates: Sequence[Sequence[SplitCandidate]] = ()
-
-    def build(
-        self,
-        forward: CoalescedForward,
-        traced: Trace,
-        levels: Sequence[Level],
-        candidates: Sequence[Sequence[SplitCandidate]],
-    ) -> None:
-        """Adds one planned round, and the function that runs it, for each of ``levels``; builds the graph."""
-        for level, overlap_with in zip(levels, candidates):
-            names = tuple(f"{forward.name}.{member.path}" for member in level.members)
-            features = tuple(member.layer.num_features for member in level.members)
-            backward = any(member.backward for member in level.members)
-            overlapped_with = tuple(f"{forward.name}.{candidate.path}" for candidate in overlap_with)
-            planned = PlannedRound(forward.path, level.number, names, features, backward, overlapped_with)
-            self.rounds.append(planned)
-            self._calls[_key(level)] = _LevelCall(planned, [candidate.shared for candidate in overlap_with])
-        self._traced, self._levels, self._candidates = traced, levels, candidates
-        self._regroup(forward.module)
-
-    def _regroup(self, module: nn.Module) -> None:
-        traced, levels, candidates = self._traced, self._levels, self._candidates
-        assert traced is not None
-        # A graph stays one also if the removal of candidates leaves levels of one layer: the removal depends on this
-        # rank's batch, and all ranks must run the levels in one order.
-        shared = any(len(level.members) > 1 or overlap_with for level, overlap_with in zip(levels, candidates))
-        if shared or self.run is not None:
-            graph = regroup(traced.graph, module, levels, candidates, lambda level: self._calls[_key(level)])
-            self.run = _Regrouped(module, graph, traced)
-
-    def forget_trace(self) -> None:
-        """Releases what a second graph would need."""
-        self._traced = None
-
-    def without_small_candidates(self, module: nn.Module) -> Optional[Callable[..., Any]]:
-        """Returns the regrouped forward; builds it again without the candidates that are too small to be split.
-
-        The first forward of a candidate decides about that, once: a recomputation by activation checkpointing must be
-        split like its forward.
-        """
-        if self._traced is None or not all(self._calls[_key(level)].sizes_are_known for level in self._levels):
-            return self.run
-        kept = [self._calls[_key(level)].keep_large() for level in self._levels]
-        if not all(map(all, kept)):
-            rows = zip(self._candidates, kept)
-            self._candidates = [[each for each, keep in zip(*row) if keep] for row in rows]
-            self._regroup(module)
-        self._traced = None
-        return self.run
-
-
-def _key(level: Level) -> Tuple[str, ...]:
-    return (str(level.number), *(member.path for member in level.members))
-
-
-class _LevelCall:
-    """Runs the layers of one level in one round; generated code calls it."""
-
-    def __init__(self, planned: PlannedRound, shared: Sequence[bool]) -> None:
-        self._cache = RecomputeCache()
-        self._name = planned.name if len(planned.layers) > 1 else None  # a single layer uses its own name
-        self._candidates = [DeferrableLayer(*each) for each in zip(planned.overlapped_with, shared)]
-        self.__name__, self.__module__ = "batch_norm_coalesced", __name__
-
-    @property
-    def sizes_are_known(self) -> bool:
-        """Whether each candidate has run once."""
-        return all(candidate.is_measured for candidate in self._candidates)
-
-    def keep_large(self) -> List[bool]:
-        """Removes the candidates that are too small to be split; returns for each of them whether it stays."""
-        kept = [candidate.is_large for candidate in self._candidates]
-        self._candidates = [candidate for candidate, keep in zip(self._candidates, kept) if keep]
-        return kept
-
-    def __call__(
-        self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], modules: Sequence[nn.Module]
-    ) -> Tuple[Tuple[Tensor, ...], DeferrableLayers]:
-        deferrable = DeferrableLayers(self._candidates, modules)
-        cache = None if self._name is None else self._cache
-        outputs = batch_norm_coalesced(layers, inputs, self._name, cache, deferrable if modules else None)
-        if any(layer._forward_hooks for layer in layers):
-            outputs = tuple(_run_hooks(*each) for each in zip(layers, inputs, outputs))
-        return outputs, deferrable
-
-
-def _run_hooks(layer: SyncBatchNorm, input: Tensor, output: Tensor) -> Tensor:
-    for key, hook in layer._forward_hooks.items():
-        with_kwargs = key in getattr(layer, "_forward_hooks_with_kwargs", {})
-        replaced = hook(layer, (input,), {}, output) if with_kwargs else hook(layer, (input,), output)
-        output = output if replaced is None else replaced
-    return output
+def _uncovered(module: nn.Module, traced: Trace) -> int:
+    """Returns the number of opaque submodules that contain layers."""
+    return sum(_has_layers(module, path) for path in traced.opaque)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..layer import SyncBatchNorm
-from .ordering import DisjointSets, attribute_of, dependencies
+from .module_state import attribute_of
+from .ordering import DisjointSets, dependencies
 from .split_backward import apply_split, is_weighted, why_unsplittable
 from .tracing import normalize_standalone
 

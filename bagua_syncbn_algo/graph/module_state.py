@@ -16,19 +16,23 @@ from torch import Tensor, nn
 __all__ = [
     "CONSTANT_TYPES",
     "DRAWS_RANDOM_NUMBERS",
+    "FORWARD",
     "HOOKS",
     "MISSING",
     "ModuleSnapshot",
     "StateSnapshot",
     "UntraceableError",
+    "attribute_of",
     "clean_copy",
     "has_own_forward",
     "hooks_of",
     "plain_copy",
     "preserved_random_states",
+    "replaced",
 ]
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+FORWARD = "_syncbn_forward"  # attribute of a module: its coalesced forward, also if other code wraps `forward`
 MISSING = "an attribute that does not exist"
 _MAX_ITEMS = 10000  # per container; later items are not compared
 DRAWS_RANDOM_NUMBERS = "draws random numbers while it is traced"
@@ -57,6 +61,61 @@ def hooks_of(module: nn.Module) -> Tuple[bool, ...]:
     return tuple(bool(module.__dict__.get(kind)) for kind in HOOKS)
 
 
+def _original_class(part: nn.Module) -> type:
+    """Returns the class of a module before a wrapper replaced it by a subclass that refuses ``deepcopy``."""
+    kind: type = type(part)
+    while "__deepcopy__" in vars(kind) and len(kind.__mro__) > 2:
+        kind = next(each for each in kind.__mro__[1:] if issubclass(each, nn.Module))
+    return kind
+
+
+def _rebuilt(part: nn.Module, memo: Dict[int, Any]) -> nn.Module:
+    """Returns a module of the original class with copied attributes and new parameters of the full shapes."""
+    if id(part) in memo:
+        known: nn.Module = memo[id(part)]
+        return known
+    kind: Any = _original_class(part)
+    replica: nn.Module = kind.__new__(kind)
+    memo[id(part)] = replica
+    get_state: Any = getattr(part, "__getstate__", None)
+    state: Dict[str, Any] = part.__dict__ if get_state is None else get_state()
+    copies: Dict[str, Any] = {}
+    for name, value in state.items():
+        if name in ("_parameters", "_buffers"):
+            copied: Any = {key: None if t is None else _like(t, memo) for key, t in value.items()}
+        elif name == "_modules":
+            copied = {key: None if child is None else _rebuilt(child, memo) for key, child in value.items()}
+        else:
+            try:
+                copied = copy.deepcopy(value, memo)
+            except Exception:  # the wrapper's own state, such as process groups, which no forward uses
+                copied = value
+        copies[name] = copied
+    replica.__setstate__(copies)
+    return replica
+
+
+def _like(tensor: Tensor, memo: Dict[int, Any]) -> Tensor:
+    """Returns a tensor with the properties of a parameter or buffer, which may be sharded, and with its full shape."""
+    if id(tensor) not in memo:
+        if isinstance(tensor, nn.Parameter):
+            values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+            copied: Tensor = nn.Parameter(values.to(tensor.device, tensor.dtype), tensor.requires_grad)
+        else:
+            copied = tensor.detach().clone()
+        memo[id(tensor)] = copied
+    known: Tensor = memo[id(tensor)]
+    return known
+
+
+def attribute_of(module: nn.Module, path: str) -> Any:
+    """Returns the attribute of ``module`` at a path with dots, the target of a ``get_attr`` node."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Returns whether code other than this package has set a ``forward`` on the instance."""
     own = module.__dict__.get("forward")
@@ -66,6 +125,9 @@ def has_own_forward(module: nn.Module) -> bool:
 def clean_copy(module: nn.Module) -> nn.Module:
     """Returns a deep copy without hooks, without a ``forward`` set on an instance and without Bagua's state.
 
+    A module that refuses to be copied, as those of FSDP do, is rebuilt: from its original class and attributes, with
+    other values of parameters, which are the same in every copy.
+
     Raises:
         UntraceableError: if the module cannot be copied.
     """
@@ -74,15 +136,19 @@ def clean_copy(module: nn.Module) -> nn.Module:
         for name, value in part.__dict__.items():
             if name in _HOOK_ATTRIBUTES and isinstance(value, dict):
                 memo[id(value)] = OrderedDict()
-            elif name in ("forward", "bagua_ddp") and value is not None:
+            elif name in ("forward", FORWARD, "bagua_ddp") and value is not None:
                 memo[id(value)] = None
     try:
-        replica: nn.Module = copy.deepcopy(module, memo)
+        if any(_original_class(part) is not type(part) for part in module.modules()):
+            replica = _rebuilt(module, memo)
+        else:
+            replica = copy.deepcopy(module, memo)
     except Exception as error:
         raise UntraceableError(f"cannot be copied ({type(error).__name__}: {error})") from error
     for part in replica.modules():
-        if part.__dict__.get("forward", 0) is None:
-            del part.__dict__["forward"]
+        for name in ("forward", FORWARD):
+            if part.__dict__.get(name, 0) is None:
+                del part.__dict__[name]
     return replica
 
 
@@ -197,3 +263,17 @@ def preserved_random_states() -> Iterator[None]:
         yield
     finally:
         _set_random_states(states)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replaces an attribute of a class or module during the block."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)  # the original is inherited
+        else:
+            setattr(owner, name, own)

@@ -8,9 +8,11 @@ from torch import fx, nn
 
 from ..compat import aten_op_draws
 from ..layer import SyncBatchNorm
-from .tracing import IN_PLACE_OPERATORS, normalize_standalone
+from .module_state import attribute_of
+from .proxies import IN_PLACE_OPERATORS
+from .tracing import normalize_standalone
 
-__all__ = ["DisjointSets", "attribute_of", "dependencies"]
+__all__ = ["DisjointSets", "dependencies"]
 
 # Functions and methods that draw random numbers. PyTorch tags only some of their operators, none before torch 1.13.
 _RANDOM_FUNCTIONS = frozenset(
@@ -196,11 +198,3 @@ class _Memory:
             return isinstance(module.get_submodule(str(node.target)), _FRESH_MODULES)
         name = str(getattr(node.target, "__name__", node.target))
         return node.op in ("call_function", "call_method") and name in _FRESH_FUNCTIONS
-
-
-def attribute_of(module: nn.Module, path: str) -> Any:
-    """Returns the attribute of ``module`` at a path with dots, the target of a ``get_attr`` node."""
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

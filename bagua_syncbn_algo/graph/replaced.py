@@ -12,29 +12,24 @@ from typing import List, Sequence
 
 from torch import nn
 
-from .plan import PlannedRound
-
 __all__ = ["check_replaced", "shortened", "warn_replaced"]
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def check_replaced(module: nn.Module, name: str, rounds: Sequence[PlannedRound]) -> None:
-    """Warns once about a regrouped module if ``torch.nn.SyncBatchNorm`` layers are in place of its converted layers.
+def check_replaced(module: nn.Module, name: str) -> None:
+    """Warns once if a module whose layers were converted has ``torch.nn.SyncBatchNorm`` layers.
 
     Args:
-        module: the regrouped module.
-        name: its qualified name, with which the names in ``rounds`` begin.
-        rounds: the rounds of the module when it was converted.
+        module: a module with a regrouped forward.
+        name: its qualified name.
     """
     if module in _warned:
         return
-    parts = dict(module.named_modules(remove_duplicate=False))
-    planned = [layer for each in rounds for layer in each.layers]
-    replaced = [layer for layer in planned if isinstance(parts.get(layer[len(name) + 1 :]), nn.SyncBatchNorm)]
+    replaced = [path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm)]
     if replaced:
-        _warned.add(module)
-        warn_replaced(name, replaced, stacklevel=3)
+        _warned.update(module.modules())
+        warn_replaced(type(module).__name__, [f"{name}.{path}" for path in replaced], stacklevel=3)
 
 
 def warn_replaced(model: str, layers: List[str], stacklevel: int = 2) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
-import operator
 import threading
 import time
 import weakref
@@ -23,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..layer import SyncBatchNorm
+from .call_pattern import CallPattern
 from .module_state import (
     CONSTANT_TYPES,
     DRAWS_RANDOM_NUMBERS,
@@ -30,69 +30,35 @@ from .module_state import (
     ModuleSnapshot,
     StateSnapshot,
     UntraceableError,
+    attribute_of,
     clean_copy,
     has_own_forward,
     hooks_of,
     plain_copy,
     preserved_random_states,
+    replaced,
 )
+from .proxies import TracedValue
+from .shapes import UNKNOWN, FakeValues, is_evaluated, is_plain_number
 
 __all__ = [
-    "IN_PLACE_OPERATORS",
-    "CallPattern",
     "Trace",
+    "may_need_shapes",
     "normalize_standalone",
     "trace",
 ]
 
 _LOCK = threading.RLock()  # tracing patches classes and functions of torch for the whole process
 _MAX_ATTEMPTS = 3  # if random numbers are drawn during tracing, perhaps by another thread
+_DATA_BRANCH, _UNTRACED = "has a branch or loop that depends on data", "cannot be traced"
 _CUSTOM_FUNCTION = "applies a custom autograd function"
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # which every module has; guards compare those that matter
 _is_grad_enabled = torch.is_grad_enabled  # tracing replaces the public function
 
 
-class CallPattern(NamedTuple):
-    """The arguments of a call: constants, and slots for values that may differ between calls."""
-
-    structure: Any  # the TreeSpec of (args, kwargs)
-    constants: Tuple[Tuple[int, type, Any], ...]  # position, type and value of each constant leaf
-    slots: Tuple[int, ...]  # index into the values, for each other leaf; a tensor passed twice has one index
-    kinds: Tuple[type, ...]  # type of each value: Tensor, int or float
-    autocast: Tuple[bool, ...]  # whether autocast is enabled: CUDA, CPU
-
-    @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Dict[str, Any]) -> Tuple[Optional[CallPattern], List[Any]]:
-        """Returns the pattern of a call and its values; the pattern is ``None`` for leaves of unsupported types."""
-        leaves, structure = pytree.tree_flatten((tuple(args), kwargs))
-        values: List[Any] = []
-        constants, slots = [], []
-        for position, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) or type(leaf) in (int, float):
-                same = [i for i, value in enumerate(values) if value is leaf and isinstance(leaf, Tensor)]
-                slots.append(same[0] if same else len(values))
-                values += [] if same else [leaf]
-            elif isinstance(leaf, CONSTANT_TYPES):
-                constants.append((position, type(leaf), leaf))
-            else:
-                return None, values
-        kinds = tuple(Tensor if isinstance(value, Tensor) else type(value) for value in values)
-        return cls(structure, tuple(constants), tuple(slots), kinds, _autocast()), values
-
-    def fill(self, values: Sequence[Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
-        """Returns the positional and keyword arguments of a call with ``values``."""
-        constants, rest = {position: value for position, _, value in self.constants}, iter(self.slots)
-        leaves = [constants[i] if i in constants else values[next(rest)] for i in range(self.structure.num_leaves)]
-        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        return args, kwargs
-
-
-def _autocast() -> Tuple[bool, ...]:
-    try:
-        cpu = torch.is_autocast_enabled("cpu")
-    except TypeError:  # before torch 2.4
-        cpu = torch.is_autocast_cpu_enabled()
-    return torch.is_autocast_enabled(), cpu
+def may_need_shapes(reason: str) -> bool:
+    """Returns whether a forward that could not be traced for this reason may be traced with the shapes of a call."""
+    return reason == _DATA_BRANCH or reason.startswith(_UNTRACED)
 
 
 class Trace(NamedTuple):
@@ -110,7 +76,7 @@ def normalize_standalone(layer: SyncBatchNorm, input: Tensor) -> Tensor:
     return SyncBatchNorm.forward(layer, input)
 
 
-def trace(module: nn.Module, pattern: CallPattern) -> Trace:
+def trace(module: nn.Module, pattern: CallPattern, values: Optional[Sequence[Any]] = None) -> Trace:
     """Traces ``module.forward`` for calls of ``pattern``, in the current modes (training, evaluation) of its parts.
 
     Runs a replica of the module, never the module itself.
@@ -118,6 +84,7 @@ def trace(module: nn.Module, pattern: CallPattern) -> Trace:
     Args:
         module: the module to trace.
         pattern: the pattern of the calls.
+        values: the values of a call, whose shapes the graph may depend on; ``None`` for a graph for all shapes.
 
     Returns:
         The graph of the forward, and the submodules and layers that it does not cover.
@@ -130,7 +97,7 @@ def trace(module: nn.Module, pattern: CallPattern) -> Trace:
     """
     for attempt in range(_MAX_ATTEMPTS):
         with contextlib.suppress(_RandomDrawError):
-            return _trace(module, pattern, last=attempt == _MAX_ATTEMPTS - 1)
+            return _trace(module, pattern, values, last=attempt == _MAX_ATTEMPTS - 1)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -138,11 +105,12 @@ class _RandomDrawError(Exception):
     """Random numbers were drawn, by the forward or by another thread during tracing."""
 
 
-def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
+def _trace(module: nn.Module, pattern: CallPattern, values: Optional[Sequence[Any]], last: bool) -> Trace:
     replica = clean_copy(module)
     pairs = list(zip(module.modules(), replica.modules()))
     hooks = {replica_: hooks_of(part) for part, replica_ in pairs}
     tracer = _Tracer(pattern, hooks, [replica_ for part, replica_ in pairs if has_own_forward(part)])
+    tracer.fakes = None if values is None else FakeValues(values)
     tracer.indices = {id(replica_): index for index, (_, replica_) in enumerate(pairs)}
     with _LOCK, preserved_random_states(), torch.enable_grad(), tracer.patched_torch():
         snapshots = [ModuleSnapshot(part) for part in replica.modules()]
@@ -166,31 +134,6 @@ def _trace(module: nn.Module, pattern: CallPattern, last: bool) -> Trace:
     return Trace(graph, tracer.outputs, tracer.opaque, tracer.uncoalesced, attributes)
 
 
-class _Proxy(fx.Proxy):
-    """An fx proxy that records in-place operators as in-place, and refuses assignments to attributes of a tensor."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("node", "tracer"):
-            raise UntraceableError(f"assigns to a tensor's attribute {name}")
-        super().__setattr__(name, value)
-
-
-def _in_place(name: str) -> Any:
-    def method(self: Any, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return method
-
-
-IN_PLACE_OPERATORS = (
-    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
-    *("iand", "ior", "ixor", "ilshift", "irshift"),
-)
-
-for _name in IN_PLACE_OPERATORS:
-    setattr(_Proxy, f"__{_name}__", _in_place(_name))
-
-
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -207,6 +150,7 @@ class _Tracer(fx.Tracer):
         self.refusals: List[str] = []  # also those whose exception the module's own code has caught
         self.indices: Dict[int, int] = {}  # of the submodules in the order of `modules()`, by id
         self.reads: List[Tuple[int, str, Any]] = []  # attributes: index of the submodule, name, value
+        self.fakes: Optional[FakeValues] = None
 
     # -- methods that fx calls ---------------------------------------------------------------------------------------
 
@@ -231,9 +175,35 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if not _is_grad_enabled():  # only inside an autograd function, also if `apply` was captured
             self.refuse(_CUSTOM_FUNCTION)
-        proxy = _Proxy(node, self)
+        proxy = TracedValue(node, self)
         self._proxies.append(weakref.ref(proxy))
         return proxy
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        if self.fakes is not None:
+            example = self._example(self.fakes, kind, target, args, kwargs)
+            if kind in ("call_function", "call_method") and is_plain_number(example):
+                self.graph.erase_node(proxy.node)
+                return example
+            proxy.example = example
+        return proxy
+
+    def _example(self, fakes: FakeValues, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "placeholder":
+            return fakes.inputs[int(str(target).split("_")[-1])]
+        if kind == "get_attr":
+            return fakes.of(fakes.call(lambda: attribute_of(self.root, str(target)), (), {}))
+        if kind == "call_method":
+            return fakes.call(lambda self, *args, **kwargs: getattr(self, target)(*args, **kwargs), args, kwargs)
+        if kind == "call_function":
+            if target is normalize_standalone:
+                return fakes.call(torch.empty_like, args[1:], {})
+            return fakes.call(target, args, kwargs) if is_evaluated(target) else UNKNOWN
+        layer = self.root.get_submodule(target)
+        if isinstance(layer, SyncBatchNorm):
+            return fakes.call(torch.empty_like, args, {})
+        return UNKNOWN if target in self.opaque else fakes.call(layer.forward, args, kwargs)
 
     def has_live_proxies(self) -> bool:
         """Returns whether the forward has stored traced values, which are still referenced."""
@@ -245,12 +215,14 @@ class _Tracer(fx.Tracer):
         return any(proxy() is not None for proxy in self._proxies)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or self._is_evaluating:
             return attr_val
         # Without the cache of fx, which would keep nodes of a submodule whose trace was erased.
         return super().getattr(attr, attr_val, {})
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):  # which may claim to be a tensor
+            return a.node
         unknown = isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs
         if unknown and not any(a is buffer for buffer in self.root.buffers()):
             raise UntraceableError("uses a tensor that is no input, parameter, buffer or attribute")
@@ -274,7 +246,7 @@ class _Tracer(fx.Tracer):
         return False
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or self._is_evaluating:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if path in self.opaque:
@@ -298,6 +270,10 @@ class _Tracer(fx.Tracer):
         self.opaque[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 
+    @property
+    def _is_evaluating(self) -> bool:
+        return self.fakes is not None and self.fakes.busy
+
     # -- reasons not to trace a forward ------------------------------------------------------------------------------
 
     def reason(self, error: BaseException) -> str:
@@ -305,8 +281,8 @@ class _Tracer(fx.Tracer):
         if isinstance(error, UntraceableError):
             return str(error)
         if isinstance(error, fx.proxy.TraceError):
-            return "has a branch or loop that depends on data"
-        return f"cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            return _DATA_BRANCH
+        return f"{_UNTRACED} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
 
     def record_read(self, part: nn.Module, name: str, found: bool) -> None:
         """Records that the forward has read an attribute, if the attribute is plain data or does not exist."""
@@ -381,10 +357,10 @@ class _Tracer(fx.Tracer):
         ]
         with contextlib.ExitStack() as stack:
             for owner, name, reason in contexts:
-                stack.enter_context(_replaced(owner, name, refusing(owner, name, reason)))
-            stack.enter_context(_replaced(torch.autograd.Function, "apply", classmethod(apply)))
-            stack.enter_context(_replaced(SyncBatchNorm, "forward", normalize))
-            stack.enter_context(_replaced(nn.Module, "__getattribute__", read))
+                stack.enter_context(replaced(owner, name, refusing(owner, name, reason)))
+            stack.enter_context(replaced(torch.autograd.Function, "apply", classmethod(apply)))
+            stack.enter_context(replaced(SyncBatchNorm, "forward", normalize))
+            stack.enter_context(replaced(nn.Module, "__getattribute__", read))
             yield
 
 
@@ -420,16 +396,3 @@ class _TraceProgress:
     def _module_stack(self) -> Dict[str, Any]:
         stack: Dict[str, Any] = self._tracer.__dict__.setdefault("module_stack", OrderedDict())
         return stack
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)  # the original is inherited
-        else:
-            setattr(owner, name, own)

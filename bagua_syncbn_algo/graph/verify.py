@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from ..comm.local import TWO_RANK_STUB
 from ..layer import SyncBatchNorm
+from .call_pattern import CallPattern
 from .module_state import clean_copy, preserved_random_states
-from .tracing import CallPattern
 
 __all__ = ["FAILED", "PASSED", "UNDECIDED", "check_equivalence"]
 

@@ -78,8 +78,8 @@ def checked(model: nn.Module, *example: Tensor) -> Any:
         warnings.simplefilter("error")
         inputs = tuple(x.double() for x in example or [torch.randn(4, 3)])
         converted = convert_sync_batchnorm(model.double(), example_inputs=inputs)
-    forward = converted.__dict__.get("forward")
-    assert forward is None or forward._variants[0].verified
+    (variant,) = converted.__dict__["forward"]._variants
+    assert variant.run is None or variant.verified
     return plan_of(converted).rounds_forward
 
 

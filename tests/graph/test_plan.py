@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
 from models import Inception, Pyramid
 
 from bagua_syncbn_algo import PlannedRound, SyncPlan, convert_sync_batchnorm, plan_of
-from bagua_syncbn_algo.__main__ import main
 
 
 def test_counts_and_one_line() -> None:
@@ -60,33 +55,3 @@ def test_predictions_by_hand() -> None:
         plan.predict(2, 1.0, 0)
     with pytest.raises(ValueError, match=r"overhead of at least 0"):
         plan.predict(2, 1.0, 1.0, overhead=-1.0)
-
-
-def test_the_command_line(capsys: Any, tmp_path: Path) -> None:
-    """Catches a table without its last line, and a file from which no plan can be read."""
-    main(["plan", "models:Pyramid", "--json", str(tmp_path / "plan.json")])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "layers 13, rounds forward 7, backward 7"
-    assert lines[0].split() == ["round", "region", "level", "layers", "bytes", "members", "overlapped", "with"]
-    assert lines[-2] == "backward rounds that overlap with weight gradients: 4"
-    assert [line.split()[3] for line in lines[1:8]] == ["1", "1", "2", "2", "1", "3", "3"]
-    assert "upstream Bagua's SyncBatchNorm" in lines[-3]
-    assert SyncPlan.from_json((tmp_path / "plan.json").read_text()).layers == 13
-    assert json.loads((tmp_path / "plan.json").read_text())["model"] == "Pyramid"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["models"], "expected a model as package.module:factory"),
-        (["models:Nothing"], "expected a function or class at models:Nothing"),
-        (["no_such_package:x"], "No module named 'no_such_package'"),
-        (["math:tau.hex"], "to build a torch.nn.Module"),
-        (["models:Pyramid", "--bandwidth", "0"], "a positive bandwidth"),
-    ],
-)
-def test_mistakes_on_the_command_line(arguments: Any, message: str) -> None:
-    """Catches a traceback in place of a message about a wrong argument."""
-    with pytest.raises(SystemExit) as caught:
-        main(["plan", *arguments])
-    assert message in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import random
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bagua_syncbn_algo import convert_sync_batchnorm, sync_batchnorm_layers
+from bagua_syncbn_algo.graph.call_pattern import CallPattern
 from bagua_syncbn_algo.graph.coalesce import coalesce
 from bagua_syncbn_algo.graph.module_state import UntraceableError
-from bagua_syncbn_algo.graph.tracing import CallPattern, trace
+from bagua_syncbn_algo.graph.tracing import trace
 
 
 class Pair(nn.Module):
@@ -327,8 +329,8 @@ def test_the_largest_traceable_submodules_of_an_untraceable_model() -> None:
     plan = coalesce(model)
     assert [len(planned.layers) for planned in plan.rounds] == [2, 2, 1, 1]
     assert [name for name, _ in plan.skipped] == ["Outer", "Outer.parts.1.inner"]
-    assert "forward" not in model.__dict__
-    assert all("forward" in part.__dict__ for part in model.parts)  # type: ignore[union-attr]
+    assert model.__dict__["forward"].outcome.failure == "enters autocast"
+    assert all(part.__dict__["forward"].outcome.failure is None for part in model.parts)  # type: ignore[union-attr]
 
 
 class Faithful(Pair):
@@ -495,8 +497,10 @@ def test_the_same_as_layer_by_layer_after_the_first_batch(kind: str) -> None:
             seen.append(y.detach().double())
         return torch.stack(seen)
 
-    for ours, theirs in both_ways(model, use):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    warned = pytest.warns(UserWarning, match="got 2") if kind == "list" else contextlib.nullcontext()
+    with warned:  # the expected call has no list, and the real one cannot be traced
+        for ours, theirs in both_ways(model, use):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.multirank
@@ -535,7 +539,7 @@ def test_too_many_kinds_of_calls_are_given_up() -> None:
     with pytest.warns(UserWarning, match="expected at most 32 kinds of training forward of Faithful"):
         for step in range(40):
             pattern, _ = CallPattern.of((torch.ones(2, 3), None, str(step)), {})
-            variant = forward.variant(pattern)
+            variant = forward.variant(pattern, [])
     assert variant is None
 
 
