@@ -22,6 +22,7 @@ from .graph.coalesce import plan_of
 from .graph.plan import PlannedRound, Prediction, SyncPlan
 from .graph.report import StepReport, report
 from .layer import SyncBatchNorm, SyncTag
+from .variants import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 if TYPE_CHECKING:
     from .algorithm import SyncBatchNormAlgorithm, SyncBatchNormAlgorithmImpl, enable_sync_batchnorm
@@ -37,6 +38,9 @@ __all__ = [
     "RoundRecords",
     "StepReport",
     "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
     "SyncBatchNormAct",
     "SyncBatchNormAlgorithm",
     "SyncBatchNormAlgorithmImpl",

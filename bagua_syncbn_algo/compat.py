@@ -20,6 +20,7 @@ __all__ = [
     "batch_norm_into",
     "current_node",
     "graph_task",
+    "inside_transform",
     "lerp_each_",
     "own_client",
     "saved_tensors_hooks",
@@ -41,6 +42,19 @@ will_run: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node",
 
 #: Returns whether autocast is enabled for any device. Always ``True`` before torch 2.4: use :func:`autocast_dtype`.
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def _top_transform() -> Optional[Any]:
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    return None if functorch is None else getattr(functorch, "peek_interpreter_stack", None)
+
+
+_transform_stack = _top_transform()
+
+
+def inside_transform() -> bool:
+    """Returns whether a transform of ``torch.func`` is active; always ``False`` before torch 2.0."""
+    return _transform_stack is not None and _transform_stack() is not None
 
 
 def _on_current_stream() -> Optional[Any]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from .comm.groups import group_of
 from .comm.wire import Roster
 from .config import SyncBatchNormConfig
 from .graph.coalesce import coalesce as coalesce_rounds
 from .graph.coalesce import plan_of, uncoalesce
 from .graph.plan import text_table
+from .graph.replaced import shortened, warn_replaced
 from .layer import SyncBatchNorm, SyncTag
+from .trial import is_act_style
+from .variants import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 __all__ = [
     "BatchNormNd",
@@ -32,9 +34,13 @@ __all__ = [
     "warn_unconverted",
 ]
 
+_M = TypeVar("_M", bound=nn.Module)
+
 
 class SyncBatchNormAct(SyncBatchNorm):
     """Synchronized batch normalization, followed by dropout and an activation, as in timm's ``BatchNormAct2d``.
+
+    It is no ``torch.nn.BatchNorm2d``: code that replaces such layers would remove the activation.
 
     Attributes:
         drop: the dropout module; ``torch.nn.Identity`` for none.
@@ -52,7 +58,8 @@ class SyncBatchNormAct(SyncBatchNorm):
 class BatchNormNd(_BatchNorm):
     """Batch normalization over inputs ``(N, C, ...)`` with at least 2 dimensions.
 
-    :func:`revert_sync_batchnorm` replaces :class:`SyncBatchNorm` layers that were not converted with this class.
+    :func:`revert_sync_batchnorm` replaces layers of the class :class:`SyncBatchNorm` that were not converted with this
+    class.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -62,13 +69,8 @@ class BatchNormNd(_BatchNorm):
             )
 
 
-_conversions: Dict[type, Type[SyncBatchNorm]] = {
-    nn.BatchNorm1d: SyncBatchNorm,
-    nn.BatchNorm2d: SyncBatchNorm,
-    nn.BatchNorm3d: SyncBatchNorm,
-    nn.SyncBatchNorm: SyncBatchNorm,
-    BatchNormNd: SyncBatchNorm,
-}
+_SYNCHRONIZED: Tuple[Type[SyncBatchNorm], ...] = (SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
+_conversions: Dict[type, Type[SyncBatchNorm]] = {}  # registered by the user
 
 
 def register_conversion(source: Type[_BatchNorm], target: Type[SyncBatchNorm]) -> None:
@@ -100,15 +102,17 @@ def register_conversion(source: Type[_BatchNorm], target: Type[SyncBatchNorm]) -
 
 
 def convert_sync_batchnorm(
-    module: nn.Module,
+    module: _M,
     process_group: Optional[Any] = None,
     *,
     coalesce: Optional[bool] = None,
     overlap: Optional[bool] = None,
     example_inputs: Optional[Tuple[Any, ...]] = None,
-) -> nn.Module:
+) -> _M:
     """Replaces the BatchNorm layers of ``module`` with :class:`SyncBatchNorm` layers.
 
+    A ``torch.nn.BatchNorm2d`` becomes a :class:`SyncBatchNorm2d`, which is an instance of both classes and accepts the
+    same inputs; ``BatchNorm1d`` and ``BatchNorm3d`` likewise. Other layers become a :class:`SyncBatchNorm`.
     Parameters and buffers keep their identity, so an optimizer created before the conversion stays valid. The training
     flag, hooks, custom attributes and ``state_dict`` keys are also kept. A layer that is used in several places is
     converted once. ``torch.nn.SyncBatchNorm`` layers are converted too and keep their process group. InstanceNorm, and
@@ -119,7 +123,8 @@ def convert_sync_batchnorm(
 
     Args:
         module: the model, or a single BatchNorm layer.
-        process_group: the process group to normalize over; ``None`` for all ranks.
+        process_group: the process group to normalize over, or a ``DeviceMesh`` of one dimension, whose group is used;
+            ``None`` for all ranks.
         coalesce: whether layers that do not depend on each other share a round of statistics, where the forward can be
             traced. Default: ``BAGUA_SYNCBN_COALESCE``, or ``True`` if it is not set. A log message and
             :func:`plan_of` show the rounds. Tracing reads each plain attribute that controls the forward once: convert
@@ -136,7 +141,8 @@ def convert_sync_batchnorm(
 
     Raises:
         RuntimeError: if ``with_bagua`` was called on ``module`` or on a submodule.
-        ValueError: if a lazy layer is not initialized; if ``overlap=True`` and ``coalesce=False``; if a
+        ValueError: if a lazy layer is not initialized; if ``process_group`` is a ``DeviceMesh`` of several dimensions,
+            such as ``mesh`` in place of ``mesh["dp"]``; if ``overlap=True`` and ``coalesce=False``; if a
             ``BAGUA_SYNCBN_*`` environment variable is invalid.
         TypeError: if a BatchNorm subclass overrides ``forward`` and is not registered (:func:`register_conversion`).
 
@@ -149,6 +155,7 @@ def convert_sync_batchnorm(
         model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     """
     _check_not_wrapped(module)
+    process_group = group_of(process_group)
     config = SyncBatchNormConfig.from_env()
     coalesce = config.coalesce if coalesce is None else coalesce
     if overlap and not coalesce:
@@ -172,11 +179,11 @@ def convert_sync_batchnorm(
     return module
 
 
-def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
+def revert_sync_batchnorm(module: _M) -> _M:
     """Replaces the SyncBatchNorm layers of ``module`` with BatchNorm layers of the classes they were converted from.
 
-    This function keeps everything that :func:`convert_sync_batchnorm` keeps. A layer that was not converted becomes a
-    :class:`BatchNormNd`.
+    This function keeps everything that :func:`convert_sync_batchnorm` keeps. Of the layers that were not converted, a
+    :class:`SyncBatchNorm2d` becomes a ``torch.nn.BatchNorm2d`` and a :class:`SyncBatchNorm` a :class:`BatchNormNd`.
 
     Args:
         module: the model, or a single SyncBatchNorm layer.
@@ -195,11 +202,12 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     replacements: Dict[int, nn.Module] = {}
     for _, layer in _batch_norms(module):
         if isinstance(layer, SyncBatchNorm):
-            original = layer.__dict__.get("_converted_from", BatchNormNd)
+            plain = BatchNormNd if layer._plain is _BatchNorm else layer._plain
+            original = layer.__dict__.get("_converted_from", plain)
             reverted = original.__new__(original)
             reverted.__dict__.update(layer.__dict__)
             removed = ["_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards"]
-            removed += ["_converted_from", "tag"]
+            removed += ["_converted_from", "_dimensions", "tag"]
             for attribute in removed if issubclass(original, nn.SyncBatchNorm) else [*removed, "process_group"]:
                 reverted.__dict__.pop(attribute, None)
             replacements[id(layer)] = reverted
@@ -256,15 +264,17 @@ def unconverted_layers(module: nn.Module) -> List[str]:
 
 def warn_unconverted(module: nn.Module, layers: List[SyncBatchNorm]) -> None:
     """Warns if ``module`` has BatchNorm layers other than its SyncBatchNorm ``layers``, or no layers of either kind."""
-    unconverted = unconverted_layers(module)
-    if unconverted:
-        shown = ", ".join(unconverted[:5]) + (f" and {len(unconverted) - 5} more" if len(unconverted) > 5 else "")
+    of_torch = [name for name, layer in _batch_norms(module) if isinstance(layer, nn.SyncBatchNorm)]
+    plain = [name for name in unconverted_layers(module) if name not in of_torch]
+    if of_torch:
+        warn_replaced(type(module).__name__, of_torch, stacklevel=3)
+    if plain:
         warnings.warn(
-            f"expected every BatchNorm of {type(module).__name__} to be converted (got {shown}, which normalize over "
-            "one rank); call convert_sync_batchnorm(model) before with_bagua",
+            f"expected every BatchNorm of {type(module).__name__} to be converted (got {shortened(plain)}, which "
+            "normalize over one rank); call convert_sync_batchnorm(model) before with_bagua",
             stacklevel=3,
         )
-    elif not layers:
+    elif not (layers or of_torch):
         warnings.warn(
             f"expected SyncBatchNorm layers in {type(module).__name__} (got none); build the model with BatchNorm "
             "layers and call convert_sync_batchnorm(model) before with_bagua, or use the inner algorithm directly",
@@ -314,63 +324,14 @@ def _target_of(name: str, layer: _BatchNorm) -> Type[SyncBatchNorm]:
     if kind in _conversions:
         return _conversions[kind]
     if kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-        return SyncBatchNorm
-    if _is_act_style(layer):
+        return next((each for each in _SYNCHRONIZED if issubclass(kind, each._plain)), SyncBatchNorm)
+    if is_act_style(layer):
         return SyncBatchNormAct
     raise TypeError(
         f"expected BatchNorm layers whose forward can be converted (got {name}, a "
         f"{kind.__module__}.{kind.__qualname__} that overrides forward); call register_conversion(class, a subclass of "
         "SyncBatchNorm) first"
     )
-
-
-@torch.no_grad()
-def _is_act_style(layer: _BatchNorm) -> bool:
-    """Returns whether a trial run shows that the layer's forward is normalization, then ``drop``, then ``act``."""
-    drop, act = layer._modules.get("drop"), layer._modules.get("act")
-    if drop is None or act is None:
-        return False
-    modes = {part: part.training for part in layer.modules()}
-    parameters, buffers = dict(layer._parameters), dict(layer._buffers)
-    features = layer.num_features
-    like = next((tensor for tensor in (layer.weight, layer.running_mean) if tensor is not None), torch.empty(0))
-    if like.is_meta:
-        return True  # meta tensors have no values for a trial run
-
-    def ramp(low: float, high: float, *shape: int) -> Tensor:
-        return torch.linspace(low, high, math.prod(shape), dtype=like.dtype, device=like.device).view(shape)
-
-    try:
-        layer.eval()  # no random dropout, no update of the running statistics
-        # The state of a new layer makes normalization almost the identity, so that an activation before it would give
-        # the same output. The trial run uses another state.
-        for name, low, high in (("weight", 0.5, 2.0), ("bias", -1.0, 1.0)):
-            if parameters.get(name) is not None:
-                layer._parameters[name] = nn.Parameter(ramp(low, high, features))
-        for name, low, high in (("running_mean", -0.5, 1.0), ("running_var", 0.5, 3.0)):
-            if buffers.get(name) is not None:
-                layer._buffers[name] = ramp(low, high, features)
-        inner = 1 if isinstance(layer, nn.BatchNorm1d) else 3 if isinstance(layer, nn.BatchNorm3d) else 2
-        probe = ramp(-2, 2, 4, features, *[1] * inner)
-        plain = nn.functional.batch_norm(
-            probe,
-            layer.running_mean,
-            layer.running_var,
-            layer.weight,
-            layer.bias,
-            layer.running_mean is None,
-            0.0,
-            layer.eps,
-        )
-        own: Tensor = type(layer).forward(layer, probe)
-        return torch.allclose(own.float(), act(drop(plain)).float(), rtol=1e-2, atol=1e-2)
-    except Exception:
-        return False  # the forward does not accept one input of the usual shape
-    finally:
-        layer._parameters.update(parameters)
-        layer._buffers.update(buffers)
-        for part, training in modes.items():
-            part.training = training
 
 
 def _transform(layer: _BatchNorm, target: Type[SyncBatchNorm], process_group: Optional[Any]) -> SyncBatchNorm:
@@ -381,15 +342,17 @@ def _transform(layer: _BatchNorm, target: Type[SyncBatchNorm], process_group: Op
     own_group = layer.__dict__.get("process_group")
     converted._init_sync(process_group if own_group is None else own_group)
     converted._converted_from = type(layer)  # type: ignore[assignment]
+    if target._dimensions is not None and type(layer)._check_input_dim is not target._plain._check_input_dim:
+        converted._dimensions = None  # the class may accept more inputs than the one it derives from
     return converted
 
 
-def _replace(module: nn.Module, replacements: Dict[int, nn.Module]) -> nn.Module:
+def _replace(module: _M, replacements: Dict[int, nn.Module]) -> _M:
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
-    return replacements.get(id(module), module)
+    return cast(_M, replacements.get(id(module), module))
 
 
 def _global_ranks(process_group: Optional[Any]) -> Optional[Tuple[int, ...]]:

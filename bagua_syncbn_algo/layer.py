@@ -1,23 +1,23 @@
-"""The SyncBatchNorm layer: modes, buffers, errors."""
+"""The SyncBatchNorm layer: modes and buffers."""
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from functools import partial
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .checks import check_channels, check_dimensions, observe, refuse_transform, scripting_error
 from .comm.channel import Channel
-from .comm.groups import GroupReference
+from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
 from .comm.transport import channel_of, source_group
 from .comm.wire import FORWARD, Roster, SyncPoint, sync_point
-from .compat import uncompiled
+from .compat import inside_transform, uncompiled
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
 from .ops.moments import GlobalMoments, LocalMoments, has_fused_kernels, statistics_dtype
@@ -25,6 +25,8 @@ from .ops.recompute import RecomputeCache, inside_backward
 from .ops.running_stats import RunningPool, Slot, fusible_buffers, move_running_statistics, record_moments
 
 __all__ = ["SyncBatchNorm", "SyncTag", "batch_norm_coalesced"]
+
+_M = TypeVar("_M", bound=nn.Module)
 
 _NO_ROSTER = Roster()  # for untagged layers, for which the ranks agree only on the length of messages
 
@@ -58,8 +60,9 @@ class SyncBatchNorm(_BatchNorm):
     rank, or without an initialized process group, it also equals ``torch.nn.BatchNorm*d`` in training.
 
     The layer runs on CPU and CUDA, and with any form of data parallelism, including ``DistributedDataParallel``. With
-    :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm`, it exchanges its statistics over Bagua. Double backward is not
-    supported.
+    :class:`~bagua_syncbn_algo.SyncBatchNormAlgorithm`, it exchanges its statistics over Bagua. Second derivatives are
+    exact over the ranks. They need a forward whose rounds do not overlap, see
+    :func:`~bagua_syncbn_algo.convert_sync_batchnorm`.
 
     Args:
         num_features: the number of channels :math:`C` of the input.
@@ -70,7 +73,8 @@ class SyncBatchNorm(_BatchNorm):
             (:math:`\beta`, initially 0). Default: ``True``
         track_running_stats: whether the layer has running statistics. Without them, evaluation normalizes with the
             statistics of this rank's batch. Default: ``True``
-        process_group: the process group whose ranks normalize together; ``None`` for all ranks. Default: ``None``
+        process_group: the process group whose ranks normalize together, or a ``DeviceMesh`` of one dimension;
+            ``None`` for all ranks. Default: ``None``
         device, dtype: the device and the dtype of the parameters and buffers.
 
     Shape:
@@ -78,14 +82,18 @@ class SyncBatchNorm(_BatchNorm):
         - Output: :math:`(N, C, *)` (same shape, dtype and memory format as the input)
 
     Raises:
-        ValueError: in forward, if the input has fewer than 2 dimensions, a number of channels other than
-            ``num_features``, or no floating point dtype; or if there is at most one value per channel to normalize.
+        ValueError: if ``process_group`` is a ``DeviceMesh`` of several dimensions. In forward, if the input has fewer
+            than 2 dimensions, a number of channels other than ``num_features``, or no floating point dtype; or if there
+            is at most one value per channel to normalize.
+        RuntimeError: from ``torch.jit.script``; in a training forward over several ranks inside a transform of
+            ``torch.func``; in a third derivative.
         SyncBatchNormError: if another rank failed, is at another layer, or did not arrive before the timeout.
 
     Collectives:
         Training forward: one all-gather of ``8 + 2C·itemsize`` payload bytes per rank; none in a recomputation by
         activation checkpointing. Backward: one all-gather of ``(1 + 2C)·itemsize`` payload bytes, if the input requires
-        a gradient. ``itemsize`` is 4, or 8 for float64 inputs. The first training forward also creates the statistics
+        a gradient. Second derivative: one all-gather of ``8 + 56C`` payload bytes. ``itemsize`` is 4, or 8 for float64
+        inputs. The first training forward also creates the statistics
         group, unless an algorithm has bound the layer. Every rank of the process group must call.
 
     .. note::
@@ -101,6 +109,10 @@ class SyncBatchNorm(_BatchNorm):
 
     process_group: Optional[Any]
     tag: Optional[SyncTag]
+    # The class that this one synchronizes, and the numbers of dimensions that it accepts; None for 2 and more. The
+    # converter sets `_dimensions` to None on a layer whose original class has a check of its own.
+    _plain: Type[_BatchNorm] = _BatchNorm
+    _dimensions: Optional[Tuple[int, ...]] = None
 
     def __init__(
         self,
@@ -118,7 +130,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _init_sync(self, process_group: Optional[Any]) -> None:
         """Sets the attributes that BatchNorm does not have. The converter also calls this method."""
-        self.process_group, self.tag = process_group, None
+        self.process_group, self.tag = group_of(process_group), None
         self._unbind()
 
     def _unbind(self) -> None:
@@ -136,6 +148,11 @@ class SyncBatchNorm(_BatchNorm):
     def sync_name(self) -> str:
         """The name of this layer in errors and tables; empty before an untagged layer is bound."""
         return self._point.name if self.tag is None else self.tag.name
+
+    @property
+    def _shown_name(self) -> str:
+        """The name of this layer in errors, which also an untagged layer has."""
+        return self.sync_name or type(self).__name__
 
     @property
     def observed_calls(self) -> int:
@@ -199,24 +216,11 @@ class SyncBatchNorm(_BatchNorm):
     # -- forward --------------------------------------------------------------------------------------------------
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(
-                f"expected at least 2D input (N, C, ...) at {self.sync_name or 'SyncBatchNorm'} (got {input.dim()}D "
-                f"input of shape {tuple(input.shape)}); add the missing dimensions"
-            )
+        check_dimensions(self._shown_name, input, self._dimensions)
 
     def _check_input(self, input: Tensor) -> None:
         self._check_input_dim(input)
-        if input.shape[1] != self.num_features:
-            raise ValueError(
-                f"expected {self.num_features} channels in dimension 1 at {self.sync_name or 'SyncBatchNorm'} "
-                f"(got input of shape {tuple(input.shape)}); change the input or num_features"
-            )
-        if not input.is_floating_point():
-            raise ValueError(
-                f"expected a floating point input at {self.sync_name or 'SyncBatchNorm'} (got {input.dtype}); "
-                "cast the input, e.g. input.float()"
-            )
+        check_channels(self._shown_name, input, self.num_features)
 
     def forward(self, input: Tensor) -> Tensor:
         if issubclass(type(input), fx.Proxy):
@@ -239,7 +243,7 @@ class SyncBatchNorm(_BatchNorm):
         """Normalizes with PyTorch's kernels, by the statistics of this rank's batch or the running statistics."""
         if batch_statistics and input.numel() <= input.shape[1]:
             raise ValueError(
-                f"expected more than 1 value per channel at {self.sync_name or 'SyncBatchNorm'} (got input of shape "
+                f"expected more than 1 value per channel at {self._shown_name} (got input of shape "
                 f"{tuple(input.shape)} on one rank); use a larger batch or call eval()"
             )
         momentum = 0.0
@@ -303,8 +307,11 @@ class SyncBatchNorm(_BatchNorm):
             self.process_group = self.process_group.group
         self._unbind()
 
+    def __prepare_scriptable__(self) -> SyncBatchNorm:
+        raise scripting_error(self._shown_name)  # torch.jit.script calls this method of every submodule first
+
     @classmethod
-    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Optional[Any] = None) -> torch.nn.Module:
+    def convert_sync_batchnorm(cls, module: _M, process_group: Optional[Any] = None) -> _M:
         """Converts the BatchNorm layers of ``module``; see :func:`bagua_syncbn_algo.convert_sync_batchnorm`."""
         from .convert import convert_sync_batchnorm
 
@@ -351,6 +358,8 @@ def batch_norm_coalesced(
         Every rank must call.
     """
     first = layers[0]
+    if inside_transform():
+        refuse_transform(first._shown_name, first.process_group, first._channel)
     channel = first._bound_channel(inputs[0].device)
     if len(layers) > 1 and not _can_share(layers, inputs, channel):
         # Not `layer(input)`: the caller runs the hooks, and the operations that a subclass adds to the normalization.
@@ -376,21 +385,8 @@ def batch_norm_coalesced(
     before = channel.rounds
     outputs = sync_batch_norm(members, channel, point, cache, overlap_with, update, buffers)
     if first.tag is not None and channel.rounds > before:  # not a recomputation
-        _observe(first.tag.roster, point)
+        observe(first.tag.roster, point)
     return outputs
-
-
-def _observe(roster: Roster, point: SyncPoint) -> None:
-    """Records a round for the plan and the report; warns if a step has more rounds than planned."""
-    observer = roster.observer
-    if observer.add(point.layers or (point.name,)):
-        plan = observer.planned
-        warnings.warn(
-            f"expected {plan.rounds_forward} forward rounds of statistics in a step of {plan.model}, as planned (got "
-            f"{len(observer.rounds)}); print(report(model)) lists the reasons, and example_inputs= of "
-            "convert_sync_batchnorm plans for a real call",
-            stacklevel=2,
-        )
 
 
 def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:

@@ -188,6 +188,7 @@ def _warnings(rank: int) -> Any:
     half.append(nn.BatchNorm1d(2))
     wrap("half", half)
     wrap("all", convert_sync_batchnorm(net()))
+    wrap("replaced", nn.SyncBatchNorm.convert_sync_batchnorm(convert_sync_batchnorm(net())))
     by_hand = net(norm=SyncBatchNorm)
     wrap("by hand", by_hand)
     report["tags"] = [layer.tag.name for layer in sync_batchnorm_layers(by_hand)]
@@ -201,6 +202,7 @@ def test_warnings_name_what_was_left() -> None:
         assert "(got 1, 4, which normalize over one rank)" in report["unconverted"][0]
         assert "expected SyncBatchNorm layers in Sequential (got none)" in report["none"][0]
         assert "(got 9, which normalize over one rank)" in report["half"][0]
+        assert len(report["replaced"]) == 1 and "got torch.nn.SyncBatchNorm at 1, 4; " in report["replaced"][0]
         assert report["all"] == [] and report["by hand"] == []
         assert report["tags"] == ["Sequential.1", "Sequential.4"]
 
@@ -342,7 +344,7 @@ def test_the_environment_switches_it_on(value: str) -> None:
     """Catches a flag that changes only the model or only the algorithm, and one that has an effect when it is off."""
     first, second = run_processes(2, _flag, env={"BAGUA_SYNCBN": value})
     if value == "1":
-        assert first[:2] == ("SyncBatchNorm", "SyncBatchNormAlgorithm")
+        assert first[:2] == ("SyncBatchNorm2d", "SyncBatchNormAlgorithm")
     else:
         assert first[:2] == ("BatchNorm2d", "GradientAllReduceAlgorithm")
     assert torch.equal(first[2], second[2]) == (value == "1")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from ranks import run_threads
+from ranks import run_processes, run_threads
 from torch import Tensor, nn
 
 from bagua_syncbn_algo import (
     BatchNormNd,
     SyncBatchNorm,
+    SyncBatchNorm1d,
+    SyncBatchNorm2d,
+    SyncBatchNorm3d,
     SyncBatchNormAct,
     convert_sync_batchnorm,
     register_conversion,
@@ -88,7 +93,7 @@ def test_keeps_parameters_buffers_and_settings_by_identity() -> None:
     assert list(converted.state_dict()) == keys
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
     layer: Any = converted[1]
-    assert type(layer) is SyncBatchNorm and (layer.eps, layer.momentum) == (1e-3, 0.2)
+    assert type(layer) is SyncBatchNorm2d and (layer.eps, layer.momentum) == (1e-3, 0.2)
     assert (layer.training, layer.custom, layer.qconfig) == (False, "kept", "q")
     assert not layer.weight.requires_grad and layer.bias.requires_grad
     assert converted[2][1].weight is None and converted[2][1].training
@@ -131,12 +136,21 @@ def test_a_layer_used_in_several_places_is_converted_once() -> None:
     assert len(sync_batchnorm_layers(net)) == 1
 
 
-@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormNd])
-def test_a_layer_itself_becomes_a_new_layer_and_back(kind: Any) -> None:
+CLASSES = [
+    (nn.BatchNorm1d, SyncBatchNorm1d),
+    (nn.BatchNorm2d, SyncBatchNorm2d),
+    (nn.BatchNorm3d, SyncBatchNorm3d),
+    (nn.SyncBatchNorm, SyncBatchNorm),
+    (BatchNormNd, SyncBatchNorm),
+]
+
+
+@pytest.mark.parametrize(("kind", "target"), CLASSES)
+def test_a_layer_itself_becomes_a_new_layer_and_back(kind: Any, target: Any) -> None:
     """Catches a root module that is not converted, and a revert to another class."""
     layer = kind(3)
     converted = convert_sync_batchnorm(layer)
-    assert type(converted) is SyncBatchNorm and converted is not layer and converted.weight is layer.weight
+    assert type(converted) is target and converted is not layer and converted.weight is layer.weight
     reverted = revert_sync_batchnorm(converted)
     assert type(reverted) is kind and reverted.weight is layer.weight
     assert set(vars(reverted)) == set(vars(layer))
@@ -219,7 +233,132 @@ def test_a_subclass_without_its_own_forward_is_converted() -> None:
         def _check_input_dim(self, input: Tensor) -> None:
             super()._check_input_dim(input)
 
-    assert type(convert_sync_batchnorm(Checked(3))) is SyncBatchNorm
+    assert isinstance(convert_sync_batchnorm(Checked(3)), SyncBatchNorm2d)
+
+
+@pytest.mark.parametrize(("kind", "target"), CLASSES[:3])
+def test_a_converted_layer_is_still_an_instance_of_its_class(kind: Any, target: Any) -> None:
+    """Catches freeze loops and weight decay rules by class that miss converted layers, and a forward of that class."""
+    converted = convert_sync_batchnorm(nn.Sequential(kind(3)))[0]
+    assert isinstance(converted, kind) and isinstance(converted, SyncBatchNorm)
+    assert type(converted).forward is SyncBatchNorm.forward
+    assert [type(each) for each in revert_sync_batchnorm(nn.Sequential(target(3), SyncBatchNorm(3)))] == [
+        kind,
+        BatchNormNd,
+    ]
+
+
+def test_a_second_conversion_changes_nothing() -> None:
+    """Catches a converter that takes a converted layer, now an instance of BatchNorm2d, for one to convert."""
+    net = convert_sync_batchnorm(model())
+    layers = sync_batchnorm_layers(net)
+    convert_sync_batchnorm(net)
+    assert all(a is b for a, b in zip(layers, sync_batchnorm_layers(net)))
+    assert type(revert_sync_batchnorm(net)[1]) is nn.BatchNorm2d
+
+
+def test_freezing_by_class_works_across_ranks() -> None:
+    """Catches a model that a freeze loop written for the plain model does not freeze: its layers would communicate."""
+    net = convert_sync_batchnorm(model()).train()
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.eval()
+    before = copy.deepcopy(net.state_dict())
+    net(torch.randn(2, 3, 4, 4))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+class AnyShape(nn.BatchNorm2d):
+    """A subclass that accepts more inputs than the class that it derives from."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+def test_a_subclass_keeps_the_inputs_that_it_accepts() -> None:
+    """Catches a check of the dimensions that refuses inputs which a subclass accepts, and its loss in a copy."""
+    layer = convert_sync_batchnorm(AnyShape(3))
+    assert isinstance(layer, SyncBatchNorm2d)
+    for each in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert each(torch.randn(4, 3)).shape == (4, 3)
+    assert set(vars(revert_sync_batchnorm(layer))) == set(vars(AnyShape(3)))
+
+
+class Parallel(nn.Module):
+    """Two layers that share a round, so that the forward is regrouped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x) + self.b(x)
+        return y
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_torchs_conversion_of_converted_layers_is_noticed(nested: bool) -> None:
+    """Catches a model that silently trains with PyTorch's layers, as with sync_batchnorm=True in Lightning."""
+    net = convert_sync_batchnorm(nn.Sequential(Parallel(), nn.Flatten(0, 0)) if nested else Parallel())
+    x = torch.randn(2, 3, 4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(x)
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    name = "Sequential.0" if nested else "Parallel"
+    expected = (
+        rf"got torch.nn.SyncBatchNorm at {name}\.a, {name}\.b.*convert_sync_batchnorm\(model\) of bagua_syncbn_algo"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        net(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(x)  # warned once
+        convert_sync_batchnorm(net)(x)  # the remedy
+    assert len(sync_batchnorm_layers(net)) == 2
+
+
+def _meshes(rank: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    wide = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    unnamed = init_device_mesh("cpu", (1, 2))
+    net = model()
+    refused = []
+    for each in (wide, unnamed):
+        for use in (lambda g: convert_sync_batchnorm(net, g), lambda g: SyncBatchNorm(3, process_group=g)):
+            try:
+                use(each)
+            except ValueError as error:
+                refused.append(str(error))
+    unchanged = type(net[1]) is nn.BatchNorm2d
+    means = []
+    for each in (mesh, wide["dp"], wide["tp"]):
+        layer = convert_sync_batchnorm(nn.BatchNorm1d(1, momentum=1.0), each)
+        layer(torch.tensor([[0.0], [2.0]]) + 10 * rank)
+        means.append(layer.running_mean.item())  # type: ignore[union-attr]
+    return refused, unchanged, means, SyncBatchNorm(3, process_group=mesh).process_group is mesh.get_group()
+
+
+@pytest.mark.multirank
+def test_a_device_mesh_is_a_process_group() -> None:
+    """Catches a mesh that fails at the first forward, and one of several dimensions of which any is used."""
+    for rank, (refused, unchanged, means, is_group) in enumerate(run_processes(2, _meshes)):
+        assert len(refused) == 4 and unchanged and is_group
+        for message in refused[:2]:
+            assert "got 2 dimensions named dp, tp" in message and 'process_group=mesh["dp"]' in message
+        for message in refused[2:]:
+            assert "got 2 dimensions)" in message and "mesh.get_group(0)" in message
+        assert means == [6.0, 6.0, 1.0 + 10 * rank]
+
+
+def test_the_type_of_the_model_is_kept() -> None:
+    """Catches a converter typed to return any module: mypy would then reject attributes of the model's class."""
+    parallel: Parallel = convert_sync_batchnorm(Parallel())
+    reverted: Parallel = revert_sync_batchnorm(parallel)
+    assert type(reverted.a) is nn.BatchNorm2d
 
 
 def test_lazy_layers() -> None:

@@ -13,7 +13,15 @@ from ranks import run_threads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormError, convert_sync_batchnorm
+from bagua_syncbn_algo import (
+    SyncBatchNorm,
+    SyncBatchNorm1d,
+    SyncBatchNorm2d,
+    SyncBatchNorm3d,
+    SyncBatchNormError,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+)
 from bagua_syncbn_algo.comm.channel import Channel
 
 
@@ -106,6 +114,24 @@ def test_one_value_per_channel_in_the_whole_world() -> None:
     for failure in run_threads(2, body, errors=True):
         assert isinstance(failure, ValueError)
         assert "expected more than 1 value per channel in the whole group" in str(failure)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "dimensions", "expected"),
+    [(SyncBatchNorm1d, (2, 3), "2D or 3D"), (SyncBatchNorm2d, (4,), "4D"), (SyncBatchNorm3d, (5,), "5D")],
+)
+def test_a_layer_accepts_the_dimensions_of_its_class(kind: Any, dimensions: Any, expected: str, training: bool) -> None:
+    """Catches a converted layer that accepts a batch without its batch dimension, which the original class refuses."""
+    layer = kind(3).train(training)
+    for dims in range(2, 7):
+        x = torch.randn(2, 3, *[2] * (dims - 2))
+        if dims in dimensions:
+            assert layer(x).shape == x.shape
+        else:
+            message = rf"expected {expected} input at {kind.__name__} \(got {dims}D input of shape .*\); change"
+            with pytest.raises(ValueError, match=message):
+                layer(x)
 
 
 # -- modes ------------------------------------------------------------------------------------------------------------
@@ -308,6 +334,62 @@ def test_a_skipped_layer_is_an_error_on_all_ranks() -> None:
         assert isinstance(failure, SyncBatchNormError)
         assert "rank 0 at SyncBatchNorm(3) number 1 (forward)" in str(failure)
         assert "rank 1 at SyncBatchNorm(3) number 2 (forward)" in str(failure)
+
+
+# -- other tools ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scripting_names_the_remedy(training: bool) -> None:
+    """Catches TorchScript's own error about a type annotation, which does not tell what to do."""
+    model = convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).train(training)
+    with pytest.raises(RuntimeError, match=r"torch.jit.script \(got Sequential\.1, .*revert_sync_batchnorm"):
+        torch.jit.script(model)
+    x = torch.randn(2, 3, 4, 4)
+    model.eval()
+    expected = model(x)
+    assert torch.equal(torch.jit.trace(model, x)(x), expected)
+    assert torch.equal(torch.jit.script(revert_sync_batchnorm(copy.deepcopy(model)))(x), expected)
+
+
+class TwoLayers(nn.Module):
+    """Two layers in one round, if coalesced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x) + self.b(x)
+        return y
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("coalesce", [True, False])
+@pytest.mark.skipif(not hasattr(torch, "func"), reason="needs torch.func of torch 2.0")
+def test_function_transforms_name_the_remedy(coalesce: bool) -> None:
+    """Catches an error about tensors of the exchange, which the user has not written, and a refusal in evaluation."""
+    x = torch.randn(2, 4, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        model = convert_sync_batchnorm(TwoLayers(), group, coalesce=coalesce)
+        messages = []
+        for transformed in (torch.func.grad(lambda x: model(x).pow(3).sum()), torch.func.vmap(model)):
+            argument = x[rank] if not messages else x[rank].unsqueeze(0)
+            with pytest.raises(RuntimeError) as caught:
+                transformed(argument)
+            messages.append(str(caught.value))
+        model(x[rank])  # the ranks are still in step
+        model.eval()
+        leaf = x[rank].clone().requires_grad_()
+        model(leaf).pow(3).sum().backward()
+        return messages, torch.func.grad(lambda x: model(x).pow(3).sum())(x[rank]), leaf.grad
+
+    for messages, gradient, expected in run_threads(2, body):
+        for message in messages:
+            assert "torch.func transform around a training forward of TwoLayers.a over 2 ranks" in message
+            assert "call eval(), or compute gradients with torch.autograd" in message
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_repr_shows_the_options() -> None:

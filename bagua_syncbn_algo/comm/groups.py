@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import weakref
 from collections import Counter
 from datetime import timedelta
@@ -18,7 +19,16 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 import torch.distributed as dist
 
-__all__ = ["GroupReference", "default_group", "default_store", "is_nccl", "member_group", "timeout_of", "yield_core"]
+__all__ = [
+    "GroupReference",
+    "default_group",
+    "default_store",
+    "group_of",
+    "is_nccl",
+    "member_group",
+    "timeout_of",
+    "yield_core",
+]
 
 _creation_counts: Counter[Tuple[int, ...]] = Counter()  # by the ranks of the group
 # Keeps groups alive until exit and releases them before the interpreter shuts down: gloo aborts the process if a group
@@ -38,6 +48,28 @@ def default_group() -> Any:
 def default_store() -> Any:
     """Returns the key-value store of the world's process group, or ``None`` without one."""
     return None if default_group() is None else dist.distributed_c10d._get_default_store()
+
+
+def group_of(process_group: Optional[Any]) -> Optional[Any]:
+    """Returns the process group of a ``DeviceMesh`` of one dimension; any other argument unchanged.
+
+    Raises:
+        ValueError: if the mesh has several dimensions.
+    """
+    # Looked up, not imported: before torch 2.2 there is no such module, and an object of the class has imported it.
+    mesh_class = getattr(sys.modules.get("torch.distributed.device_mesh"), "DeviceMesh", None)
+    if mesh_class is None or not isinstance(process_group, mesh_class):
+        return process_group
+    mesh: Any = process_group
+    if mesh.ndim != 1:
+        names = mesh.mesh_dim_names
+        shown = "" if names is None else f" named {', '.join(names)}"
+        example = "process_group=mesh.get_group(0)" if names is None else f'process_group=mesh["{names[0]}"]'
+        raise ValueError(
+            f"expected a DeviceMesh of one dimension as process_group (got {mesh.ndim} dimensions{shown}); pass the "
+            f"dimension to normalize over, e.g. {example}"
+        )
+    return mesh.get_group()
 
 
 def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_host: bool = False) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from torch import Tensor, nn
 
 from ..comm.wire import Roster, SyncBatchNormError
-from ..compat import uncompiled
+from ..compat import inside_transform, uncompiled
 from ..layer import SyncBatchNorm
 from ..ops.recompute import inside_backward
 from .call_pattern import CallPattern
@@ -28,6 +28,7 @@ from .guards import Guard, has_global_hooks
 from .levels import SplitCandidate, levels_of, split_candidates_of
 from .module_state import UntraceableError
 from .plan import SyncPlan
+from .replaced import check_replaced
 from .shapes import has_fake_tensors, shapes_of
 from .tracing import Trace, may_need_shapes, trace
 from .variant import Outcome, Variant
@@ -119,6 +120,7 @@ class CoalescedForward:
             values: the values of a real call. If the forward cannot be traced without their shapes, its graph is for
                 these shapes only.
         """
+        check_replaced(self.module, self.name)
         variant = Variant(Guard(self.module), pattern)
         try:
             traced = self._trace(variant, values)
@@ -268,7 +270,9 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     module = forward.module
     original = type(module).forward
     layer = next((part for part in module.modules() if isinstance(part, SyncBatchNorm)), None)
-    if layer is None or layer._bound_channel().local or has_global_hooks():
+    if layer is None:
+        check_replaced(module, forward.name)
+    if layer is None or inside_transform() or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
     forward.calls += 1
     pattern, tensors = CallPattern.of(args, kwargs)

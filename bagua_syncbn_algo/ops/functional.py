@@ -28,7 +28,6 @@ from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Se
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..comm.channel import Channel
 from ..comm.groups import yield_core
@@ -39,6 +38,7 @@ from .exact import ExactStatistics, GradientSums, constant, launch_exact, local_
 from .fused import Buffers, FusedLocal, FusedStatistics, can_fuse, launch_fused, local_statistics
 from .moments import LocalMoments, cast, dense, memory_format, normalize
 from .recompute import RecomputeCache, SavedStatistics, recomputation_owners
+from .second_derivative import LayerBackward, second_derivatives
 
 __all__ = ["Member", "Statistics", "sync_batch_norm"]
 
@@ -90,11 +90,12 @@ def sync_batch_norm(
 
     Collectives:
         Forward: one all-gather of ``8 + 2C·itemsize`` payload bytes for each member; none for a recomputation.
-        Backward: one all-gather of ``(1 + 2C)·itemsize`` bytes for each, if any input requires a gradient. Every rank
-        must call.
+        Backward: one all-gather of ``(1 + 2C)·itemsize`` bytes for each, if any input requires a gradient. Backward of
+        a backward with ``create_graph=True``: one all-gather of ``8 + 56C`` bytes for each. Every rank must call.
     """
-    inputs = [dense(member.input.detach()) for member in members]
-    tensors = [tensor for member in members for tensor in (member.input, member.weight, member.bias)]
+    # A dense copy is part of the graph: a second derivative needs the graph of the tensor that backward keeps.
+    tensors = [tensor for member in members for tensor in (dense(member.input), member.weight, member.bias)]
+    inputs = [tensor.detach() for tensor in tensors[::3] if tensor is not None]
     # Parameters whose gradients are not deferred: those of a single layer need no other rank if its output is used.
     immediate: List[Optional[Tensor]] = tensors[1:] if len(members) == 1 else []
     communicates = torch.is_grad_enabled() and any(member.input.requires_grad for member in members)
@@ -168,10 +169,60 @@ class _SyncBatchNorm(Function):
         return _normalize(ctx, call, tensors, ctx.needs_input_grad[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         needs = ctx.needs_input_grad[1:]
-        return (None, *_BackwardRound(ctx, grads, needs).wait(needs))
+        if not torch.is_grad_enabled():
+            return (None, *_BackwardRound(ctx, grads, needs).wait(needs))
+        saved = ctx.saved_tensors  # with their graphs; read once, because activation checkpointing allows no more
+        gradients = _DifferentiableBackward.apply(ctx.call, ctx.bias_dtypes, needs, *grads, *saved)  # type: ignore[no-untyped-call]
+        return (None, *gradients)
+
+
+class _SavedRound(NamedTuple):
+    """What :class:`_BackwardRound` reads of the context of a forward."""
+
+    call: _Call
+    saved_tensors: Sequence[Optional[Tensor]]
+    bias_dtypes: Sequence[Optional[torch.dtype]]
+
+
+class _DifferentiableBackward(Function):
+    """The backward of :class:`_SyncBatchNorm` with ``create_graph=True``: the same round, and its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        bias_dtypes: Sequence[Optional[torch.dtype]],
+        needs: Sequence[bool],
+        *tensors: Optional[Tensor],
+    ) -> Tuple[Optional[Tensor], ...]:
+        count = len(bias_dtypes)
+        grads, saved = tensors[:count], tensors[count:]
+        ctx.save_for_backward(*tensors)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        gradients = _BackwardRound(_SavedRound(call, saved, bias_dtypes), grads, needs).wait(needs)
+        # Autograd needs distinct tensors; those of a layer without elements on this rank are one tensor of zeros.
+        is_first = [all(each is not earlier for earlier in gradients[:i]) for i, each in enumerate(gradients)]
+        return tuple(g if g is None or first else g.clone() for g, first in zip(gradients, is_first))
+
+    @staticmethod
+    def backward(ctx: Any, *of_gradients: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        call: _Call = ctx.call
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"expected at most second derivatives through {call.point.name} (got create_graph=True in the backward "
+                "of a second derivative); compute the last derivative without create_graph, or in eval()"
+            )
+        count = len(call.statistics.layers)
+        tensors = ctx.saved_tensors
+        rows = zip(tensors[count : 2 * count], tensors[2 * count :], tensors[:count], call.statistics.layers)
+        layers = [LayerBackward(*row, *of_gradients[3 * i : 3 * i + 3]) for i, row in enumerate(rows)]
+        columns = zip(*second_derivatives(layers, call.channel, call.point))
+        found = [gradient for column in columns for gradient in column]
+        needs = ctx.needs_input_grad[3:]
+        return (None, None, None, *(each if need else None for each, need in zip(found, needs)))
 
 
 class _OverlappedSyncBatchNorm(Function):
@@ -212,7 +263,7 @@ class _OverlappedSyncBatchNorm(Function):
 
 def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> Tuple[Tensor, ...]:
     """The forward: input, weight and bias of each layer to its output."""
-    inputs = [dense(tensor) for tensor in tensors[::3] if tensor is not None]
+    inputs = [tensor for tensor in tensors[::3] if tensor is not None]
     weights, biases = tensors[1::3], tensors[2::3]
     ctx.save_for_backward(*inputs, *weights)
     ctx.call = call._replace(local=[])  # their scratch tensors become the outputs

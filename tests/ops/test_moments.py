@@ -153,13 +153,29 @@ def test_gradcheck(shape: Any, affine: bool) -> None:
     assert torch.autograd.gradcheck(f, (x, *affines))
 
 
-def test_second_derivatives_are_refused() -> None:
-    """Catches a gradient penalty that silently omits the terms through the statistics."""
+@pytest.mark.parametrize(("shape", "affine"), [((5, 3), True), ((2, 3, 2, 2), True), ((4, 2, 2), False)])
+def test_second_derivatives(shape: Any, affine: bool) -> None:
+    """Catches a wrong or missing term in the derivative of backward, such as one through the statistics."""
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    affines = [torch.rand(shape[1], dtype=torch.float64, requires_grad=True) for _ in range(2)] if affine else []
+
+    def f(x: Tensor, *affine: Tensor) -> Tensor:
+        weight, bias = affine or (None, None)
+        return sync_batch_norm([Member(x, weight, bias, 1e-3, "test")], SINGLE_PROCESS, sync_point("test"))[0]
+
+    assert torch.autograd.gradgradcheck(f, (x, *affines))
+    assert torch.autograd.gradgradcheck(
+        lambda x, *affine: f(x.transpose(0, -1).contiguous().transpose(0, -1), *affine), (x, *affines)
+    )
+
+
+def test_third_derivatives_are_refused() -> None:
+    """Catches a third derivative that silently omits the terms through the statistics."""
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    (y,) = sync_batch_norm([Member(x, None, None, 1e-3, "test")], SINGLE_PROCESS, sync_point("test"))
+    (y,) = sync_batch_norm([Member(x, None, None, 1e-3, "test")], SINGLE_PROCESS, sync_point("Net.bn1"))
     (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"at most second derivatives through Net\.bn1 .*create_graph"):
+        torch.autograd.grad(gradient.square().sum(), x, create_graph=True)
 
 
 def test_a_bias_without_a_weight_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
