@@ -88,10 +88,17 @@ def scripting_error(name: str) -> RuntimeError:
     )
 
 
-def observe(roster: Roster, point: SyncPoint) -> None:
-    """Records a round for the plan and the report; warns if a step has more rounds than planned."""
+def observe(roster: Roster, point: SyncPoint, before: int, after: int) -> None:
+    """Records a round for the plan and the report; warns if a step has more rounds than planned.
+
+    Args:
+        roster: the layers of the model.
+        point: the sync point of the round.
+        before: the number of rounds of the channel before the round.
+        after: their number after the round.
+    """
     observer = roster.observer
-    if observer.add(point.layers or (point.name,)):
+    if observer.add(point.layers or (point.name,), before, after):
         plan = observer.planned
         warnings.warn(
             f"expected {plan.rounds_forward} forward rounds of statistics in a step of {plan.model}, as planned (got "

@@ -385,7 +385,7 @@ def batch_norm_coalesced(
     before = channel.rounds
     outputs = sync_batch_norm(members, channel, point, cache, overlap_with, update, buffers)
     if first.tag is not None and channel.rounds > before:  # not a recomputation
-        observe(first.tag.roster, point)
+        observe(first.tag.roster, point, before, channel.rounds)
     return outputs
 
 

@@ -50,6 +50,7 @@ ORDER = [
     "graph.call_pattern",
     "graph.shapes",
     "graph.proxies",
+    "graph.progress",
     "graph.tracing",
     "graph.split_backward",
     "graph.ordering",

@@ -137,7 +137,8 @@ def record_rounds() -> Iterator[RoundRecords]:
 class StepObserver:
     """The forward rounds of the latest training step of a model.
 
-    A round of the same layers as the first round of the step is the first round of the next step.
+    A step ends where the model's forward is called again, and where a round of another kind has run: of backward, or of
+    another model. Until one of these has happened, a round of the same layers as the first round begins a new step.
 
     Attributes:
         planned: the plan of a step; ``None`` for a model without coalescing.
@@ -145,6 +146,8 @@ class StepObserver:
 
     def __init__(self) -> None:
         self.planned: Any = None
+        self._marked = False  # whether the end of a step is known from a call or another round
+        self._last: Optional[int] = None  # the number of rounds of the channel after the latest round
         self._current: List[Tuple[str, ...]] = []
         self._complete: Optional[List[Tuple[str, ...]]] = None
         self._compared = False
@@ -154,13 +157,25 @@ class StepObserver:
         """The names of the layers of each round, in the order of the rounds."""
         return list(self._current if self._complete is None else self._complete)
 
-    def add(self, layers: Tuple[str, ...]) -> bool:
-        """Adds a round; returns ``True`` once, if a complete step has more rounds than planned."""
-        found = False
-        if self._current and self._current[0] == layers:
+    def start(self) -> None:
+        """Notes that the model's forward begins."""
+        self._marked, self._last = True, None
+
+    def add(self, layers: Tuple[str, ...], before: int, after: int) -> bool:
+        """Adds a round; returns ``True`` once, if a complete step has more rounds than planned.
+
+        Args:
+            layers: the names of the layers of the round.
+            before: the number of rounds of the channel before this round.
+            after: their number after this round.
+        """
+        found, others = False, self._last is not None and before != self._last
+        self._marked, ends = self._marked or others, others or (self._marked and self._last is None)
+        if self._current and (ends or (not self._marked and self._current[0] == layers)):
             self._complete, self._current = self._current, []
             if not self._compared and self.planned is not None:
                 found = self._compared = len(self._complete) > self.planned.rounds_forward
+        self._last = after
         if len(self._current) < _MOST_ROUNDS:
             self._current.append(layers)
         return found

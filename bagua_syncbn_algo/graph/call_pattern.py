@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..compat import autocast_dtype
 from .module_state import CONSTANT_TYPES
 
 __all__ = ["CallPattern"]
@@ -20,7 +21,7 @@ class CallPattern(NamedTuple):
     constants: Tuple[Tuple[int, type, Any], ...]  # position, type and value of each constant leaf
     slots: Tuple[int, ...]  # index into the values, for each other leaf; a tensor passed twice has one index
     kinds: Tuple[type, ...]  # type of each value: Tensor, int or float
-    autocast: Tuple[bool, ...]  # whether autocast is enabled: CUDA, CPU
+    autocast: Tuple[Optional[torch.dtype], ...]  # its dtype for CUDA and CPU; None where it is disabled
 
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: Dict[str, Any]) -> Tuple[Optional[CallPattern], List[Any]]:
@@ -38,7 +39,9 @@ class CallPattern(NamedTuple):
             else:
                 return None, values
         kinds = tuple(Tensor if isinstance(value, Tensor) else type(value) for value in values)
-        return cls(structure, tuple(constants), tuple(slots), kinds, _autocast()), values
+        return cls(
+            structure, tuple(constants), tuple(slots), kinds, (autocast_dtype("cuda"), autocast_dtype("cpu"))
+        ), values
 
     def fill(self, values: Sequence[Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
         """Returns the positional and keyword arguments of a call with ``values``."""
@@ -46,11 +49,3 @@ class CallPattern(NamedTuple):
         leaves = [constants[i] if i in constants else values[next(rest)] for i in range(self.structure.num_leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         return args, kwargs
-
-
-def _autocast() -> Tuple[bool, ...]:
-    try:
-        cpu = torch.is_autocast_enabled("cpu")
-    except TypeError:  # before torch 2.4
-        cpu = torch.is_autocast_cpu_enabled()
-    return torch.is_autocast_enabled(), cpu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def _expect(
     if forward is not None:
         pattern, tensors = _expected_call(module, example)
         if pattern is None:
-            forward.outcome = Outcome((), (), (), (), "takes arguments that are not tensors")
+            forward.outcome = Outcome((), (), (), (), "takes arguments that are not tensors", False)
         else:
             variant = forward.prepare(pattern, tensors if example is not None else None)
             if example is not None:
@@ -167,7 +167,7 @@ class _PlanSearch:
         if forward is None:
             if _can_have_forward(module) and has_own_forward(module):
                 self.skipped[_qualified(module, path)] = "has a forward set on the instance"
-        elif forward.calls == 0 and any(each.calls for each in _forwards_in(module)):
+        elif _is_displaced(module, forward):
             self.skipped[forward.name] = "its forward is not called; the forwards of its submodules are"
         elif outcome is not None and outcome.failure is not None:
             self.skipped[forward.name] = outcome.failure
@@ -196,10 +196,15 @@ class _PlanSearch:
         return [(f"{path}.{name}" if path else name, module.get_submodule(name)) for name, _ in opaque]
 
 
-def _forwards_in(module: nn.Module) -> Iterator[CoalescedForward]:
-    for part in module.modules():
-        if part is not module and isinstance(part.__dict__.get(FORWARD), CoalescedForward):
-            yield part.__dict__[FORWARD]
+def _is_displaced(module: nn.Module, forward: CoalescedForward) -> bool:
+    """Returns whether forwards of submodules have run since the latest call of ``module``, and without it."""
+    outcome = forward.outcome
+    if forward.calls and (outcome is None or outcome.failure is not None or not outcome.regroups):
+        return False  # its own forward ran, and called them
+    steps = {} if outcome is None else dict(outcome.opaque)
+    called = {part for path in steps for part in module.get_submodule(path).modules()}
+    inner = [part.__dict__.get(FORWARD) for part in module.modules() if part is not module and part not in called]
+    return any(each is not None and each.latest > forward.latest for each in inner)
 
 
 def _qualified(module: nn.Module, path: str) -> str:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import warnings
 import weakref
 from typing import Any, Dict, List, Optional, Sequence
 
 from torch import Tensor, nn
 
-from ..comm.wire import Roster, SyncBatchNormError
+from ..comm.wire import FORWARD, Roster, SyncBatchNormError, digest
 from ..compat import inside_transform, uncompiled
 from ..layer import SyncBatchNorm
 from ..ops.recompute import inside_backward
@@ -37,7 +38,8 @@ from .verify import FAILED, PASSED, check_equivalence
 __all__ = ["CoalescedForward"]
 
 _MAX_VARIANTS = 32  # graphs of one module, by modes and calls; with more, the module runs layer by layer
-_MAX_SHAPES = 32  # graphs for inputs of certain shapes only; the oldest one is then released
+_MAX_SHAPES = 256  # graphs for inputs of certain shapes only; the oldest one is then released
+_call_numbers = itertools.count(1)
 _MAX_TRIALS = 3  # equivalence checks of a graph that no rank can complete, after which the graph is disabled
 
 
@@ -59,6 +61,7 @@ class CoalescedForward:
         self.path, self.model, self.overlap = path, model, overlap
         self.outcome: Optional[Outcome] = None  # of the latest training call; before the first one, the expected one
         self.calls = 0  # training calls on several ranks
+        self.latest = 0  # number of the latest one among those of all modules
         self._variants: List[Variant] = []
         self._warned = False
 
@@ -141,25 +144,26 @@ class CoalescedForward:
 
     def _trace(self, variant: Variant, values: Optional[Sequence[Any]]) -> Trace:
         """Traces the forward, a second time with the shapes of the call if that is necessary."""
-        traced, failure = None, None
+        traced, failure = None, ""  # not the exception, whose frames refer to the replica
         try:
             traced = trace(self.module, variant.pattern)
             reasons = [reason for path, reason in traced.opaque.items() if _has_layers(self.module, path)]
         except UntraceableError as error:
-            failure, reasons = error, [str(error)]
+            failure = str(error)
+            reasons = [failure]
         if has_fake_tensors() and any(map(may_need_shapes, reasons)):
             variant.wants_shapes = values is None
             if values is not None:
                 try:
                     with_shapes = trace(self.module, variant.pattern, values)
                     if traced is None or _uncovered(self.module, with_shapes) < _uncovered(self.module, traced):
-                        variant.shapes = shapes_of(values)
+                        variant.shapes = shapes_of(values, self.module)
                         return with_shapes
                 except UntraceableError as error:
-                    failure = failure and error  # the reason with the shapes is the more precise one
+                    variant.shapes_failed = traced is None
+                    failure = failure and str(error)  # the reason with the shapes is the more precise one
         if traced is None:
-            assert failure is not None
-            raise failure
+            raise UntraceableError(failure)
         return traced
 
     def verify(self, variant: Variant, tensors: Sequence[Tensor]) -> None:
@@ -182,39 +186,74 @@ class CoalescedForward:
         """
         assert variant.run is not None
         verdict, difference = check_equivalence(self.module, variant.run, variant.pattern, tensors, self.name)
-        if any(each.serves_as(variant) for each in self._variants):
-            # Inputs of another shape, perhaps on this rank only. The ranks have agreed on the same rounds before.
-            if verdict == FAILED:
-                raise SyncBatchNormError(
-                    f"expected the regrouped forward of {self.name} to compute what the original computes (got a "
-                    f"difference for inputs of another shape: {difference}); convert the model with coalesce=False"
-                )
+        if verdict != FAILED and any(each.verified and each.rounds == variant.rounds for each in self._variants):
+            # Another kind of call, such as inputs of another shape, perhaps on this rank only. The ranks have agreed on
+            # these rounds before. If they do not compute what the original computes, the other ranks must know.
             variant.verified = True
             return True
         agreement, channel = SyncPlan(self.model, tuple(variant.rounds)).agreement(), layer._bound_channel()
-        subject = f"the check of {self.name}'s first training batch"
-        verdicts = channel.agree(subject, "\n".join(words for words, _ in agreement), verdict)
-        if layer.tag is not None:  # rounds that were not planned may be larger than the planned ones
-            channel.grow(Roster(layer.tag.roster.layers, agreement).capacity(layer.tag.roster.itemsize))
+        text = "\n".join(words for words, _ in agreement)
+        # A rank without a graph for its shapes has no rounds to compare; see `agree_on_failure`.
+        codes = channel.agree(self._subject, "", 4 * (digest(text) >> 2) + verdict)
+        verdicts = [code % 4 for code in codes]
+        if FAILED not in verdicts and len({code // 4 for code in codes}) > 1:
+            channel.agree(self._subject, text, verdict)  # raises an error that names the first difference
         if FAILED in verdicts:
             what = difference or f"rank {verdicts.index(FAILED)} reports the difference"
             self._disable(variant, f"its regrouped forward differs ({what})")
             return False
+        if layer.tag is not None:  # all ranks have these rounds, which may be larger than the planned ones
+            channel.grow(Roster(layer.tag.roster.layers, agreement).capacity(layer.tag.roster.itemsize))
         variant.trials += 1
         variant.verified = PASSED in verdicts
         if not variant.verified and variant.trials == _MAX_TRIALS:
             self._disable(variant, f"no rank could run the check in {_MAX_TRIALS} batches")
         return variant.verified
 
+    def check_failure(self, variant: Variant, layer: SyncBatchNorm) -> None:
+        """Handles a call whose shapes have no graph, although other shapes may have one.
+
+        Raises:
+            SyncBatchNormError: if the other ranks run a regrouped graph.
+
+        Collectives:
+            That of :meth:`agree_on_failure` in the first call.
+        """
+        variant.shapes_failed = False
+        if self.calls == 1:
+            self.agree_on_failure(layer)
+        elif any(each.verified and each.shapes is not None for each in self._variants):
+            error = SyncBatchNormError(
+                f"expected a forward of {self.name} that can be regrouped for every shape of its inputs, as for those "
+                f"before (got inputs for which it {variant.failure}); convert the model with coalesce=False, or make "
+                "that forward independent of the shape"
+            )
+            layer._bound_channel().fail(layer._point, FORWARD, error)
+            raise error
+
+    def agree_on_failure(self, layer: SyncBatchNorm) -> None:
+        """Tells the other ranks, in the first call, that this rank has no graph for the shapes of its inputs.
+
+        Collectives:
+            One all-gather over the ranks of ``layer``. Every rank must call this method or :meth:`agree`.
+        """
+        layer._bound_channel().agree(self._subject, "", FAILED)
+
+    @property
+    def _subject(self) -> str:
+        return f"the check of {self.name}'s first training batch"
+
     def variant(self, pattern: CallPattern, values: Sequence[Any]) -> Optional[Variant]:
         """Returns the graph for a call, and creates it if necessary; ``None`` if there are too many graphs."""
         shapes = None
         for variant in self._variants:
-            if variant.pattern == pattern and not self._is_outdated(variant) and variant.guard.holds():
-                if variant.shapes is not None:
-                    shapes = shapes or shapes_of(values)
-                    if variant.shapes != shapes:
-                        continue
+            if variant.pattern != pattern or self._is_outdated(variant):
+                continue
+            if variant.shapes is not None:  # before the guard, which takes longer: there may be many of these graphs
+                shapes = shapes or shapes_of(values, self.module)
+                if variant.shapes != shapes:
+                    continue
+            if variant.guard.holds():
                 self.outcome = variant.outcome
                 return variant
         self._variants = [each for each in self._variants if not each.guard.is_dead and not self._is_outdated(each)]
@@ -275,9 +314,14 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     if layer is None or inside_transform() or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
     forward.calls += 1
+    forward.latest = next(_call_numbers)
+    if not forward.path and layer.tag is not None:
+        layer.tag.roster.observer.start()
     pattern, tensors = CallPattern.of(args, kwargs)
     variant = None if pattern is None else forward.variant(pattern, tensors)
     if variant is None or variant.run is None:
+        if variant is not None and variant.shapes_failed and not inside_backward():
+            forward.check_failure(variant, layer)
         return original(module, *args, **kwargs)
     if not variant.verified and (inside_backward() or not forward.agree(variant, layer, tensors)):
         return original(module, *args, **kwargs)

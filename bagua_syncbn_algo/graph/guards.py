@@ -1,8 +1,8 @@
 """Guards: the properties of a module that a regrouped graph depends on, compared before each use of the graph.
 
 The comparison runs in every forward. Therefore it compares lists over all submodules, which are built without a Python
-call per submodule, and leaves out what the graph finds in the module itself when it runs: plain layers of ``torch.nn``
-without parameters, buffers, dtypes and devices.
+call per submodule, and leaves out what the graph finds in the module itself when it runs: hooks and attributes of plain
+layers of ``torch.nn``, and the dtypes and devices of tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .module_state import HOOKS, MISSING
 
 __all__ = ["Guard", "has_global_hooks"]
 
+_GROUPS = ("_modules", "_parameters", "_buffers")
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
@@ -76,13 +77,15 @@ class Guard:
     def _state(self, parts: List[Any]) -> List[Any]:
         """Returns the state of the guarded submodules."""
         own: List[Dict[str, Any]] = [parts[index].__dict__ for index in self._guarded]
-        children, parameters = [each["_modules"] for each in own], [each["_parameters"] for each in own]
+        children, parameters, buffers = ([each[name] for each in own] for name in _GROUPS)
         return [
-            [each["training"] for each in own],
+            [part.__dict__["training"] for part in parts],
             list(map(len, children)),
+            list(map(len, buffers)),
+            [b is None for each in buffers if each for b in each.values()],
             [id(child) for each in children if each for child in each.values()],
             list(map(len, parameters)),
-            [p is not None and _REQUIRES_GRAD(p) for each in parameters if each for p in each.values()],
+            [None if p is None else _REQUIRES_GRAD(p) for each in parameters if each for p in each.values()],
             [(index, id(f)) for index, f in enumerate([each.get("forward") for each in own]) if _is_foreign(f)],
             [bool(own[index].get(kind)) for index, kind in self._hooks],
         ]

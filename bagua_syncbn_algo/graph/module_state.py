@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import random
 import sys
 import types
@@ -40,16 +41,20 @@ CONSTANT_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _HOOK_ATTRIBUTES = frozenset(name for name in nn.Module().__dict__ if "_hooks" in name)
 
 
-def plain_copy(value: Any) -> Optional[Tuple[Any]]:
-    """Returns a constant, or a copy of a container of constants, in a tuple; ``None`` for a value of another kind."""
-    if isinstance(value, CONSTANT_TYPES):
+def plain_copy(value: Any, depth: int = 4) -> Optional[Tuple[Any]]:
+    """Returns a constant or a function, or a copy of a container of these; ``None`` for a value of another kind.
+
+    The result is a tuple of one value.
+    """
+    if isinstance(value, (*CONSTANT_TYPES, types.FunctionType, types.BuiltinFunctionType, type)):
         return (value,)
-    if type(value) in (list, tuple, set, frozenset):
-        return (copy.copy(value),) if all(isinstance(item, CONSTANT_TYPES) for item in value) else None
-    if type(value) is dict:
-        items = [*value, *value.values()]
-        return (dict(value),) if all(isinstance(item, CONSTANT_TYPES) for item in items) else None
-    return None
+    if depth == 0 or type(value) not in (list, tuple, set, frozenset, dict):
+        return None
+    copies = [plain_copy(item, depth - 1) for item in (value.values() if type(value) is dict else value)]
+    items = [item[0] for item in copies if item is not None]
+    if len(items) < len(copies):
+        return None
+    return (dict(zip(value, items)) if type(value) is dict else type(value)(items),)
 
 
 class UntraceableError(Exception):
@@ -62,9 +67,9 @@ def hooks_of(module: nn.Module) -> Tuple[bool, ...]:
 
 
 def _original_class(part: nn.Module) -> type:
-    """Returns the class of a module before a wrapper replaced it by a subclass that refuses ``deepcopy``."""
+    """Returns the class of a module before FSDP2 or ``replicate`` replaced it by one that refuses ``deepcopy``."""
     kind: type = type(part)
-    while "__deepcopy__" in vars(kind) and len(kind.__mro__) > 2:
+    while str(getattr(vars(kind).get("__deepcopy__"), "__module__", "")).startswith("torch.distributed"):
         kind = next(each for each in kind.__mro__[1:] if issubclass(each, nn.Module))
     return kind
 
@@ -145,6 +150,9 @@ def clean_copy(module: nn.Module) -> nn.Module:
             replica = copy.deepcopy(module, memo)
     except Exception as error:
         raise UntraceableError(f"cannot be copied ({type(error).__name__}: {error})") from error
+    pairs = itertools.zip_longest(module.modules(), replica.modules())
+    if any(_original_class(part) is not type(copied) for part, copied in pairs):
+        raise UntraceableError("has a __deepcopy__ whose copy has other submodules or classes")
     for part in replica.modules():
         for name in ("forward", FORWARD):
             if part.__dict__.get(name, 0) is None:
@@ -217,6 +225,14 @@ def _comparable(value: Any, depth: int = 4) -> Any:
     opaque = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
     if depth == 0 or isinstance(value, opaque):
         return id(value)
+    if hasattr(value, "getstate"):  # random.Random
+        return repr(value.getstate())
+    if isinstance(value, torch.Generator):
+        return bytes(value.get_state().tolist())
+    if hasattr(value, "bit_generator"):  # numpy.random.Generator
+        return repr(value.bit_generator.state)
+    if hasattr(value, "__next__"):  # an iterator of itertools, whose position is part of its text
+        return repr(value)
     if isinstance(value, dict):
         return id(value), [
             (_comparable(key, 1), _comparable(item, depth - 1)) for key, item in list(value.items())[:_MAX_ITEMS]

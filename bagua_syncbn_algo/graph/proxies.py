@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+import sys
+from typing import Any, Callable
 
 from torch import Tensor, fx
 
 from .module_state import UntraceableError
 from .shapes import KNOWN_BY_SHAPE, UNKNOWN
 
-__all__ = ["IN_PLACE_OPERATORS", "TracedValue"]
+__all__ = ["IN_PLACE_OPERATORS", "TracedValue", "checking_types"]
+
+
+_EXEMPT = ("torch", __name__.split(".")[0])  # whose own code must see what a traced value is
 
 
 class TracedValue(fx.Proxy):
@@ -19,19 +23,18 @@ class TracedValue(fx.Proxy):
     With an example, a fake tensor, it answers questions about its shape with numbers.
     """
 
-    _is_param = False  # for isinstance(x, nn.Parameter), which asks everything that claims to be a tensor
-
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("node", "tracer", "example"):
+        if name not in ("node", "tracer", "example", "is_tensor"):
             raise UntraceableError(f"assigns to a tensor's attribute {name}")
         super().__setattr__(name, value)
 
     def _example(self) -> Any:
         return self.__dict__.get("example", UNKNOWN)
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # `isinstance(x, Tensor)` is the question of a branch or an assertion
-        return Tensor if isinstance(self._example(), Tensor) else TracedValue
+    @property
+    def is_known_tensor(self) -> bool:
+        """Whether the value is a tensor in every call of the graph's pattern."""
+        return isinstance(self._example(), Tensor) or bool(self.__dict__.get("is_tensor"))
 
     def __getattr__(self, name: str) -> Any:
         example = self._example()
@@ -64,3 +67,20 @@ IN_PLACE_OPERATORS = (
 
 for _name in IN_PLACE_OPERATORS:
     setattr(TracedValue, f"__{_name}__", _in_place(_name))
+
+
+def checking_types(original: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    """Returns an ``isinstance`` that takes a traced tensor for a tensor, outside of ``torch`` and of this package.
+
+    The answer decides branches and assertions of a forward. A property ``__class__`` of the value would have the same
+    effect, but also on code in C++, which would then read a tensor that does not exist.
+    """
+
+    def is_instance(value: Any, kind: Any) -> bool:
+        if type(value) is TracedValue and (kind is Tensor or (type(kind) is tuple and Tensor in kind)):
+            caller = str(sys._getframe(1).f_globals.get("__name__"))
+            if caller.split(".")[0] not in _EXEMPT and value.is_known_tensor:
+                return True
+        return original(value, kind)
+
+    return is_instance

@@ -11,7 +11,7 @@ import operator
 from typing import Any, Callable, List, Sequence, Tuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 __all__ = [
     "KNOWN_BY_SHAPE",
@@ -39,9 +39,15 @@ def has_fake_tensors() -> bool:
     return hasattr(torch, "_subclasses") and hasattr(torch._subclasses, "FakeTensorMode")
 
 
-def shapes_of(values: Sequence[Any]) -> Tuple[Any, ...]:
-    """Returns what a trace with fake tensors depends on: shapes, strides, dtypes and devices, and numbers."""
-    return tuple(
+def shapes_of(values: Sequence[Any], module: nn.Module) -> Tuple[Any, ...]:
+    """Returns what a trace with fake tensors depends on: shapes, strides, dtypes and devices, and numbers.
+
+    Args:
+        values: the values of the call.
+        module: the module, for the shapes and dtypes of its parameters and buffers.
+    """
+    own = tuple((tensor.shape, tensor.dtype) for tensor in (*module.parameters(), *module.buffers()))
+    return own + tuple(
         (tuple(value.shape), value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else value
         for value in values
     )
@@ -65,14 +71,18 @@ class FakeValues:
 
     def __init__(self, values: Sequence[Any]) -> None:
         self._mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
-        self.inputs = [self.of(value) for value in values]
         self.busy = False
+        self.inputs = [self.of(value) for value in values]
 
     def of(self, value: Any) -> Any:
         """Returns the fake tensor of a tensor, a number as it is, and ``UNKNOWN`` for other values."""
-        if isinstance(value, Tensor):
+        if not isinstance(value, Tensor):
+            return value if is_plain_number(value) else UNKNOWN
+        self.busy = True
+        try:
             return self._mode.from_tensor(value.detach())
-        return value if is_plain_number(value) else UNKNOWN
+        finally:
+            self.busy = False
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Returns the result of a function of traced values; ``UNKNOWN`` if it cannot be computed on fake tensors."""

@@ -7,13 +7,13 @@ of the graph, and is reported with the reason.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import gc
 import inspect
 import threading
 import time
 import weakref
-from collections import OrderedDict
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -38,7 +38,8 @@ from .module_state import (
     preserved_random_states,
     replaced,
 )
-from .proxies import TracedValue
+from .progress import TraceProgress
+from .proxies import TracedValue, checking_types
 from .shapes import UNKNOWN, FakeValues, is_evaluated, is_plain_number
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
 _LOCK = threading.RLock()  # tracing patches classes and functions of torch for the whole process
 _MAX_ATTEMPTS = 3  # if random numbers are drawn during tracing, perhaps by another thread
 _DATA_BRANCH, _UNTRACED = "has a branch or loop that depends on data", "cannot be traced"
+_VALUE_READERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 _CUSTOM_FUNCTION = "applies a custom autograd function"
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # which every module has; guards compare those that matter
 _is_grad_enabled = torch.is_grad_enabled  # tracing replaces the public function
@@ -112,6 +114,13 @@ def _trace(module: nn.Module, pattern: CallPattern, values: Optional[Sequence[An
     tracer = _Tracer(pattern, hooks, [replica_ for part, replica_ in pairs if has_own_forward(part)])
     tracer.fakes = None if values is None else FakeValues(values)
     tracer.indices = {id(replica_): index for index, (_, replica_) in enumerate(pairs)}
+    try:
+        return _graph_of(tracer, replica, last)
+    finally:
+        tracer.__dict__.clear()  # fx keeps the tracer in a reference cycle, with the replica and the inputs
+
+
+def _graph_of(tracer: _Tracer, replica: nn.Module, last: bool) -> Trace:
     with _LOCK, preserved_random_states(), torch.enable_grad(), tracer.patched_torch():
         snapshots = [ModuleSnapshot(part) for part in replica.modules()]
         state = StateSnapshot(replica)
@@ -187,11 +196,13 @@ class _Tracer(fx.Tracer):
                 self.graph.erase_node(proxy.node)
                 return example
             proxy.example = example
+        elif kind == "placeholder":
+            proxy.is_tensor = self._pattern.kinds[_number_of(target)] is Tensor
         return proxy
 
     def _example(self, fakes: FakeValues, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "placeholder":
-            return fakes.inputs[int(str(target).split("_")[-1])]
+            return fakes.inputs[_number_of(target)]
         if kind == "get_attr":
             return fakes.of(fakes.call(lambda: attribute_of(self.root, str(target)), (), {}))
         if kind == "call_method":
@@ -221,8 +232,6 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, {})
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, fx.Proxy):  # which may claim to be a tensor
-            return a.node
         unknown = isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs
         if unknown and not any(a is buffer for buffer in self.root.buffers()):
             raise UntraceableError("uses a tensor that is no input, parameter, buffer or attribute")
@@ -251,7 +260,7 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if path in self.opaque:
             return self.create_proxy("call_module", path, args, kwargs)
-        progress = _TraceProgress(self)
+        progress = TraceProgress(self)
         state = StateSnapshot(m)
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -295,7 +304,8 @@ class _Tracer(fx.Tracer):
             if plain is not None:
                 self.reads.append((index, name, *plain))
         elif found:
-            if isinstance(getattr(type(part), name, self), CONSTANT_TYPES):  # a default, which an instance may replace
+            # A default or a method, which the instance may replace.
+            if plain_copy(getattr(type(part), name, self)) is not None:
                 self.reads.append((index, name, MISSING))
         elif not any(name in own[group] for group in ("_parameters", "_buffers", "_modules")):
             self.reads.append((index, name, MISSING))
@@ -313,12 +323,14 @@ class _Tracer(fx.Tracer):
             original = getattr(owner, name)
 
             def refuse(*args: Any, **kwargs: Any) -> Any:
-                return self.refuse(reason) if threading.get_ident() == self._thread else original(*args, **kwargs)
+                if threading.get_ident() == self._thread and not self._is_evaluating:
+                    return self.refuse(reason)
+                return original(*args, **kwargs)
 
             return refuse
 
         def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == self._thread:
+            if threading.get_ident() == self._thread and not self._is_evaluating:
                 self.refuse(_CUSTOM_FUNCTION)
             return original_apply.__get__(None, function)(*args, **kwargs)
 
@@ -353,7 +365,7 @@ class _Tracer(fx.Tracer):
             (hooks, "__enter__", "enters saved_tensors_hooks, as activation checkpointing does"),
             (torch.utils.checkpoint, "checkpoint", "calls checkpoint"),
             (torch, "is_grad_enabled", "queries the gradient mode"),
-            *((Tensor, name, "reads a tensor's value") for name in ("item", "tolist", "__bool__", "__float__")),
+            *((Tensor, name, "reads a tensor's value") for name in _VALUE_READERS),
         ]
         with contextlib.ExitStack() as stack:
             for owner, name, reason in contexts:
@@ -361,38 +373,9 @@ class _Tracer(fx.Tracer):
             stack.enter_context(replaced(torch.autograd.Function, "apply", classmethod(apply)))
             stack.enter_context(replaced(SyncBatchNorm, "forward", normalize))
             stack.enter_context(replaced(nn.Module, "__getattribute__", read))
+            stack.enter_context(replaced(builtins, "isinstance", checking_types(builtins.isinstance)))
             yield
 
 
-class _TraceProgress:
-    """The state of a tracer before it traces a submodule, restored if the submodule cannot be traced."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        self._tracer = tracer
-        self._last = self._last_node()
-        self._stack = dict(self._module_stack())
-        self._calls = dict(getattr(tracer, "num_calls", {}))
-        self.refusals = len(tracer.refusals)
-        self._reads = len(tracer.reads)
-
-    def restore(self) -> None:
-        """Erases the nodes, module stack entries, call counts, refusals and reads that were added since then."""
-        tracer = self._tracer
-        node = self._last_node()
-        while node is not None and node is not self._last:
-            tracer.graph.erase_node(node)
-            node = self._last_node()
-        stack = self._module_stack()
-        stack.clear()
-        stack.update(self._stack)
-        if hasattr(tracer, "num_calls"):
-            tracer.num_calls = self._calls
-        del tracer.refusals[self.refusals :]
-        del tracer.reads[self._reads :]
-
-    def _last_node(self) -> Optional[fx.Node]:
-        return next(iter(reversed(self._tracer.graph.nodes)), None)
-
-    def _module_stack(self) -> Dict[str, Any]:
-        stack: Dict[str, Any] = self._tracer.__dict__.setdefault("module_stack", OrderedDict())
-        return stack
+def _number_of(placeholder: Any) -> int:
+    return int(str(placeholder).split("_")[-1])

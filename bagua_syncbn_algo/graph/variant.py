@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
     uncoalesced: Tuple[Tuple[str, str], ...]  # paths of layers that cannot share a round
     unsplit: Tuple[Tuple[str, str], ...]  # paths of layers whose weight gradient cannot be deferred
     failure: Optional[str]  # why the module's own forward runs
+    regroups: bool  # whether a regrouped graph runs; not if no layers share a round
 
 
 class _Regrouped:
@@ -78,6 +79,7 @@ class Variant:
         self.run: Optional[Callable[..., Any]] = None  # the regrouped forward; None: the original runs
         self.failure: Optional[str] = None  # why the module cannot be regrouped
         self.shapes: Optional[Tuple[Any, ...]] = None  # of the values, if the graph depends on them
+        self.shapes_failed = False  # whether the trace with the shapes of a real call has failed
         self.wants_shapes = False  # whether a trace with the shapes of a real call may succeed
         self.verified = False
         self.trials = 0
@@ -110,11 +112,6 @@ class Variant:
         self._traced, self._levels, self._candidates = traced, levels, candidates
         self._regroup(forward.module)
 
-    def serves_as(self, other: Variant) -> bool:
-        """Returns whether this graph has been verified and has the rounds of ``other``, a graph for other shapes."""
-        same_call = other.shapes is not None and self.shapes is not None and self.pattern == other.pattern
-        return same_call and self.verified and self.rounds == other.rounds
-
     @property
     def outcome(self) -> Outcome:
         """The result for the plan."""
@@ -122,7 +119,8 @@ class Variant:
             opaque, uncoalesced, unsplit = map(
                 tuple, (d.items() for d in (self.opaque, self.uncoalesced, self.unsplit))
             )
-            self._outcome = Outcome(tuple(self.rounds), opaque, uncoalesced, unsplit, self.failure)
+            regroups = self.run is not None
+            self._outcome = Outcome(tuple(self.rounds), opaque, uncoalesced, unsplit, self.failure, regroups)
         return self._outcome
 
     def _regroup(self, module: nn.Module) -> None:
