@@ -105,7 +105,7 @@ class PooledFeatures(nn.Module):
 
 
 def pooled_features() -> nn.Module:
-    return PooledFeatures(timm_model("resnet18"))
+    return PooledFeatures(timm_model("resnet18", num_classes=0))
 
 
 def hugging_face(name: str) -> nn.Module:
@@ -130,10 +130,11 @@ def retinanet() -> nn.Module:
     """RetinaNet with BatchNorm in the backbone, in the pyramid and in the heads, which run once for each level."""
     import torchvision
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
     from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 
     trunk = torchvision.models.resnet18(weights=None)
-    backbone = _resnet_fpn_extractor(trunk, 5, returned_layers=[2, 3, 4], norm_layer=nn.BatchNorm2d)
+    backbone = _resnet_fpn_extractor(trunk, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256), norm_layer=nn.BatchNorm2d)
     head = RetinaNetHead(backbone.out_channels, 9, CLASSES, norm_layer=nn.BatchNorm2d)
     model: nn.Module = RetinaNet(backbone, CLASSES, head=head, min_size=64, max_size=64)
     return model
@@ -219,14 +220,14 @@ def lightning_trainer(style: str, job: Job, model: nn.Module) -> None:
             super().__init__()
             self.net = model
 
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.net(*args, **kwargs)
+        def forward(self, images: Tensor) -> Any:
+            return self.net(images)
 
         def training_step(self, batch: Batch, number: int) -> Tensor:
             return job.case.loss(self.net if style == "part" else self, batch)
 
         def configure_optimizers(self) -> Any:
-            job.observe(self.net)  # the plugin has converted the layers
+            job.observe(self)  # the plugin has converted the layers
             return job.optimizer(self.net)
 
     trainer = pl.Trainer(
@@ -322,6 +323,8 @@ def hugging_face_trainer(job: Job, model: nn.Module) -> None:
             logging_strategy="no",
             disable_tqdm=True,
             train_sampling_strategy="sequential",
+            # By default, the loss of a model with **kwargs is multiplied by the number of ranks.
+            average_tokens_across_devices=False,
         )
         trainer = transformers.Trainer(
             model,
@@ -346,6 +349,9 @@ def mmengine_runner(job: Job, model: nn.Module) -> None:
             super().__init__()
             self.net = model
 
+        def init_weights(self) -> None:
+            """Keeps the weights: the Runner would draw new ones, and the reference has those of ``model``."""
+
         def forward(self, inputs: Tensor, targets: Tensor, mode: str = "tensor") -> Any:
             return {"loss": job.case.loss(self.net, (inputs, targets))}
 
@@ -362,9 +368,9 @@ def mmengine_runner(job: Job, model: nn.Module) -> None:
             launcher="pytorch",
             env_cfg={"dist_cfg": {"backend": "gloo"}},
             log_level="ERROR",
-            default_hooks={"checkpoint": None, "logger": None, "runtime_info": None},
+            default_hooks=dict.fromkeys(("checkpoint", "logger", "runtime_info", "sampler_seed", "param_scheduler")),
         )
-        job.observe(model)
+        job._model, job._converted = built, (built,)  # `train` converts the layers; the first step notes the plan
         runner.train()
 
 
@@ -387,7 +393,7 @@ def gan_loop(job: Job, model: nn.Module) -> None:
     parts: Any = model
     for name in ("generator", "discriminator"):
         parts[name] = job.convert(parts[name])
-    job.observe(model)
+    job.observe(model, *parts.values())
     generator, discriminator = (job.wrap(parts[name]) for name in ("generator", "discriminator"))
     of_discriminator = job.optimizer(parts["discriminator"], last=False)
     of_generator = job.optimizer(parts["generator"])
@@ -398,7 +404,7 @@ def gan_loop(job: Job, model: nn.Module) -> None:
         of_discriminator.zero_grad()
         for images, _ in batches:
             # One backward for each forward: DistributedDataParallel prepares one reduction at a time.
-            loss = F.softplus(-discriminator(images)).mean() + 0 * sum(p.sum() for p in ())
+            loss = F.softplus(-discriminator(images)).mean()
             (loss / len(batches)).backward()
             loss = F.softplus(discriminator(generator(images).detach())).mean()
             (loss / len(batches)).backward()
@@ -456,6 +462,9 @@ def compiled(backend: str) -> Any:
     return partial(torch.compile, backend=backend)
 
 
+BF16 = "bfloat16: compare with one process in bfloat16"
+
+
 def cases() -> List[Case]:
     """Returns all rows of the table."""
     ddp = "DistributedDataParallel"
@@ -480,17 +489,17 @@ def cases() -> List[Case]:
         row(ddp, "checkpointing of timm, static_graph", resnet18, checkpointed, reference=loop),
         row(ddp, "torch.compile, aot_eager", resnet18, with_options(before=compiled("aot_eager"))),
         timm("hrnet_w18_small", "model(x)"),
-        timm("efficientnet_b0", "train script: EMA, bf16, channels_last, accumulation", timm_loop, accumulate=2, autocast=True),
+        timm("efficientnet_b0", "train script: EMA, bf16, channels_last, accumulation", timm_loop, accumulate=2, autocast=True, images=8, note=BF16),
         timm("efficientnet_b0", "train script: EMA, float64, channels_last, accumulation", timm_loop, accumulate=2),
         timm("mobilenetv3_small_100", "model(x)"),
         timm("resnet18", "features_only", features_only=True, loss=sum_of_pyramid),
         row("timm", "resnet18, net.forward_features(x)", pooled_features),
         row("Lightning", "training_step calls self.net(x)", resnet18, partial(lightning_trainer, "part"), reference=loop),
         row("Lightning", "training_step calls self(x)", resnet18, partial(lightning_trainer, "self"), reference=loop),
-        row("Lightning", "bf16-mixed, accumulate_grad_batches=2", resnet18, partial(lightning_trainer, "part"), reference=loop, accumulate=2, autocast=True),
-        row("Lightning", "Fabric", resnet18, lightning_fabric, reference=loop),
+        row("Lightning", "bf16-mixed, accumulate_grad_batches=2", resnet18, partial(lightning_trainer, "part"), reference=loop, accumulate=2, autocast=True, images=8, note=BF16),
+        row("Lightning", "Fabric", resnet18, lightning_fabric, reference=loop, note="Fabric returns float32 outputs"),
         row("accelerate", "float64, accumulation", resnet18, accelerator, reference=loop, accumulate=2),
-        row("accelerate", "mixed_precision bf16", resnet18, accelerator, reference=loop, autocast=True),
+        row("accelerate", "mixed_precision bf16", resnet18, accelerator, reference=loop, autocast=True, images=8, note=BF16),
         row("Hugging Face", "ResNet, labels=", partial(hugging_face, "ResNet"), loss=labelled),
         row("Hugging Face", "MobileNetV2, labels=", partial(hugging_face, "MobileNetV2"), loss=labelled),
         row("Hugging Face", "Segformer, labels=", partial(hugging_face, "Segformer"), loss=labelled, targets=masks),
@@ -501,6 +510,6 @@ def cases() -> List[Case]:
         row("FSDP2", "fully_shard of the model", resnet18, partial(fsdp, False), reference=loop),
         row("FSDP2", "fully_shard of stages and model", resnet18, partial(fsdp, True), reference=loop),
         row("MMEngine", "SyncBatchNormRunner", resnet18, mmengine_runner, reference=loop),
-        row("GAN", "generator and discriminator in turn", gan, gan_loop, reference=gan_loop, size=16, calls={"generator": (2, 1), "discriminator": (3, 3)}),
-        row("BYOL", "online and momentum encoder", Byol, byol_loop, reference=byol_loop, loss=byol_loss, calls={"online": two, "predictor": two, "momentum": (2, 0)}),
+        row("GAN", "generator and discriminator in turn", gan, gan_loop, reference=gan_loop, size=16, calls=[{"": (2, 1)}, {"": (3, 3)}]),
+        row("BYOL", "online and momentum encoder", Byol, byol_loop, reference=byol_loop, loss=byol_loss, calls=[{"online": two, "predictor": two, "momentum": (2, 0)}]),
     ]

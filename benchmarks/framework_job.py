@@ -41,8 +41,8 @@ class Case:
         images: the images of one shard in a batch.
         accumulate: the number of batches whose gradients one step sums.
         autocast: whether the model is float32 under autocast to bfloat16; otherwise everything is float64.
-        calls: the forwards and backwards of each part of the model in one batch, by the part's name; ``""`` for the
-            model itself.
+        calls: for each converted model, the forwards and backwards of its parts in one batch, by the part's path; ``""``
+            for the model itself.
         note: why the rounds differ from the plan.
     """
 
@@ -57,7 +57,7 @@ class Case:
     images: int = 2
     accumulate: int = 1
     autocast: bool = False
-    calls: Dict[str, Tuple[int, int]] = field(default_factory=lambda: {"": (1, 1)})
+    calls: List[Dict[str, Tuple[int, int]]] = field(default_factory=lambda: [{"": (1, 1)}])
     note: str = ""
 
 
@@ -87,6 +87,7 @@ class Job:
         self.steps_done = 0
         self.skipped: List[Tuple[str, str]] = []
         self._model: Any = None
+        self._converted: Tuple[nn.Module, ...] = ()
 
     def convert(self, model: Any) -> Any:
         """Returns ``model``, in distributed training with synchronized layers."""
@@ -128,9 +129,14 @@ class Job:
         """
         return Recorder(self, model, last, parameters)
 
-    def observe(self, model: nn.Module) -> None:
-        """Sets the model with all synchronized layers. Call this function after the conversion."""
-        self._model = model
+    def observe(self, model: nn.Module, *converted: nn.Module) -> None:
+        """Sets the model that is trained. Call this function after the conversion.
+
+        Args:
+            model: the model.
+            *converted: the modules that were converted; by default ``model``.
+        """
+        self._model, self._converted = model, converted or (model,)
         if self.synchronized:
             self._note_plan()
 
@@ -152,10 +158,13 @@ class Job:
 
     def _note_plan(self) -> None:
         total = 0
-        for name, (forwards, backwards) in self.case.calls.items():
-            plan = plan_of(self._model.get_submodule(name))
-            total += plan.rounds_forward * forwards + plan.rounds_backward * backwards
-            self.skipped = [each for each in self.skipped if each not in plan.skipped] + list(plan.skipped)
+        for converted, calls in zip(self._converted, self.case.calls):
+            plan = plan_of(converted)
+            self.skipped += [each for each in plan.skipped if each not in self.skipped]
+            for path, (forwards, backwards) in calls.items():
+                prefix = f"{plan.model}.{path}" if path else ""
+                rounds = [planned for planned in plan.rounds if planned.layers[0].startswith(prefix)]
+                total += sum(forwards + backwards * planned.backward for planned in rounds)
         self.planned.append(total * self.case.accumulate)
 
 

@@ -12,7 +12,7 @@ import json
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from framework_cases import cases
@@ -37,11 +37,11 @@ def build(case: Case, dtype: torch.dtype) -> nn.Module:
 def run_case(rank: int, index: int) -> Dict[str, Any]:
     """Trains a case on this rank, and in one process on rank 0; returns a row of the table."""
     case = cases()[index]
-    reference, control, local = (None, None, None)
+    reference, rounding, local = (None, None, None)
     if rank == 0:  # before distributed training, so that no rank waits in a collective meanwhile
         reference = alone(case)
+        rounding = alone(case, shards=range(SHARDS)[::-1], autocast=case.autocast)
         local = alone(case, whole=False)
-        control = alone(case, autocast=True) if case.autocast else None
     start(rank)
     with collected_warnings() as warned:
         job = Job(case, [rank], synchronized=True)
@@ -49,7 +49,7 @@ def run_case(rank: int, index: int) -> Dict[str, Any]:
     start(rank)  # a framework may have destroyed the process group, with which the caller ends
     if reference is None:
         return {}
-    assert local is not None
+    assert local is not None and rounding is not None
     per_step = [last - first for first, last in zip(job.rounds, job.rounds[1:])]
     return {
         "planned": job.planned[-1],
@@ -59,23 +59,24 @@ def run_case(rank: int, index: int) -> Dict[str, Any]:
         "a_round_a_layer": reference.layers,
         "gradients": largest_difference(job.gradients, reference.gradients),
         "statistics": largest_difference(job.statistics, reference.statistics),
-        "same_precision": None if control is None else largest_difference(control.gradients, reference.gradients),
-        "per_rank": largest_difference(local.gradients, reference.gradients),
+        "gradients_one_process": largest_difference(rounding.gradients, reference.gradients),
+        "gradients_per_rank": largest_difference(local.gradients, reference.gradients),
         "skipped": job.skipped,
         "warnings": warned,
         "note": case.note,
     }
 
 
-def alone(case: Case, whole: bool = True, autocast: bool = False) -> Job:
+def alone(case: Case, shards: Sequence[int] = range(SHARDS), whole: bool = True, autocast: bool = False) -> Job:
     """Trains a case in this process on the data of all ranks, with plain BatchNorm layers.
 
     Args:
         case: the case.
+        shards: the order of the shards in a batch. Another order changes the rounding only.
         whole: whether a batch is normalized as a whole; otherwise each shard is, as without synchronization.
         autocast: whether to train in the precision of the case instead of float64.
     """
-    job = Job(case, list(range(SHARDS)), synchronized=False, whole=whole, autocast=autocast)
+    job = Job(case, list(shards), synchronized=False, whole=whole, autocast=autocast)
     model = build(case, job.dtype)
     calls = [0]
 
@@ -100,19 +101,19 @@ def reason_of(row: Dict[str, Any]) -> str:
 
 
 def table_of(rows: List[Dict[str, Any]]) -> List[str]:
-    heading = ["framework", "entry point", "rounds: planned", "observed", "a round a layer", "difference: gradients"]
-    heading += ["running statistics", "not synchronized", "remarks"]
+    heading = ["framework", "entry point", "rounds: planned", "observed", "a round a layer", "gradients"]
+    heading += ["running statistics", "gradients, one process", "gradients, not synchronized", "remarks"]
     body = []
     for row in rows:
         if "error" in row:
-            body.append([row["framework"], row["entry"], *["–"] * 6, f"failed: {_cell(row['error'])}"])
+            body.append([row["framework"], row["entry"], *["–"] * 7, f"failed: {_cell(row['error'])}"])
             continue
-        gradients = f"{row['gradients']:.0e}"
-        if row["same_precision"] is not None:
-            gradients += f" (one process in bf16: {row['same_precision']:.0e})"
-        differences = [gradients, f"{row['statistics']:.0e}", f"{row['per_rank']:.0e}"]
-        counts = [str(row[key]) for key in ("planned", "observed", "a_round_a_layer")]
-        body.append([row["framework"], row["entry"], *counts, *differences, _cell(reason_of(row))])
+        keys = ("gradients", "statistics", "gradients_one_process", "gradients_per_rank")
+        planned = str(row["planned_at_conversion"])
+        if row["planned"] != row["planned_at_conversion"]:
+            planned += f" (after training: {row['planned']})"
+        counts = [planned, str(row["observed"]), str(row["a_round_a_layer"])]
+        body.append([row["framework"], row["entry"], *counts, *(f"{row[key]:.0e}" for key in keys), _cell(reason_of(row))])
     return table(heading, body)
 
 
