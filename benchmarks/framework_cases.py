@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -130,11 +130,13 @@ def retinanet() -> nn.Module:
     """RetinaNet with BatchNorm in the backbone, in the pyramid and in the heads, which run once for each level."""
     import torchvision
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
-    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
     from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
     trunk = torchvision.models.resnet18(weights=None)
-    backbone = _resnet_fpn_extractor(trunk, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256), norm_layer=nn.BatchNorm2d)
+    backbone = _resnet_fpn_extractor(
+        trunk, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256), norm_layer=nn.BatchNorm2d
+    )
     head = RetinaNetHead(backbone.out_channels, 9, CLASSES, norm_layer=nn.BatchNorm2d)
     model: nn.Module = RetinaNet(backbone, CLASSES, head=head, min_size=64, max_size=64)
     return model
@@ -227,7 +229,7 @@ def lightning_trainer(style: str, job: Job, model: nn.Module) -> None:
             return job.case.loss(self.net if style == "part" else self, batch)
 
         def configure_optimizers(self) -> Any:
-            job.observe(self)  # the plugin has converted the layers
+            job.observe(self.net, self)  # the plugin has converted the layers
             return job.optimizer(self.net)
 
     trainer = pl.Trainer(
@@ -370,7 +372,7 @@ def mmengine_runner(job: Job, model: nn.Module) -> None:
             log_level="ERROR",
             default_hooks=dict.fromkeys(("checkpoint", "logger", "runtime_info", "sampler_seed", "param_scheduler")),
         )
-        job._model, job._converted = built, (built,)  # `train` converts the layers; the first step notes the plan
+        job._model, job._converted = model, (built,)  # `train` converts the layers; the first step notes the plan
         runner.train()
 
 
@@ -489,27 +491,91 @@ def cases() -> List[Case]:
         row(ddp, "checkpointing of timm, static_graph", resnet18, checkpointed, reference=loop),
         row(ddp, "torch.compile, aot_eager", resnet18, with_options(before=compiled("aot_eager"))),
         timm("hrnet_w18_small", "model(x)"),
-        timm("efficientnet_b0", "train script: EMA, bf16, channels_last, accumulation", timm_loop, accumulate=2, autocast=True, images=8, note=BF16),
+        timm(
+            "efficientnet_b0",
+            "train script: EMA, bf16, channels_last, accumulation",
+            timm_loop,
+            accumulate=2,
+            autocast=True,
+            images=8,
+            note=BF16,
+        ),
         timm("efficientnet_b0", "train script: EMA, float64, channels_last, accumulation", timm_loop, accumulate=2),
         timm("mobilenetv3_small_100", "model(x)"),
         timm("resnet18", "features_only", features_only=True, loss=sum_of_pyramid),
         row("timm", "resnet18, net.forward_features(x)", pooled_features),
-        row("Lightning", "training_step calls self.net(x)", resnet18, partial(lightning_trainer, "part"), reference=loop),
+        row(
+            "Lightning", "training_step calls self.net(x)", resnet18, partial(lightning_trainer, "part"), reference=loop
+        ),
         row("Lightning", "training_step calls self(x)", resnet18, partial(lightning_trainer, "self"), reference=loop),
-        row("Lightning", "bf16-mixed, accumulate_grad_batches=2", resnet18, partial(lightning_trainer, "part"), reference=loop, accumulate=2, autocast=True, images=8, note=BF16),
+        row(
+            "Lightning",
+            "bf16-mixed, accumulate_grad_batches=2",
+            resnet18,
+            partial(lightning_trainer, "part"),
+            reference=loop,
+            accumulate=2,
+            autocast=True,
+            images=8,
+            note=BF16,
+        ),
         row("Lightning", "Fabric", resnet18, lightning_fabric, reference=loop, note="Fabric returns float32 outputs"),
         row("accelerate", "float64, accumulation", resnet18, accelerator, reference=loop, accumulate=2),
-        row("accelerate", "mixed_precision bf16", resnet18, accelerator, reference=loop, autocast=True, images=8, note=BF16),
+        row(
+            "accelerate",
+            "mixed_precision bf16",
+            resnet18,
+            accelerator,
+            reference=loop,
+            autocast=True,
+            images=8,
+            note=BF16,
+        ),
         row("Hugging Face", "ResNet, labels=", partial(hugging_face, "ResNet"), loss=labelled),
         row("Hugging Face", "MobileNetV2, labels=", partial(hugging_face, "MobileNetV2"), loss=labelled),
         row("Hugging Face", "Segformer, labels=", partial(hugging_face, "Segformer"), loss=labelled, targets=masks),
-        row("Hugging Face", "Trainer, ResNet", partial(hugging_face, "ResNet"), hugging_face_trainer, reference=loop, loss=labelled),
+        row(
+            "Hugging Face",
+            "Trainer, ResNet",
+            partial(hugging_face, "ResNet"),
+            hugging_face_trainer,
+            reference=loop,
+            loss=labelled,
+        ),
         row(tv, "RetinaNet with BatchNorm heads, targets", retinanet, loss=detection, targets=boxes),
-        row(tv, "deeplabv3_mobilenet_v3_large, dict of outputs", partial(torchvision_model, "deeplabv3_mobilenet_v3_large", weights=None, weights_backbone=None, aux_loss=True), **seg),
-        row(tv, "googlenet, auxiliary classifiers", partial(torchvision_model, "googlenet", weights=None, init_weights=False), loss=three_classifiers),
+        row(
+            tv,
+            "deeplabv3_mobilenet_v3_large, dict of outputs",
+            partial(
+                torchvision_model, "deeplabv3_mobilenet_v3_large", weights=None, weights_backbone=None, aux_loss=True
+            ),
+            **seg,
+        ),
+        row(
+            tv,
+            "googlenet, auxiliary classifiers",
+            partial(torchvision_model, "googlenet", weights=None, init_weights=False),
+            loss=three_classifiers,
+        ),
         row("FSDP2", "fully_shard of the model", resnet18, partial(fsdp, False), reference=loop),
         row("FSDP2", "fully_shard of stages and model", resnet18, partial(fsdp, True), reference=loop),
         row("MMEngine", "SyncBatchNormRunner", resnet18, mmengine_runner, reference=loop),
-        row("GAN", "generator and discriminator in turn", gan, gan_loop, reference=gan_loop, size=16, calls=[{"": (2, 1)}, {"": (3, 3)}]),
-        row("BYOL", "online and momentum encoder", Byol, byol_loop, reference=byol_loop, loss=byol_loss, calls=[{"online": two, "predictor": two, "momentum": (2, 0)}]),
+        row(
+            "GAN",
+            "generator and discriminator in turn",
+            gan,
+            gan_loop,
+            reference=gan_loop,
+            size=16,
+            calls=[{"": (2, 1)}, {"": (3, 3)}],
+        ),
+        row(
+            "BYOL",
+            "online and momentum encoder",
+            Byol,
+            byol_loop,
+            reference=byol_loop,
+            loss=byol_loss,
+            calls=[{"online": two, "predictor": two, "momentum": (2, 0)}],
+        ),
     ]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -41,9 +39,9 @@ class Case:
         images: the images of one shard in a batch.
         accumulate: the number of batches whose gradients one step sums.
         autocast: whether the model is float32 under autocast to bfloat16; otherwise everything is float64.
-        calls: for each converted model, the forwards and backwards of its parts in one batch, by the part's path; ``""``
-            for the model itself.
-        note: why the rounds differ from the plan.
+        calls: for each converted model, the forwards and backwards of its parts in one batch, by the part's path;
+            ``""`` for the model itself.
+        note: a remark on the numbers.
     """
 
     framework: str
@@ -68,8 +66,8 @@ class Job:
         case: the case.
         shards: the parts of the data that this process trains on.
         synchronized: whether this process is one of several ranks, and converts the model.
-        whole: whether the shards of a batch are one forward; otherwise there is one forward for each shard, so that each
-            shard has its own statistics.
+        whole: whether the shards of a batch are one forward; otherwise there is one forward for each shard, so that
+            each shard has its own statistics.
         autocast: whether the loop enables autocast; by default as the case does.
     """
 
@@ -317,25 +315,6 @@ def _concatenate(parts: List[Batch]) -> Batch:
     if isinstance(targets[0], Tensor):
         return images, torch.cat(targets)
     return images, [target for shard in targets for target in shard]
-
-
-def prepare_torchvision() -> None:
-    """Makes a torchvision for CUDA importable beside a CPU build of PyTorch, where its operators do not load.
-
-    Most frameworks import torchvision. The import needs the schemas of two operators, which no training forward calls.
-    """
-    global _operators
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None or torch.version.cuda is not None:
-        return
-    if "+cu" in (Path(found.origin).parent / "version.py").read_text():
-        _operators = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            _operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-_operators: Any = None
-prepare_torchvision()
 
 
 def start(rank: int) -> None:

@@ -57,7 +57,9 @@ def main() -> None:
     half = len(digits.train_images) // 2
     own = range(trainer.global_rank * half, (trainer.global_rank + 1) * half)
     data = Subset(TensorDataset(digits.train_images, digits.train_labels), list(own))
-    shuffled = DataLoader(data, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(trainer.global_rank))
+    shuffled = DataLoader(
+        data, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(trainer.global_rank)
+    )
     module = Digits()
     trainer.fit(module, shuffled)
     module.eval()

@@ -24,8 +24,8 @@ __all__ = ["SyncBatchNormRunner"]
 class SyncBatchNormRunner(Runner):
     """A Runner that converts the BatchNorm layers of its model before it wraps the model.
 
-    Select it with ``runner_type = "SyncBatchNormRunner"`` in a config, and import this module with ``custom_imports``. Do
-    not set ``sync_bn``. Without a launcher, the model is not converted.
+    Select it with ``runner_type = "SyncBatchNormRunner"`` in a config, and import this module with ``custom_imports``.
+    Do not set ``sync_bn``. Without a launcher, the model is not converted.
     """
 
     def wrap_model(self, model_wrapper_cfg: Optional[Dict[str, Any]], model: nn.Module) -> Any:

@@ -8,8 +8,9 @@ try:
     from pytorch_lightning.plugins.layer_sync import LayerSync
 except ImportError as error:
     raise ImportError(
-        f"expected the package pytorch_lightning for bagua_syncbn_algo.integrations.pytorch_lightning (got {error!r}); install "
-        "it, or import bagua_syncbn_algo.integrations.lightning if the Trainer comes from lightning"
+        "expected the package pytorch_lightning for bagua_syncbn_algo.integrations.pytorch_lightning "
+        f"(got {error!r}); install it, or import bagua_syncbn_algo.integrations.lightning if the Trainer comes from "
+        "lightning"
     ) from error
 
 __all__ = ["BaguaSyncBatchNorm"]

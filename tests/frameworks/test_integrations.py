@@ -121,6 +121,7 @@ def test_fabric_trains_like_one_process() -> None:
 
 
 def run_mmengine(rank: int, folder: str, options: Dict[str, Any]) -> Dict[str, Any]:
+    import torch.distributed as dist
     from mmengine.model import BaseModel
     from mmengine.registry import RUNNERS
 
@@ -137,6 +138,7 @@ def run_mmengine(rank: int, folder: str, options: Dict[str, Any]) -> Dict[str, A
         def forward(self, inputs: Tensor, mode: str = "tensor") -> Any:
             return {"loss": self.net(inputs).square().mean()}
 
+    dist.init_process_group("gloo")  # the Runner would select a CUDA device first
     model = Model()
     wrapper = {"type": "MMDistributedDataParallel", "device_ids": None}  # DDP refuses device_ids on CPU
     runner = RUNNERS.build(

@@ -1,7 +1,7 @@
 """Makes a torchvision for CUDA importable beside a CPU build of PyTorch, where its operators do not load.
 
-Most frameworks import torchvision. Its import needs the schemas of two operators, which no training forward calls. Python
-imports this file at its start if its folder is in PYTHONPATH, in the processes that a framework starts as well.
+Most frameworks import torchvision. Its import needs the schemas of two operators, which no training forward calls.
+Python imports this file at its start if its folder is in PYTHONPATH, in the processes that a framework starts as well.
 """
 
 import importlib.util
