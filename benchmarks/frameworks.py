@@ -26,7 +26,7 @@ from bagua_syncbn_algo.bench.measure import run_ranks, write
 RESULTS = Path(__file__).parent / "results" / "frameworks.json"
 PAGE = Path(__file__).parent.parent / "docs" / "frameworks.md"
 
-# Why the observed rounds are not the planned ones, by framework and a part of the entry point: the reasons of the graphs
+# Why the observed rounds are not the planned ones, by framework and a part of the entry point: the reasons of graphs
 # that were not made. The table shows a reason only if the numbers differ.
 REASONS = {
     ("Lightning", ""): "the plan is of LightningModule.forward, which training_step does not call",

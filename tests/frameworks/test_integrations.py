@@ -141,22 +141,18 @@ def run_mmengine(rank: int, folder: str, options: Dict[str, Any]) -> Dict[str, A
     dist.init_process_group("gloo")  # the Runner would select a CUDA device first
     model = Model()
     wrapper = {"type": "MMDistributedDataParallel", "device_ids": None}  # DDP refuses device_ids on CPU
-    runner = RUNNERS.build(
-        {
-            "type": "SyncBatchNormRunner",
-            "model": model,
-            "work_dir": folder,
-            "train_dataloader": DataLoader([{"inputs": images(rank)}], batch_size=None),
-            "train_cfg": {"by_epoch": False, "max_iters": 1},
-            "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.1}},
-            "cfg": {"model_wrapper_cfg": wrapper, **options},
-            "launcher": "pytorch",
-            "env_cfg": {"dist_cfg": {"backend": "gloo"}},
-            "log_level": "ERROR",
-            "default_hooks": dict.fromkeys(
-                ("checkpoint", "logger", "runtime_info", "sampler_seed", "param_scheduler", "timer")
-            ),
-        }
+    hooks = ("checkpoint", "logger", "runtime_info", "sampler_seed", "param_scheduler", "timer")
+    runner = RUNNERS.get("SyncBatchNormRunner")(
+        model=model,
+        work_dir=folder,
+        train_dataloader=DataLoader([{"inputs": images(rank)}], batch_size=None),
+        train_cfg={"by_epoch": False, "max_iters": 1},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
+        cfg={"model_wrapper_cfg": wrapper, **options},
+        launcher="pytorch",
+        env_cfg={"dist_cfg": {"backend": "gloo"}},
+        log_level="ERROR",
+        default_hooks=dict.fromkeys(hooks),
     )
     runner.train()
     return {"layers": [type(layer) for layer in sync_batchnorm_layers(model)], "state": model.net.state_dict()}
