@@ -498,7 +498,7 @@ def cases() -> List[Case]:
             accumulate=2,
             autocast=True,
             images=8,
-            note="the rounding of bfloat16 is as large as the effect of synchronization: this row shows the rounds only",
+            note="bfloat16 rounds as much as synchronization changes: this row shows the rounds only",
         ),
         timm("efficientnet_b0", "train script: EMA, float64, channels_last, accumulation", timm_loop, accumulate=2),
         timm("mobilenetv3_small_100", "model(x)"),
