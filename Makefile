@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz lint docs launches gpu-check bench conformance contract clean
+.PHONY: demo test fuzz lint docs launches gpu-check bench conformance contract frameworks clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.made:
@@ -67,6 +67,26 @@ bench: $(VENV)/.test ## all benchmarks; writes benchmarks/results/ and docs/meas
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/tables.py
 
+# Training frameworks. torchvision declares a CUDA build of PyTorch and MMEngine an OpenCV with a display, so both are
+# installed without their dependencies.
+FRAMEWORKS ?= .venv-frameworks
+TORCHVISION ?= torchvision==0.28.0
+
+$(FRAMEWORKS)/.made: setup.cfg
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --upgrade "pip>=23"
+	$(FRAMEWORKS)/bin/python -m pip install --quiet $(TORCH)
+	echo "$(TORCH)" > $(FRAMEWORKS)/constraints.txt
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --constraint $(FRAMEWORKS)/constraints.txt --editable ".[frameworks]"
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps timm $(TORCHVISION) mmengine addict yapf platformdirs \
+	    termcolor opencv-python-headless
+	touch $@
+
+frameworks: export PYTHONPATH = .:tests/frameworks/site
+frameworks: $(FRAMEWORKS)/.made ## training frameworks on two ranks, 20 minutes at most; writes docs/frameworks.md
+	timeout 300 $(FRAMEWORKS)/bin/python -m pytest -o pythonpath=tests tests/frameworks
+	timeout 900 $(FRAMEWORKS)/bin/python benchmarks/frameworks.py --seconds 780
+
 # Upstream Bagua's published Python layer. tests/conformance/bagua_core.py replaces its native core.
 CONFORMANCE ?= .venv-conformance
 BAGUA ?= bagua-cuda116==0.9.2
@@ -115,4 +135,4 @@ else
 endif
 
 clean:
-	rm -rf $(VENV) $(CONFORMANCE) build dist docs/_build *.egg-info
+	rm -rf $(VENV) $(CONFORMANCE) $(FRAMEWORKS) build dist docs/_build *.egg-info

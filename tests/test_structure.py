@@ -78,6 +78,11 @@ ORDER = [
     "host",
     "algorithm",
     "",
+    "integrations",
+    "integrations.layer_sync",
+    "integrations.lightning",
+    "integrations.pytorch_lightning",
+    "integrations.mmengine",
     "bench",
     "bench.checks",
     "bench.factory",
@@ -163,6 +168,20 @@ def test_choosing_a_host_patches_nothing_yet() -> None:
     """Catches an import of the embedded host that patches torch: upstream could not be imported afterwards."""
     code = "import torch, bagua_syncbn_algo.embedded.core; print(hasattr(torch.Tensor, 'bagua_backend_tensor'))"
     assert run(code) == "False"
+
+
+def test_no_framework_is_imported() -> None:
+    """Catches an import of an adapter by the package, which would then need the framework."""
+    code = "import bagua_syncbn_algo as b, bagua_syncbn_algo.__main__, sys; b.bagua; "
+    assert run(code + "print([name for name in sys.modules if 'integrations' in name])") == "[]"
+
+
+@pytest.mark.parametrize("framework", ["lightning", "pytorch_lightning", "mmengine"])
+def test_a_missing_framework_has_a_remedy(framework: str) -> None:
+    """Catches an adapter that fails with an error that does not name the package to install."""
+    code = f"import sys; sys.modules['{framework}'] = None\ntry: import bagua_syncbn_algo.integrations.{framework}\n"
+    found = run(code + "except ImportError as error: print(error)")
+    assert f"expected the package {framework}" in found and "install" in found
 
 
 def test_touching_bagua_registers_the_algorithm() -> None:
