@@ -154,13 +154,13 @@ class CoalescedForward:
         if has_fake_tensors() and any(map(may_need_shapes, reasons)):
             variant.wants_shapes = values is None
             if values is not None:
+                variant.needed_shapes = True  # on all ranks, whatever their shapes are
                 try:
                     with_shapes = trace(self.module, variant.pattern, values)
                     if traced is None or _uncovered(self.module, with_shapes) < _uncovered(self.module, traced):
                         variant.shapes = shapes_of(values, self.module)
                         return with_shapes
                 except UntraceableError as error:
-                    variant.shapes_failed = traced is None
                     failure = failure and str(error)  # the reason with the shapes is the more precise one
         if traced is None:
             raise UntraceableError(failure)
@@ -186,7 +186,7 @@ class CoalescedForward:
         """
         assert variant.run is not None
         verdict, difference = check_equivalence(self.module, variant.run, variant.pattern, tensors, self.name)
-        if verdict != FAILED and any(each.verified and each.rounds == variant.rounds for each in self._variants):
+        if verdict == PASSED and any(each.verified and each.rounds == variant.rounds for each in self._variants):
             # Another kind of call, such as inputs of another shape, perhaps on this rank only. The ranks have agreed on
             # these rounds before. If they do not compute what the original computes, the other ranks must know.
             variant.verified = True
@@ -196,10 +196,13 @@ class CoalescedForward:
         # A rank without a graph for its shapes has no rounds to compare; see `agree_on_failure`.
         codes = channel.agree(self._subject, "", 4 * (digest(text) >> 2) + verdict)
         verdicts = [code % 4 for code in codes]
-        if FAILED not in verdicts and len({code // 4 for code in codes}) > 1:
+        differs = len({code // 4 for code in codes}) > 1
+        if differs and FAILED not in verdicts and not variant.needed_shapes:
             channel.agree(self._subject, text, verdict)  # raises an error that names the first difference
-        if FAILED in verdicts:
-            what = difference or f"rank {verdicts.index(FAILED)} reports the difference"
+        if FAILED in verdicts or differs:
+            what = difference or "the shapes of the ranks' inputs lead to other rounds"
+            if FAILED in verdicts and not difference:
+                what = f"rank {verdicts.index(FAILED)} reports the difference"
             self._disable(variant, f"its regrouped forward differs ({what})")
             return False
         if layer.tag is not None:  # all ranks have these rounds, which may be larger than the planned ones
@@ -211,7 +214,7 @@ class CoalescedForward:
         return variant.verified
 
     def check_failure(self, variant: Variant, layer: SyncBatchNorm) -> None:
-        """Handles a call whose shapes have no graph, although other shapes may have one.
+        """Handles a call without a graph, of a forward for which other shapes may have one.
 
         Raises:
             SyncBatchNormError: if the other ranks run a regrouped graph.
@@ -219,17 +222,18 @@ class CoalescedForward:
         Collectives:
             That of :meth:`agree_on_failure` in the first call.
         """
-        variant.shapes_failed = False
-        if self.calls == 1:
-            self.agree_on_failure(layer)
-        elif any(each.verified and each.shapes is not None for each in self._variants):
+        variant.needed_shapes = False
+        if any(each.verified and each.shapes is not None for each in self._variants):
+            reason = variant.failure or "has no rounds to share"
             error = SyncBatchNormError(
                 f"expected a forward of {self.name} that can be regrouped for every shape of its inputs, as for those "
-                f"before (got inputs for which it {variant.failure}); convert the model with coalesce=False, or make "
+                f"before (got inputs for which it {reason}); convert the model with coalesce=False, or make "
                 "that forward independent of the shape"
             )
             layer._bound_channel().fail(layer._point, FORWARD, error)
             raise error
+        if self.calls == 1:
+            self.agree_on_failure(layer)
 
     def agree_on_failure(self, layer: SyncBatchNorm) -> None:
         """Tells the other ranks, in the first call, that this rank has no graph for the shapes of its inputs.
@@ -281,7 +285,7 @@ class CoalescedForward:
         return variant.wants_shapes or initialized
 
     def _disable(self, variant: Variant, reason: str) -> None:
-        variant.run, variant.failure = None, reason
+        variant.run, variant.failure, variant.needed_shapes = None, reason, False  # on all ranks
         self.outcome = variant.outcome
         variant.forget_trace()
         warnings.warn(
@@ -320,7 +324,7 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     pattern, tensors = CallPattern.of(args, kwargs)
     variant = None if pattern is None else forward.variant(pattern, tensors)
     if variant is None or variant.run is None:
-        if variant is not None and variant.shapes_failed and not inside_backward():
+        if variant is not None and variant.needed_shapes and not inside_backward():
             forward.check_failure(variant, layer)
         return original(module, *args, **kwargs)
     if not variant.verified and (inside_backward() or not forward.agree(variant, layer, tensors)):

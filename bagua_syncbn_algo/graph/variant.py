@@ -79,7 +79,7 @@ class Variant:
         self.run: Optional[Callable[..., Any]] = None  # the regrouped forward; None: the original runs
         self.failure: Optional[str] = None  # why the module cannot be regrouped
         self.shapes: Optional[Tuple[Any, ...]] = None  # of the values, if the graph depends on them
-        self.shapes_failed = False  # whether the trace with the shapes of a real call has failed
+        self.needed_shapes = False  # whether the forward could not be traced without the shapes of a real call
         self.wants_shapes = False  # whether a trace with the shapes of a real call may succeed
         self.verified = False
         self.trials = 0
