@@ -250,8 +250,8 @@ class OurCase:
         from bagua_syncbn_algo import SyncBatchNorm
         from bagua_syncbn_algo.comm.transport import TorchChannel
         from bagua_syncbn_algo.comm.wire import sync_point
-        from bagua_syncbn_algo.graph.forward import _LevelCall
         from bagua_syncbn_algo.graph.plan import PlannedRound
+        from bagua_syncbn_algo.graph.variant import _LevelCall
 
         fused.load_merge_kernel = lambda device: merge_kernel.merge if triton else None
         self.layers = [to_cuda(SyncBatchNorm(16, momentum=momentum)) for _ in range(layers)]

@@ -162,7 +162,7 @@ class StepObserver:
         self._marked, self._last = True, None
 
     def add(self, layers: Tuple[str, ...], before: int, after: int) -> bool:
-        """Adds a round; returns ``True`` once, if a complete step has more rounds than planned.
+        """Adds a round; returns ``True`` once, if a complete step has more different rounds than planned.
 
         Args:
             layers: the names of the layers of the round.
@@ -174,7 +174,8 @@ class StepObserver:
         if self._current and (ends or (not self._marked and self._current[0] == layers)):
             self._complete, self._current = self._current, []
             if not self._compared and self.planned is not None:
-                found = self._compared = len(self._complete) > self.planned.rounds_forward
+                # Other rounds than planned; a module that runs twice repeats its rounds.
+                found = self._compared = len(set(self._complete)) > self.planned.rounds_forward
         self._last = after
         if len(self._current) < _MOST_ROUNDS:
             self._current.append(layers)

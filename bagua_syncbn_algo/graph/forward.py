@@ -18,10 +18,11 @@ import warnings
 import weakref
 from typing import Any, Dict, List, Optional, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..comm.wire import FORWARD, Roster, SyncBatchNormError, digest
-from ..compat import inside_transform, uncompiled
+from ..compat import inside_transform, saved_tensors_hooks, uncompiled
 from ..layer import SyncBatchNorm
 from ..ops.recompute import inside_backward
 from .call_pattern import CallPattern
@@ -329,7 +330,9 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
         return original(module, *args, **kwargs)
     if not variant.verified and (inside_backward() or not forward.agree(variant, layer, tensors)):
         return original(module, *args, **kwargs)
-    run = variant.without_small_candidates(module)
+    # Not where activation checkpointing may have saved the tensors of the former graph, or recomputes them.
+    may_change = torch.is_grad_enabled() and saved_tensors_hooks() is None and not inside_backward()
+    run = variant.without_small_candidates(module) if may_change else variant.run
     return original(module, *args, **kwargs) if run is None else run(module, *tensors)
 
 

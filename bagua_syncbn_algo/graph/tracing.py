@@ -54,7 +54,8 @@ _MAX_ATTEMPTS = 3  # if random numbers are drawn during tracing, perhaps by anot
 _DATA_BRANCH, _UNTRACED = "has a branch or loop that depends on data", "cannot be traced"
 _VALUE_READERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 _CUSTOM_FUNCTION = "applies a custom autograd function"
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # which every module has; guards compare those that matter
+# Attributes that every module has. Guards compare those that matter, and whether a forward is set on an instance.
+_MODULE_ATTRIBUTES = frozenset((*nn.Module().__dict__, "forward"))
 _is_grad_enabled = torch.is_grad_enabled  # tracing replaces the public function
 
 

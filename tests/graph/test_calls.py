@@ -9,9 +9,11 @@ import random
 import weakref
 from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from ranks import run_threads
 from torch import Tensor, nn
 
@@ -297,9 +299,10 @@ USUAL_AND_OTHER: Dict[str, Any] = {
 def test_a_rank_with_another_kind_of_call(kind: str, coalesce: bool) -> None:
     """Catches one rank that checks a new graph while the other rank is in a round: only the arguments differ."""
     usual, other = USUAL_AND_OTHER[kind]
+    reference = Flexible()  # built here: a trace takes another thread's random draws for draws of the model
 
     def body(rank: int, group: Any) -> None:
-        model = convert_sync_batchnorm(Flexible(), group, coalesce=coalesce)
+        model = convert_sync_batchnorm(copy.deepcopy(reference), group, coalesce=coalesce)
         for step in range(3):
             (other if rank == 1 and step == 1 else usual)(model, torch.randn(4, 3)).sum().backward()
 
@@ -317,9 +320,10 @@ class ReadsSmall(Pair):
 @pytest.mark.parametrize("first", [True, False])
 def test_a_rank_with_a_shape_whose_forward_cannot_be_traced(first: bool) -> None:
     """Catches ranks that wait in different rounds because one of them has a smaller batch."""
+    reference = ReadsSmall()
 
     def body(rank: int, group: Any) -> int:
-        model = convert_sync_batchnorm(ReadsSmall(), group)
+        model = convert_sync_batchnorm(copy.deepcopy(reference), group)
         for step in range(2):
             before = sync_batchnorm_layers(model)[0]._bound_channel().rounds
             small = rank == 1 and step == (0 if first else 1)
@@ -364,6 +368,21 @@ def _count_checks(monkeypatch: pytest.MonkeyPatch, reference: Any, steps: Sequen
 
 
 @pytest.mark.multirank
+def test_a_model_of_nested_modules_is_traced_once() -> None:
+    """Catches a guard that fails at every step, because the submodules have coalesced forwards and the replica none."""
+    reference, x = models.Inception(4, blocks=2), torch.randn(2, 2, 3, 32, 32)
+
+    def body(rank: int, group: Any) -> List[int]:
+        model = convert_sync_batchnorm(copy.deepcopy(reference), group)
+        for _ in range(3):
+            model(x[rank]).sum().backward()
+        forwards = [part.__dict__["forward"] for part in model.modules() if "forward" in part.__dict__]
+        return sorted(len(each._variants) for each in forwards)[-2:]
+
+    assert run_threads(2, body) == [[0, 1]] * 2
+
+
+@pytest.mark.multirank
 def test_shapes_in_turn_are_traced_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a trace and a check in every step, each of which takes many times as long as the step."""
     assert _count_checks(monkeypatch, ChecksShape(), [run] * 80, lambda i: 2 + i % 33) == 33
@@ -379,9 +398,10 @@ def test_guards_of_graphs_for_other_shapes(monkeypatch: pytest.MonkeyPatch) -> N
         return original(guard)
 
     monkeypatch.setattr(forward_module.Guard, "holds", holds)
+    reference = ChecksShape()
 
     def body(rank: int, group: Any) -> None:
-        model = convert_sync_batchnorm(ChecksShape(), group)
+        model = convert_sync_batchnorm(copy.deepcopy(reference), group)
         for size in [*range(2, 22), *[21] * 20]:
             model(torch.randn(size, 3))
 
@@ -460,8 +480,10 @@ class Untraced(nn.Module):
 
 
 def _plan_and_report(make: Callable[[], Any], steps: Sequence[Step]) -> Any:
+    reference = make()
+
     def body(rank: int, group: Any) -> Any:
-        model = convert_sync_batchnorm(make(), group)
+        model = convert_sync_batchnorm(copy.deepcopy(reference), group)
         for step in steps:
             step(model, torch.randn(4, 3, requires_grad=True)).square().sum().backward()
         return plan_of(model), report(model)
@@ -510,3 +532,51 @@ def test_an_outer_module_that_is_called_once_only() -> None:
     plan, found = _plan_and_report(Entries, [run, *[lambda model, x: model.step(x)] * 5])
     assert len(found.observed) == 2, str(found)
     assert plan.rounds_forward == 2, plan.summary()
+
+
+class Checkpointed(nn.Module):
+    """Blocks that activation checkpointing recomputes, with convolutions that are too small to be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv3, self.bn3 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        out: Tensor = y + self.bn3(self.conv3(x))
+        return out
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_recomputation_runs_the_graph_of_its_forward(accumulate: int) -> None:
+    """Catches a graph that is built again, without small convolutions, between a forward and its recomputation."""
+    reference, x = Checkpointed(), torch.randn(2, 2, 3, 8, 8)
+
+    def body(rank: int, group: Any) -> Any:
+        model = convert_sync_batchnorm(copy.deepcopy(reference), group)
+        for _ in range(3):
+            model.zero_grad()
+            sum(model(x[rank]).square().sum() for _ in range(accumulate)).backward()  # type: ignore[union-attr]
+        return model.stem.weight.grad, len(report(model).observed)
+
+    results = run_threads(2, body)
+    whole = copy.deepcopy(reference)
+    sum(whole(x.flatten(0, 1)).square().sum() for _ in range(accumulate)).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(results[0][0] + results[1][0], whole.stem.weight.grad, rtol=1e-3, atol=1e-3)
+    assert [rounds for _, rounds in results] == [4, 4]  # two levels a block

@@ -60,6 +60,8 @@ class Entry(nn.Module):
         return y
 
 
+# Built here: ranks are threads, and a trace takes another thread's random draws for draws of the model.
+ENTRY: Any = Entry()
 LABELS = torch.tensor([0, 1, 1, 0])
 CALLS: Dict[str, Callable[[Any, Tensor], Tensor]] = {
     "forward": lambda model, x: model(x),
@@ -108,7 +110,7 @@ def test_what_runs_otherwise_than_planned_is_reported_with_its_reason() -> None:
     x = torch.randn(2, 4, 3)
 
     def body(rank: int, group: Any) -> Any:
-        model: Any = convert_sync_batchnorm(Entry(), group)
+        model: Any = convert_sync_batchnorm(copy.deepcopy(ENTRY), group)
         before = str(report(model))
         for _ in range(3):
             model.forward_features(x[rank]).square().sum().backward()
@@ -140,8 +142,10 @@ def test_a_forward_that_initializes_something_in_its_first_call() -> None:
                 self.config.kind = "regression"
             return super().forward(x)
 
+    reference = Configured()
+
     def body(rank: int, group: Any) -> Any:
-        model = convert_sync_batchnorm(Configured(), group)
+        model = convert_sync_batchnorm(copy.deepcopy(reference), group)
         rounds = []
         for _ in range(4):
             before = rounds_of(model)
@@ -182,7 +186,7 @@ def test_a_frozen_part_and_a_replaced_part_are_named() -> None:
     """Catches a report that says nothing about layers that no longer run, or that run twice."""
 
     def body(rank: int, group: Any) -> Any:
-        model: Any = convert_sync_batchnorm(Entry(), group)
+        model: Any = convert_sync_batchnorm(copy.deepcopy(ENTRY), group)
         model.net.left.eval()
         for _ in range(2):
             model(torch.randn(4, 3))
@@ -220,7 +224,7 @@ def test_a_wrapped_forward_stays_coalesced() -> None:
     x = torch.randn(2, 4, 3)
 
     def body(rank: int, group: Any) -> Any:
-        model: Any = convert_sync_batchnorm(Towers(), group)
+        model: Any = convert_sync_batchnorm(copy.deepcopy(ENTRY.net), group)
         wrap_forward(model)
         replica = copy.deepcopy(model)
         for _ in range(2):
