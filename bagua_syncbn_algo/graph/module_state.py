@@ -74,6 +74,12 @@ def _original_class(part: nn.Module) -> type:
     return kind
 
 
+def _has_views(part: nn.Module) -> bool:
+    """Returns whether parameters are views of another tensor, which refuse ``deepcopy``, as in a forward of FSDP1."""
+    tensors = (*part.__dict__["_parameters"].values(), *part.__dict__.values())
+    return any(isinstance(tensor, Tensor) and not tensor.is_leaf for tensor in tensors)
+
+
 def _rebuilt(part: nn.Module, memo: Dict[int, Any]) -> nn.Module:
     """Returns a module of the original class with copied attributes and new parameters of the full shapes."""
     if id(part) in memo:
@@ -90,6 +96,8 @@ def _rebuilt(part: nn.Module, memo: Dict[int, Any]) -> nn.Module:
             copied: Any = {key: None if t is None else _like(t, memo) for key, t in value.items()}
         elif name == "_modules":
             copied = {key: None if child is None else _rebuilt(child, memo) for key, child in value.items()}
+        elif isinstance(value, Tensor):
+            copied = _like(value, memo)
         else:
             try:
                 copied = copy.deepcopy(value, memo)
@@ -103,7 +111,7 @@ def _rebuilt(part: nn.Module, memo: Dict[int, Any]) -> nn.Module:
 def _like(tensor: Tensor, memo: Dict[int, Any]) -> Tensor:
     """Returns a tensor with the properties of a parameter or buffer, which may be sharded, and with its full shape."""
     if id(tensor) not in memo:
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) or not tensor.is_leaf:
             values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
             copied: Tensor = nn.Parameter(values.to(tensor.device, tensor.dtype), tensor.requires_grad)
         else:
@@ -144,7 +152,7 @@ def clean_copy(module: nn.Module) -> nn.Module:
             elif name in ("forward", FORWARD, "bagua_ddp") and value is not None:
                 memo[id(value)] = None
     try:
-        if any(_original_class(part) is not type(part) for part in module.modules()):
+        if any(_original_class(part) is not type(part) or _has_views(part) for part in module.modules()):
             replica = _rebuilt(module, memo)
         else:
             replica = copy.deepcopy(module, memo)

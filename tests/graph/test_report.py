@@ -14,7 +14,7 @@ import torch
 from ranks import run_processes, run_threads
 from torch import Tensor, fx, nn
 from torch.distributed._composable.replicate import replicate
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from bagua_syncbn_algo import SyncBatchNormAct, bagua, convert_sync_batchnorm, plan_of, report, sync_batchnorm_layers
 
@@ -242,17 +242,23 @@ def test_a_wrapped_forward_stays_coalesced() -> None:
     assert run_threads(2, body) == [(2, 2)] * 2
 
 
+SHARDED = ("whole", "blocks", "replicate", "FSDP1", "FSDP1, original")
+
+
 def _sharded(rank: int) -> Any:
     bagua.init_process_group()
     x = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     found = {}
-    for kind in ("whole", "blocks", "replicate"):
+    for kind in SHARDED:
         torch.manual_seed(0)
         model: Any = models.Inception(8, blocks=2)
         reference = copy.deepcopy(model)
         model = convert_sync_batchnorm(model)
         planned = plan_of(model).rounds_forward
-        if kind == "replicate":
+        if kind.startswith("FSDP1"):
+            options = {"use_orig_params": kind.endswith("original"), "device_id": torch.device("cpu")}
+            model = FullyShardedDataParallel(model, **options)
+        elif kind == "replicate":
             replicate(model)
         else:
             for block in model.blocks if kind == "blocks" else []:
@@ -271,7 +277,7 @@ def _sharded(rank: int) -> Any:
 def test_models_that_refuse_to_be_copied() -> None:
     """Catches a model of FSDP or ``replicate`` that runs layer by layer because its classes refuse ``deepcopy``."""
     for found in run_processes(2, _sharded):
-        assert found == {kind: (5, 5, True) for kind in ("whole", "blocks", "replicate")}
+        assert found == {kind: (5, 5, True) for kind in SHARDED}
 
 
 class Activated(nn.Module):
