@@ -6,6 +6,7 @@ results: aten/src/ATen/native/cuda/Normalization.cu and Normalization.cuh of PyT
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from typing import Any, Tuple
 
@@ -104,6 +105,7 @@ def backward_elemt(
     return ((_accumulated(dy) - (sum_dy / total).view(s) - centred * slope) * scale.view(s)).to(x.dtype)
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # has wheels for Linux only
 _one_interpreter = threading.Lock()
 
 

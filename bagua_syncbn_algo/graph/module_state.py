@@ -75,9 +75,10 @@ def _original_class(part: nn.Module) -> type:
 
 
 def _has_views(part: nn.Module) -> bool:
-    """Returns whether parameters are views of another tensor, which refuse ``deepcopy``, as in a forward of FSDP1."""
+    """Returns whether parameters are views of a ``FlatParameter``, which refuse ``deepcopy``: in a forward of FSDP1."""
     tensors = (*part.__dict__["_parameters"].values(), *part.__dict__.values())
-    return any(isinstance(tensor, Tensor) and not tensor.is_leaf for tensor in tensors)
+    views = [tensor for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_leaf]
+    return any(getattr(tensor._base, "_is_flat_param", False) for tensor in views)
 
 
 def _rebuilt(part: nn.Module, memo: Dict[int, Any]) -> nn.Module:

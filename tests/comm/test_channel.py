@@ -22,6 +22,7 @@ from bagua_syncbn_algo.comm.channel import Channel
 from bagua_syncbn_algo.comm.local import SINGLE_PROCESS
 from bagua_syncbn_algo.comm.transport import TorchChannel, channel_of
 from bagua_syncbn_algo.comm.wire import BACKWARD, FORWARD, HEADER_BYTES, Roster, SyncPoint, sync_point
+from bagua_syncbn_algo.compat import ALLGATHER_ON_CURRENT_STREAM
 
 A, B = sync_point("model.layer2.0.bn1"), sync_point("model.layer2.0.bn2")
 
@@ -416,6 +417,7 @@ def test_control_messages_lie_where_the_layers_do(mocker: Any) -> None:
     assert channel.device == torch.device("cuda", 1)
 
 
+@pytest.mark.skipif(ALLGATHER_ON_CURRENT_STREAM is None, reason="needs torch 2.8")
 def test_a_round_that_is_awaited_at_once_runs_on_the_current_stream(mocker: Any) -> None:
     """Catches a forward round that pays for the change of streams, and a backward round that blocks the stream."""
     mocker.patch.object(transport, "is_nccl", lambda group: True)

@@ -7,6 +7,7 @@ from typing import Any, Tuple
 import cuda_kernels
 import pytest
 import torch
+from cuda_kernels import HAS_TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_threads
@@ -91,7 +92,7 @@ def test_statistics_dtypes() -> None:
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("kind", ["random", "a constant channel", "one value a channel"])
-@pytest.mark.parametrize(("fuse", "triton"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("fuse", "triton"), [(False, False), (True, False), *[(True, True)] * HAS_TRITON])
 def test_cuda_kernels_are_called_as_they_want(
     monkeypatch: pytest.MonkeyPatch, affine: bool, kind: str, fuse: bool, triton: bool
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 import cuda_kernels
 import pytest
 import torch
+from cuda_kernels import HAS_TRITON
 from ranks import run_threads
 from torch import Tensor, nn
 
@@ -168,7 +169,7 @@ def flat(result: Result) -> Dict[str, Tensor]:
     return {name: part.double() for name, part in parts.items() if part is not None}
 
 
-@pytest.fixture(params=["small inputs", "large inputs", "fused kernels", "Triton kernel"], autouse=True)
+@pytest.fixture(params=["small inputs", "large inputs", "fused kernels", *["Triton kernel"] * HAS_TRITON], autouse=True)
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs every test on each kind of arithmetic: two forms on the CPU, and two on the CUDA kernels' stand-ins."""
     kind: str = request.param
