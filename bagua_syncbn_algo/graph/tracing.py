@@ -118,7 +118,7 @@ def _trace(module: nn.Module, pattern: CallPattern, values: Optional[Sequence[An
     try:
         return _graph_of(tracer, replica, last)
     finally:
-        tracer.__dict__.clear()  # fx keeps the tracer in a reference cycle, with the replica and the inputs
+        tracer.release()
 
 
 def _graph_of(tracer: _Tracer, replica: nn.Module, last: bool) -> Trace:
@@ -282,7 +282,8 @@ class _Tracer(fx.Tracer):
 
     @property
     def _is_evaluating(self) -> bool:
-        return self.fakes is not None and self.fakes.busy
+        fakes = self.fakes  # another thread may release it
+        return fakes is not None and fakes.busy
 
     # -- reasons not to trace a forward ------------------------------------------------------------------------------
 
@@ -310,6 +311,15 @@ class _Tracer(fx.Tracer):
                 self.reads.append((index, name, MISSING))
         elif not any(name in own[group] for group in ("_parameters", "_buffers", "_modules")):
             self.reads.append((index, name, MISSING))
+
+    def release(self) -> None:
+        """Frees the replica and the inputs, which fx keeps in a reference cycle with the tracer.
+
+        Another thread may still be inside a patched function, which reads the attributes that remain.
+        """
+        self.fakes = None
+        for name in [name for name in self.__dict__ if name not in ("_thread", "fakes")]:
+            del self.__dict__[name]
 
     def refuse(self, reason: str) -> None:
         """Records and raises the reason why the forward cannot be traced."""
