@@ -100,7 +100,7 @@ class ResidualBlock(nn.Module):
 
 def build_model(seed: int) -> nn.Module:
     # SiLU instead of ReLU, whose kink amplifies rounding differences. With such small batches, even two single-process
-    # runs with ReLU diverge within some hundred steps, which would hide that synchronized training is equal.
+    # runs with ReLU diverge within some hundred steps: a comparison would show rounding, not synchronization.
     torch.manual_seed(seed)
     stem = nn.Sequential(nn.Conv2d(1, 8, 5, stride=4, padding=2, bias=False), nn.BatchNorm2d(8), nn.SiLU())
     blocks = [ResidualBlock(8, 16, stride=2), ResidualBlock(16, 32, stride=2), ResidualBlock(32, 32, stride=1)]

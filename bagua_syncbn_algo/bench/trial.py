@@ -6,9 +6,9 @@ from typing import Any, Callable, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
-from ..comm.local import TWO_RANK_STUB
 from ..convert import convert_sync_batchnorm, sync_batchnorm_layers, unconverted_layers
 from ..graph.coalesce import uncoalesce
+from ..graph.verify import bind_to_stub
 from .factory import describe_error
 
 __all__ = ["as_on_two_ranks", "check_step", "convert", "has_batch_norms"]
@@ -44,8 +44,7 @@ def as_on_two_ranks(model: nn.Module) -> nn.Module:
         model: the model; changed in place, and afterwards of no use for training.
     """
     uncoalesce(model)
-    for layer in sync_batchnorm_layers(model):
-        layer._bound_channel = lambda *unused: TWO_RANK_STUB  # type: ignore[method-assign]
+    bind_to_stub(model)
     return model
 
 

@@ -39,9 +39,8 @@ class CallPattern(NamedTuple):
             else:
                 return None, values
         kinds = tuple(Tensor if isinstance(value, Tensor) else type(value) for value in values)
-        return cls(
-            structure, tuple(constants), tuple(slots), kinds, (autocast_dtype("cuda"), autocast_dtype("cpu"))
-        ), values
+        autocast = autocast_dtype("cuda"), autocast_dtype("cpu")
+        return cls(structure, tuple(constants), tuple(slots), kinds, autocast), values
 
     def fill(self, values: Sequence[Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
         """Returns the positional and keyword arguments of a call with ``values``."""

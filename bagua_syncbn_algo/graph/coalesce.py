@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layer import SyncBatchNorm
 from .call_pattern import CallPattern
-from .forward import CoalescedForward
+from .forward import CoalescedForward, has_layers
 from .module_state import FORWARD, has_own_forward
 from .plan import PlannedRound, SyncPlan
 from .variant import Outcome
@@ -70,7 +70,7 @@ def uncoalesce(model: nn.Module) -> None:
 
 def _can_have_forward(part: nn.Module) -> bool:
     """Returns whether a module has a forward of its own and layers inside."""
-    if isinstance(part, (SyncBatchNorm, nn.ModuleList, nn.ModuleDict)) or not _has_layers(part):
+    if isinstance(part, (SyncBatchNorm, nn.ModuleList, nn.ModuleDict)) or not has_layers(part):
         return False
     return type(part).forward is not nn.Module.forward
 
@@ -89,7 +89,7 @@ def _expect(
         example: positional arguments of a training forward of ``module``, if known.
         visited: the modules that have been traced.
     """
-    if module in visited or not _has_layers(module):
+    if module in visited or not has_layers(module):
         return
     visited.add(module)
     forward, children = forwards.get(module), list(module.children())
@@ -120,7 +120,7 @@ def plan_of(model: nn.Module) -> SyncPlan:
     Args:
         model: a converted model, also inside a wrapper such as ``DistributedDataParallel``.
     """
-    search = _PlanSearch()
+    search = _PlanSearch(model)
     search.visit(model, "")
     name = next(
         (layer.tag.name.split(".")[0] for layer in search.layers if layer.tag is not None), type(model).__name__
@@ -128,7 +128,6 @@ def plan_of(model: nn.Module) -> SyncPlan:
     rounds = list(search.rounds)
     for layer in search.layers:
         if layer not in search.covered:
-            search.covered.add(layer)
             single = PlannedRound("", 0, (search.names[layer],), (layer.num_features,))
             rounds += [single] * max(1, layer.observed_calls)
     return SyncPlan(name, tuple(rounds), tuple(search.skipped.items()), tuple(search.unsplit.items()))
@@ -146,11 +145,14 @@ class _PlanSearch:
         unsplit: qualified names of layers whose weight gradient cannot be deferred, with the reason.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.rounds: List[PlannedRound] = []
         self.covered: Set[nn.Module] = set()
-        self.layers: List[SyncBatchNorm] = []
-        self.names: Dict[nn.Module, str] = {}
+        named = [(path, part) for path, part in model.named_modules() if isinstance(part, SyncBatchNorm)]
+        self.layers: List[SyncBatchNorm] = [layer for _, layer in named]
+        self.names: Dict[nn.Module, str] = {
+            layer: path if layer.tag is None else layer.tag.name for path, layer in named
+        }
         self.skipped: Dict[str, str] = {}
         self.unsplit: Dict[str, str] = {}
         self._visited: Set[nn.Module] = set()
@@ -160,7 +162,6 @@ class _PlanSearch:
         if module in self._visited:
             return
         self._visited.add(module)
-        self._add_layers(module, path)
         forward = module.__dict__.get(FORWARD)
         outcome = None if forward is None else forward.outcome
         children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
@@ -176,13 +177,6 @@ class _PlanSearch:
         for child_path, child in children:
             self.visit(child, child_path)
 
-    def _add_layers(self, module: nn.Module, path: str) -> None:
-        for name, layer in module.named_modules():
-            if isinstance(layer, SyncBatchNorm) and layer not in self.names:
-                self.layers.append(layer)
-                full = ".".join(filter(None, (path, name)))
-                self.names[layer] = layer.tag.name if layer.tag is not None else full
-
     def _add(self, module: nn.Module, path: str, forward: CoalescedForward, outcome: Outcome) -> List[Any]:
         """Adds the rounds of a module; returns the submodules that they do not cover, with their paths."""
         self.rounds += outcome.rounds
@@ -191,7 +185,7 @@ class _PlanSearch:
             self.covered.update(module.get_submodule(name[prefix:]) for name in planned.layers)
         self.unsplit.update((f"{forward.name}.{layer}", reason) for layer, reason in outcome.unsplit)
         self.skipped.update((f"{forward.name}.{layer}", reason) for layer, reason in outcome.uncoalesced)
-        opaque = [(name, reason) for name, reason in outcome.opaque if _has_layers(module.get_submodule(name))]
+        opaque = [(name, reason) for name, reason in outcome.opaque if has_layers(module, name)]
         self.skipped.update((f"{forward.name}.{name}", reason) for name, reason in opaque)
         return [(f"{path}.{name}" if path else name, module.get_submodule(name)) for name, _ in opaque]
 
@@ -213,10 +207,6 @@ def _qualified(module: nn.Module, path: str) -> str:
     if layer.tag is None:
         return path or type(module).__name__
     return layer.tag.name[: -len(layer_path) - 1]
-
-
-def _has_layers(module: nn.Module) -> bool:
-    return any(isinstance(part, SyncBatchNorm) for part in module.modules())
 
 
 def _expected_call(

@@ -36,7 +36,7 @@ from .tracing import Trace, may_need_shapes, trace
 from .variant import Outcome, Variant
 from .verify import FAILED, PASSED, check_equivalence
 
-__all__ = ["CoalescedForward"]
+__all__ = ["CoalescedForward", "has_layers"]
 
 _MAX_VARIANTS = 32  # graphs of one module, by modes and calls; with more, the module runs layer by layer
 _MAX_SHAPES = 256  # graphs for inputs of certain shapes only; the oldest one is then released
@@ -148,7 +148,7 @@ class CoalescedForward:
         traced, failure = None, ""  # not the exception, whose frames refer to the replica
         try:
             traced = trace(self.module, variant.pattern)
-            reasons = [reason for path, reason in traced.opaque.items() if _has_layers(self.module, path)]
+            reasons = [reason for path, reason in traced.opaque.items() if has_layers(self.module, path)]
         except UntraceableError as error:
             failure = str(error)
             reasons = [failure]
@@ -194,7 +194,7 @@ class CoalescedForward:
             return True
         agreement, channel = SyncPlan(self.model, tuple(variant.rounds)).agreement(), layer._bound_channel()
         text = "\n".join(words for words, _ in agreement)
-        # A rank without a graph for its shapes has no rounds to compare; see `agree_on_failure`.
+        # A rank without a graph for its shapes has no rounds to compare; see `check_failure`.
         codes = channel.agree(self._subject, "", 4 * (digest(text) >> 2) + verdict)
         verdicts = [code % 4 for code in codes]
         differs = len({code // 4 for code in codes}) > 1
@@ -221,7 +221,8 @@ class CoalescedForward:
             SyncBatchNormError: if the other ranks run a regrouped graph.
 
         Collectives:
-            That of :meth:`agree_on_failure` in the first call.
+            The first call: one all-gather over the ranks of ``layer``. Every rank must call this method or
+            :meth:`agree`.
         """
         variant.needed_shapes = False
         if any(each.verified and each.shapes is not None for each in self._variants):
@@ -234,15 +235,7 @@ class CoalescedForward:
             layer._bound_channel().fail(layer._point, FORWARD, error)
             raise error
         if self.calls == 1:
-            self.agree_on_failure(layer)
-
-    def agree_on_failure(self, layer: SyncBatchNorm) -> None:
-        """Tells the other ranks, in the first call, that this rank has no graph for the shapes of its inputs.
-
-        Collectives:
-            One all-gather over the ranks of ``layer``. Every rank must call this method or :meth:`agree`.
-        """
-        layer._bound_channel().agree(self._subject, "", FAILED)
+            layer._bound_channel().agree(self._subject, "", FAILED)
 
     @property
     def _subject(self) -> str:
@@ -336,10 +329,11 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     return original(module, *args, **kwargs) if run is None else run(module, *tensors)
 
 
-def _has_layers(module: nn.Module, path: str = "") -> bool:
+def has_layers(module: nn.Module, path: str = "") -> bool:
+    """Returns whether a module, or its submodule at ``path``, contains layers."""
     return any(isinstance(part, SyncBatchNorm) for part in module.get_submodule(path).modules())
 
 
 def _uncovered(module: nn.Module, traced: Trace) -> int:
     """Returns the number of opaque submodules that contain layers."""
-    return sum(_has_layers(module, path) for path in traced.opaque)
+    return sum(has_layers(module, path) for path in traced.opaque)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..layer import SyncBatchNorm
-from .module_state import HOOKS, MISSING
+from .module_state import HOOKS, MISSING, is_foreign
 
 __all__ = ["Guard", "has_global_hooks"]
 
@@ -86,14 +86,9 @@ class Guard:
             [id(child) for each in children if each for child in each.values()],
             list(map(len, parameters)),
             [None if p is None else _REQUIRES_GRAD(p) for each in parameters if each for p in each.values()],
-            [(index, id(f)) for index, f in enumerate([each.get("forward") for each in own]) if _is_foreign(f)],
+            [(index, id(f)) for index, f in enumerate([each.get("forward") for each in own]) if is_foreign(f)],
             [bool(own[index].get(kind)) for index, kind in self._hooks],
         ]
-
-
-def _is_foreign(forward: Any) -> bool:
-    """Returns whether a module has a ``forward`` on the instance that is not a regrouped one."""
-    return forward is not None and not getattr(forward, "regroups", False)
 
 
 def _is_plain(part: nn.Module) -> bool:

@@ -27,6 +27,7 @@ __all__ = [
     "clean_copy",
     "has_own_forward",
     "hooks_of",
+    "is_foreign",
     "plain_copy",
     "preserved_random_states",
     "replaced",
@@ -130,10 +131,14 @@ def attribute_of(module: nn.Module, path: str) -> Any:
     return value
 
 
+def is_foreign(forward: Any) -> bool:
+    """Returns whether a ``forward`` on the instance, or ``None``, was set by code other than this package."""
+    return forward is not None and not getattr(forward, "regroups", False)
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Returns whether code other than this package has set a ``forward`` on the instance."""
-    own = module.__dict__.get("forward")
-    return own is not None and not getattr(own, "regroups", False)
+    return is_foreign(module.__dict__.get("forward"))
 
 
 def clean_copy(module: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 from ..layer import SyncBatchNorm
 from .coalesce import plan_of
 from .plan import SyncPlan
+from .replaced import shortened
 
 __all__ = ["StepReport", "report"]
 
@@ -44,7 +45,7 @@ class StepReport:
 def report(model: nn.Module) -> StepReport:
     """Returns the rounds that were planned for a training step of ``model`` and those that this rank has run.
 
-    Call it after the first training step on several ranks. A step ends where its first round is repeated.
+    Call it after the first training step on several ranks.
 
     Args:
         model: a converted model, also inside a wrapper such as ``DistributedDataParallel``.
@@ -85,11 +86,8 @@ def _differences(planned: SyncPlan, found: Counter[str]) -> List[str]:
     """Returns sentences about layers that ran more or less often than planned."""
     wanted = Counter(name for each in planned.rounds for name in each.layers)
     missing = [name for name in wanted if not found[name]]
-    more = [f"{name} ({found[name]} times, planned {wanted[name]})" for name in found if found[name] > wanted[name]]
-    fewer = [f"{name} ({found[name]} times, planned {wanted[name]})" for name in found if found[name] < wanted[name]]
+    shown = {name: f"{name} ({count} times, planned {wanted[name]})" for name, count in found.items()}
+    more = [shown[name] for name in found if found[name] > wanted[name]]
+    fewer = [shown[name] for name in found if found[name] < wanted[name]]
     sentences = (("did not run", missing), ("ran more often", more), ("ran less often", fewer))
-    return [
-        f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} {what}"
-        for what, names in sentences
-        if names
-    ]
+    return [f"{shortened(names)} {what}" for what, names in sentences if names]

@@ -7,8 +7,8 @@ have a shape and no elements. The graph then serves inputs of the same shapes on
 
 from __future__ import annotations
 
-import operator
-from typing import Any, Callable, List, Sequence, Tuple
+import contextlib
+from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,7 +28,7 @@ UNKNOWN = object()  # the example of a value that was not computed
 KNOWN_BY_SHAPE = frozenset(
     (
         *("shape", "ndim", "dtype", "device", "is_cuda", "layout", "size", "dim", "ndimension", "numel", "nelement"),
-        *("stride", "is_contiguous", "is_floating_point", "is_complex", "element_size", "get_device", "__len__"),
+        *("stride", "is_contiguous", "is_floating_point", "is_complex", "element_size", "get_device"),
     )
 )
 _EVALUATED = ("torch", "_operator", "math", "builtins")  # modules whose functions have no effects besides their result
@@ -78,11 +78,8 @@ class FakeValues:
         """Returns the fake tensor of a tensor, a number as it is, and ``UNKNOWN`` for other values."""
         if not isinstance(value, Tensor):
             return value if is_plain_number(value) else UNKNOWN
-        self.busy = True
-        try:
+        with self._computing():
             return self._mode.from_tensor(value.detach())
-        finally:
-            self.busy = False
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Returns the result of a function of traced values; ``UNKNOWN`` if it cannot be computed on fake tensors."""
@@ -97,12 +94,17 @@ class FakeValues:
         args, kwargs = (_map_proxies(each, example) for each in (args, kwargs))
         if missing:
             return UNKNOWN
-        self.busy = True
         try:
-            with self._mode:
+            with self._computing(), self._mode:
                 return function(*args, **kwargs)
         except Exception:  # an operator without a rule for fake tensors, or one that reads elements
             return UNKNOWN
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        self.busy = True
+        try:
+            yield
         finally:
             self.busy = False
 
@@ -123,4 +125,4 @@ def _map_proxies(value: Any, example: Callable[[fx.Proxy], Any]) -> Any:
 def is_evaluated(function: Any) -> bool:
     """Returns whether a function has no effects besides its result, so that it may be called on fake tensors."""
     module = getattr(function, "__module__", None) or ""
-    return module.split(".")[0] in _EVALUATED or function is operator.getitem
+    return module.split(".")[0] in _EVALUATED

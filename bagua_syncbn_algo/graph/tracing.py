@@ -111,10 +111,7 @@ class _RandomDrawError(Exception):
 def _trace(module: nn.Module, pattern: CallPattern, values: Optional[Sequence[Any]], last: bool) -> Trace:
     replica = clean_copy(module)
     pairs = list(zip(module.modules(), replica.modules()))
-    hooks = {replica_: hooks_of(part) for part, replica_ in pairs}
-    tracer = _Tracer(pattern, hooks, [replica_ for part, replica_ in pairs if has_own_forward(part)])
-    tracer.fakes = None if values is None else FakeValues(values)
-    tracer.indices = {id(replica_): index for index, (_, replica_) in enumerate(pairs)}
+    tracer = _Tracer(pattern, pairs, None if values is None else FakeValues(values))
     try:
         return _graph_of(tracer, replica, last)
     finally:
@@ -148,19 +145,21 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, pattern: CallPattern, hooks: Dict[nn.Module, Tuple[bool, ...]], overridden: Sequence[nn.Module]
+        self, pattern: CallPattern, pairs: Sequence[Tuple[nn.Module, nn.Module]], fakes: Optional[FakeValues]
     ) -> None:
         super().__init__()
-        self._pattern, self._hooks, self._overridden = pattern, hooks, set(overridden)
+        self._pattern, self._fakes = pattern, fakes
+        # By the submodules of the replica, which has no hooks and no forwards on instances.
+        self._hooks = {replica: hooks_of(part) for part, replica in pairs}
+        self._overridden = {replica for part, replica in pairs if has_own_forward(part)}
+        self._indices = {id(replica): index for index, (_, replica) in enumerate(pairs)}
         self._proxies: List[weakref.ref[Any]] = []
         self.outputs: Any = None
         self.opaque: Dict[str, str] = {}
         self.uncoalesced: Dict[str, str] = {}
         self._thread = threading.get_ident()  # calls in other threads are not traced
         self.refusals: List[str] = []  # also those whose exception the module's own code has caught
-        self.indices: Dict[int, int] = {}  # of the submodules in the order of `modules()`, by id
         self.reads: List[Tuple[int, str, Any]] = []  # attributes: index of the submodule, name, value
-        self.fakes: Optional[FakeValues] = None
 
     # -- methods that fx calls ---------------------------------------------------------------------------------------
 
@@ -191,8 +190,8 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        if self.fakes is not None:
-            example = self._example(self.fakes, kind, target, args, kwargs)
+        if self._fakes is not None:
+            example = self._example(self._fakes, kind, target, args, kwargs)
             if kind in ("call_function", "call_method") and is_plain_number(example):
                 self.graph.erase_node(proxy.node)
                 return example
@@ -282,7 +281,7 @@ class _Tracer(fx.Tracer):
 
     @property
     def _is_evaluating(self) -> bool:
-        fakes = self.fakes  # another thread may release it
+        fakes = self._fakes  # another thread may release it
         return fakes is not None and fakes.busy
 
     # -- reasons not to trace a forward ------------------------------------------------------------------------------
@@ -297,7 +296,7 @@ class _Tracer(fx.Tracer):
 
     def record_read(self, part: nn.Module, name: str, found: bool) -> None:
         """Records that the forward has read an attribute, if the attribute is plain data or does not exist."""
-        index = self.indices.get(id(part))
+        index = self._indices.get(id(part))
         if index is None or name in _MODULE_ATTRIBUTES or name.startswith("__"):
             return
         own = object.__getattribute__(part, "__dict__")
@@ -317,8 +316,8 @@ class _Tracer(fx.Tracer):
 
         Another thread may still be inside a patched function, which reads the attributes that remain.
         """
-        self.fakes = None
-        for name in [name for name in self.__dict__ if name not in ("_thread", "fakes")]:
+        self._fakes = None
+        for name in [name for name in self.__dict__ if name not in ("_thread", "_fakes")]:
             del self.__dict__[name]
 
     def refuse(self, reason: str) -> None:

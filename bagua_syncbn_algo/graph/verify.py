@@ -14,7 +14,7 @@ from ..layer import SyncBatchNorm
 from .call_pattern import CallPattern
 from .module_state import clean_copy, preserved_random_states
 
-__all__ = ["FAILED", "PASSED", "UNDECIDED", "check_equivalence"]
+__all__ = ["FAILED", "PASSED", "UNDECIDED", "bind_to_stub", "check_equivalence"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,13 @@ def _run_original(replica: nn.Module, pattern: CallPattern, inputs: Sequence[Any
     return type(replica).forward(replica, *args, **kwargs)
 
 
+def bind_to_stub(model: nn.Module) -> None:
+    """Lets the layers of ``model`` run in this process as on two ranks. The model cannot be trained afterwards."""
+    for layer in model.modules():
+        if isinstance(layer, SyncBatchNorm):
+            layer._bound_channel = lambda *unused: TWO_RANK_STUB  # type: ignore[method-assign]
+
+
 class _TrialRun:
     """Outputs, buffers and gradients of one forward and backward of a copy."""
 
@@ -74,9 +81,7 @@ class _TrialRun:
         self, module: nn.Module, tensors: Sequence[Tensor], run: Callable[[nn.Module, Sequence[Tensor]], Any]
     ) -> None:
         replica = clean_copy(module)
-        for layer in replica.modules():
-            if isinstance(layer, SyncBatchNorm):
-                layer._bound_channel = lambda *unused: TWO_RANK_STUB  # type: ignore[method-assign]
+        bind_to_stub(replica)
         inputs = [
             value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
             for value in tensors

@@ -12,7 +12,10 @@ __all__ = ["SyncBatchNormPlugin"]
 
 
 class SyncBatchNormPlugin:
-    """Converts the BatchNorm layers of a LightningModule before training, and converts them back after training.
+    """Synchronizes the BatchNorm layers of a LightningModule while the Trainer fits it.
+
+    The strategy calls the plugin after ``configure_model``, before it creates the optimizers and wraps the model. At
+    the end of ``fit``, the strategy converts the layers back. Strategies for one device do not call the plugin.
 
     Args:
         process_group: the process group to normalize over; ``None`` for all ranks.

@@ -17,15 +17,7 @@ __all__ = ["BaguaSyncBatchNorm"]
 
 
 class BaguaSyncBatchNorm(SyncBatchNormPlugin, LayerSync):
-    """Synchronizes the BatchNorm layers of a LightningModule while the Trainer fits it.
-
-    The strategy calls the plugin after ``configure_model``, before it creates the optimizers and wraps the model. At
-    the end of ``fit``, the strategy converts the layers back. Strategies for one device do not call the plugin.
-
-    Args:
-        process_group: the process group to normalize over; ``None`` for all ranks.
-        coalesce: whether independent layers share a round; see :func:`~bagua_syncbn_algo.convert_sync_batchnorm`.
-        overlap: whether backward rounds overlap with weight gradients.
+    """The plugin of ``pytorch_lightning``; arguments and behaviour are those of :class:`.SyncBatchNormPlugin`.
 
     Example::
 

@@ -153,30 +153,30 @@ def launch_fused(
     device = local[0].mean.device
     elements = tuple(part.elements for part in local)
     features = tuple(part.mean.numel() for part in local)
+    means = [part.mean for part in local]
     merge = load_merge_kernel(device)
-    means, spreads = [part.mean for part in local], [_spread(part) for part in local]
-    if merge is not None:
-        own_counts = constant(elements, torch.int64, device)
-        arrived = channel.launch(point, FORWARD, [own_counts, [*means, *spreads]], TRITON)
-    else:
-        weights, own_counts = _counts(elements, means[0].dtype, device)
-        arrived = channel.launch(point, FORWARD, [[*means, *spreads, weights], own_counts], FUSED)
 
-    def merged() -> FusedStatistics:
-        parts = arrived()
-        counts = parts[0] if merge is not None else parts[1]
+    def with_triton() -> FusedStatistics:
+        counts, moments = arrived()
         require_two_values(elements, counts, names)
-        if merge is not None:
-            mean, invstd, per_layer = merge(counts, parts[1], features, eps, buffers)
-            rows = zip(split_channels(mean, features), split_channels(invstd, features), eps)
-            return FusedStatistics([LayerStatistics(m, None, i, e) for m, i, e in rows], per_layer)
-        return FusedStatistics(_merge_each(parts[0], features, eps, buffers), counts.t().contiguous())
+        mean, invstd, per_layer = merge(counts, moments, features, eps, buffers)  # type: ignore[misc]
+        rows = zip(split_channels(mean, features), split_channels(invstd, features), eps)
+        return FusedStatistics([LayerStatistics(m, None, i, e) for m, i, e in rows], per_layer)
 
-    return merged
+    def with_aten() -> FusedStatistics:
+        gathered, counts = arrived()
+        require_two_values(elements, counts, names)
+        return FusedStatistics(_merge_each(gathered, features, eps, buffers), counts.t().contiguous())
 
-
-def _spread(local: Union[FusedLocal, LocalMoments]) -> Tensor:
-    return local.variance if isinstance(local, LocalMoments) else local.invstd
+    if merge is not None:
+        variances = [part.variance for part in local]
+        payload: List[Any] = [constant(elements, torch.int64, device), [*means, *variances]]
+        arrived = channel.launch(point, FORWARD, payload, TRITON)
+        return with_triton
+    weights, counts = _counts(elements, means[0].dtype, device)
+    invstds = [part.invstd for part in local if isinstance(part, FusedLocal)]
+    arrived = channel.launch(point, FORWARD, [[*means, *invstds, weights], counts], FUSED)
+    return with_aten
 
 
 def _merge_each(
