@@ -44,7 +44,7 @@ class Guard:
         self._attributes: List[Tuple[int, str]] = []
         self._expected_values: List[Any] = []
         self._expected_types: List[type] = []
-        self._expected = self._state(parts)
+        self._expected = self._state([part.__dict__ for part in parts])
 
     def add_attributes(self, attributes: Mapping[int, Mapping[str, Any]]) -> None:
         """Adds attributes of submodules to the guard.
@@ -63,23 +63,24 @@ class Guard:
         parts = [reference() for reference in self._parts]
         if list(map(type, parts)) != self._classes:  # the type of a freed part is that of None
             return False
-        values = [parts[index].__dict__.get(name, MISSING) for index, name in self._attributes]
+        own = [part.__dict__ for part in parts]
+        values = [own[index].get(name, MISSING) for index, name in self._attributes]
         # Types, too: 1 equals True and 1.0, with which a forward may compute in another dtype.
         if values != self._expected_values or list(map(type, values)) != self._expected_types:
             return False
-        return self._state(parts) == self._expected and [each.forward for each in self._distinct] == self._forwards
+        return self._state(own) == self._expected and [each.forward for each in self._distinct] == self._forwards
 
     @property
     def is_dead(self) -> bool:
         """Whether a part of the module has been freed, after which :meth:`holds` is always false."""
         return any(part() is None for part in self._parts)
 
-    def _state(self, parts: List[Any]) -> List[Any]:
-        """Returns the state of the guarded submodules."""
-        own: List[Dict[str, Any]] = [parts[index].__dict__ for index in self._guarded]
+    def _state(self, everything: List[Dict[str, Any]]) -> List[Any]:
+        """Returns the state of the submodules, from their dictionaries."""
+        own = [everything[index] for index in self._guarded]
         children, parameters, buffers = ([each[name] for each in own] for name in _GROUPS)
         return [
-            [part.__dict__["training"] for part in parts],
+            [each["training"] for each in everything],
             list(map(len, children)),
             list(map(len, buffers)),
             [b is None for each in buffers if each for b in each.values()],
@@ -87,7 +88,7 @@ class Guard:
             list(map(len, parameters)),
             [None if p is None else _REQUIRES_GRAD(p) for each in parameters if each for p in each.values()],
             [(index, id(f)) for index, f in enumerate([each.get("forward") for each in own]) if is_foreign(f)],
-            [bool(own[index].get(kind)) for index, kind in self._hooks],
+            [not own[index].get(kind) for index, kind in self._hooks],
         ]
 
 

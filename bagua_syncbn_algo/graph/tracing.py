@@ -54,8 +54,9 @@ _MAX_ATTEMPTS = 3  # if random numbers are drawn during tracing, perhaps by anot
 _DATA_BRANCH, _UNTRACED = "has a branch or loop that depends on data", "cannot be traced"
 _VALUE_READERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 _CUSTOM_FUNCTION = "applies a custom autograd function"
-# Attributes that every module has. Guards compare those that matter, and whether a forward is set on an instance.
-_MODULE_ATTRIBUTES = frozenset((*nn.Module().__dict__, "forward"))
+# Attributes and methods that every module has, which the trace itself reads. Guards compare those that matter, and
+# whether a forward is set on an instance.
+_MODULE_ATTRIBUTES = frozenset((*nn.Module().__dict__, *dir(nn.Module)))
 _is_grad_enabled = torch.is_grad_enabled  # tracing replaces the public function
 
 
