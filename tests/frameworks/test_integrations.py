@@ -14,7 +14,7 @@ from ranks import run_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bagua_syncbn_algo import SyncBatchNorm, sync_batchnorm_layers
+from bagua_syncbn_algo import SyncBatchNorm2d, sync_batchnorm_layers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT = 100.0  # seconds; the import of a framework takes most of it on a busy machine
@@ -92,7 +92,7 @@ def fit(rank: int, package: str) -> Dict[str, Any]:
 def test_the_trainer_trains_like_one_process(package: str) -> None:
     """Catches a plugin that Lightning does not call, layers that stay converted, and layers of another package."""
     for result in run_processes(2, fit, package, limit=LIMIT):
-        assert result["layers"] == [SyncBatchNorm] and result["after"] is nn.BatchNorm2d
+        assert result["layers"] == [SyncBatchNorm2d] and result["after"] is nn.BatchNorm2d
         assert_equal(result["state"])
 
 
@@ -163,7 +163,7 @@ def run_mmengine(rank: int, folder: str, options: Dict[str, Any]) -> Dict[str, A
 def test_the_runner_trains_like_one_process(tmp_path: Path) -> None:
     """Catches a Runner that is not registered, and one that wraps the model before the conversion."""
     for result in run_processes(2, run_mmengine, str(tmp_path), {}, limit=LIMIT):
-        assert result["layers"] == [SyncBatchNorm]
+        assert result["layers"] == [SyncBatchNorm2d]
         assert_equal(result["state"])
 
 
