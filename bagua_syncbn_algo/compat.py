@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "ALLGATHER_ON_CURRENT_STREAM",
+    "CAPTURES_ROUNDS",
     "any_autocast",
     "aten_op_draws",
     "autocast_dtype",
@@ -21,10 +22,12 @@ __all__ = [
     "current_node",
     "graph_task",
     "inside_transform",
+    "is_tracing",
     "lerp_each_",
     "own_client",
     "saved_tensors_hooks",
     "sequence_of",
+    "traced_as_constant",
     "uncompiled",
     "will_run",
 ]
@@ -109,8 +112,34 @@ def autocast_dtype(device: str) -> Optional[torch.dtype]:
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
 
 
-def uncompiled(function: _F) -> _F:
-    """Excludes a function from ``torch.compile``, because a compiled graph must not contain communication."""
+#: Whether a round of statistics can be part of a graph of ``torch.compile``: from torch 2.6 on.
+CAPTURES_ROUNDS: bool = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
+
+#: Returns whether Dynamo follows the caller, for which it is a constant; always ``False`` before torch 2.6.
+is_tracing: Callable[[], bool] = torch.compiler.is_dynamo_compiling if CAPTURES_ROUNDS else lambda: False
+
+
+def traced_as_constant(function: _F) -> _F:
+    """Makes Dynamo call a function while it traces, and take the result as a constant of the graph.
+
+    This is ``torch.compiler.assume_constant_result``, which would import the compiler: that takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def uncompiled(function: _F, reason: str = "") -> _F:
+    """Excludes a function from the graphs of ``torch.compile``.
+
+    Args:
+        function: the function.
+        reason: the reason, for Dynamo's messages.
+    """
+    reason = reason or (
+        "this call of a SyncBatchNorm layer cannot be part of a graph; a warning of bagua_syncbn_algo says why"
+        if CAPTURES_ROUNDS
+        else "a round of SyncBatchNorm can be part of a graph from torch 2.6 on"
+    )
     disabled: Any = None
 
     @functools.wraps(function)
@@ -124,6 +153,7 @@ def uncompiled(function: _F) -> _F:
         return disabled(*args, **kwargs)
 
     outer._torchdynamo_disable = True  # type: ignore[attr-defined]
+    outer._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
     return outer  # type: ignore[return-value]
 
 

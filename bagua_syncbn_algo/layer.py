@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .capture import normalize_captured
 from .checks import check_channels, check_dimensions, observe, refuse_transform, scripting_error
 from .comm.channel import Channel
 from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
 from .comm.transport import channel_of, source_group
 from .comm.wire import FORWARD, Roster, SyncPoint, sync_point
-from .compat import inside_transform, uncompiled
+from .compat import inside_transform, is_tracing, uncompiled
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
 from .ops.moments import GlobalMoments, LocalMoments, has_fused_kernels, statistics_dtype
@@ -141,6 +142,7 @@ class SyncBatchNorm(_BatchNorm):
         self._recompute_cache = RecomputeCache()
         self._running: Optional[RunningPool] = None
         self._empty_shards = False
+        self._sites: Dict[Any, Any] = {}  # of the rounds that graphs of torch.compile refer to
 
     # -- binding --------------------------------------------------------------------------------------------------
 
@@ -295,7 +297,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> Dict[str, Any]:
         state = self.__dict__.copy()
-        for process_local in ("_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards"):
+        for process_local in ("_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards", "_sites"):
             state.pop(process_local, None)
         if self.process_group is not None:
             state["process_group"] = GroupReference(self.process_group, self.sync_name)
@@ -329,7 +331,6 @@ def _fx_node(layer: SyncBatchNorm, input: Any) -> Any:
     return tracer.create_proxy("call_function", SyncBatchNorm.forward, (itself, input), {})
 
 
-@uncompiled
 def batch_norm_coalesced(
     layers: Sequence[SyncBatchNorm],
     inputs: Sequence[Tensor],
@@ -357,6 +358,20 @@ def batch_norm_coalesced(
         Forward: one all-gather; none in a recomputation. Backward: one all-gather, if an input requires a gradient.
         Every rank must call.
     """
+    if is_tracing():
+        eager = partial(_batch_norm_eager, layers, inputs, name, None, None)
+        return normalize_captured(layers, inputs, name, eager)  # type: ignore[no-any-return]
+    return _batch_norm_eager(layers, inputs, name, cache, overlap_with)
+
+
+@uncompiled
+def _batch_norm_eager(
+    layers: Sequence[SyncBatchNorm],
+    inputs: Sequence[Tensor],
+    name: Optional[str],
+    cache: Optional[RecomputeCache],
+    overlap_with: Optional[OverlapCandidates],
+) -> Tuple[Tensor, ...]:
     first = layers[0]
     if inside_transform():
         refuse_transform(first._shown_name, first.process_group, first._channel)

@@ -1,0 +1,159 @@
+"""The training forward of a round as ``torch.compile`` captures it.
+
+Dynamo follows :func:`normalize_captured`. What an eager forward decides in each call, :func:`_prepare` decides once, while
+the graph is traced: it binds the layers to their channel and checks that the round can be part of a graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from functools import partial
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import observe
+from .comm.wire import SyncPoint, sync_point
+from .compat import CAPTURES_ROUNDS, traced_as_constant
+from .ops.exact import require_two_values
+
+if CAPTURES_ROUNDS:
+    from .comm.operators import Site, add_site
+    from .ops.in_graph import in_graph_round, move_running_statistics_in_graph
+
+__all__ = ["normalize_captured"]
+
+
+def normalize_captured(
+    layers: Sequence[Any], inputs: Sequence[Tensor], name: Optional[str], eager: Callable[[], Any]
+) -> Any:
+    """Returns the outputs of the layers of a round, inside of a graph.
+
+    Args:
+        layers: the layers.
+        inputs: the input of each layer.
+        name: the name of the round; ``None`` for a single layer.
+        eager: runs the round outside of the graph.
+    """
+    first = layers[0]
+    found = [(input.dim(), input.shape[1], input.is_floating_point(), str(input.device)) for input in inputs]
+    key, ranks, local, fits = _prepare(name, str(inputs[0].device), tuple(found), *layers)
+    if not fits:
+        return eager()
+    if local:
+        return tuple([_normalize_local(layer, input) for layer, input in zip(layers, inputs)])
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    outputs, means, variances = in_graph_round(
+        key, ranks, list(inputs), weights, biases, [layer.eps for layer in layers]
+    )
+    for layer, mean, variance in zip(layers, means, variances):
+        move_running_statistics_in_graph(layer, mean, variance)
+    return outputs
+
+
+def _normalize_local(layer: Any, input: Tensor) -> Tensor:
+    """Returns the output of a layer that normalizes over this rank only."""
+    momentum, mean, variance = layer.momentum, layer.running_mean, layer.running_var
+    if not layer.track_running_stats or mean is None:
+        return F.batch_norm(input, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
+    with torch.no_grad():
+        layer.num_batches_tracked.add_(1)
+    if momentum is not None:
+        return F.batch_norm(input, mean, variance, layer.weight, layer.bias, True, momentum, layer.eps)
+    # The cumulative average: its momentum is a tensor. With a momentum of 1, the kernel returns the batch's statistics.
+    batch_mean, batch_variance = torch.zeros_like(mean), torch.zeros_like(variance)
+    output = F.batch_norm(input, batch_mean, batch_variance, layer.weight, layer.bias, True, 1.0, layer.eps)
+    with torch.no_grad():
+        weight = layer.num_batches_tracked.to(mean.dtype).reciprocal()
+        mean.lerp_(batch_mean, weight)
+        variance.lerp_(batch_variance, weight)
+    return output
+
+
+class _Prepared(NamedTuple):
+    key: str  # of the site
+    ranks: int
+    local: bool  # whether there is one rank only
+    fits: bool  # whether the round can be part of a graph
+
+
+@traced_as_constant
+def _prepare(
+    name: Optional[str], device_name: str, found: Tuple[Tuple[int, int, bool, str], ...], *layers: Any
+) -> Tuple[str, int, bool, bool]:
+    """Binds the layers, and registers the round. Runs once for a graph, while Dynamo traces.
+
+    Args:
+        name: the name of the round; ``None`` for a single layer.
+        device_name: the device of the first input.
+        found: dimensions, channels, whether the dtype is a floating point one, and the device of each input.
+        layers: the layers.
+
+    Collectives:
+        Those of an eager round that binds its layers.
+    """
+    first = layers[0]
+    device = torch.device(device_name)
+    channel = first._bound_channel(device)
+    reason = _why_not(layers, found, channel)
+    if reason is not None:
+        _warn(first._shown_name, reason)
+        return _Prepared("", 1, False, False)
+    if channel.local:
+        return _Prepared("", 1, True, True)
+    kept = first._sites
+    identity = (name, tuple(map(id, layers)))
+    if identity not in kept:
+        names = [layer._shown_name for layer in layers]
+        references = [weakref.ref(layer) for layer in layers]
+        site = Site(names, partial(_bind, references, name), partial(_observe, references[0]), require_two_values)
+        kept[identity] = site, add_site(names[0] if name is None else name, site)
+    return _Prepared(kept[identity][1], channel.world_size, False, True)
+
+
+def _why_not(layers: Sequence[Any], found: Sequence[Tuple[int, int, bool, str]], channel: Any) -> Optional[str]:
+    """Returns the reason why a round cannot be part of a graph, or ``None``."""
+    for layer, (dimensions, channels, is_float, device) in zip(layers, found):
+        accepted = layer._dimensions
+        right = dimensions >= 2 if accepted is None else dimensions in accepted
+        if not right or channels != layer.num_features or not is_float:
+            return "the input is invalid"
+        if layer._running is not None:
+            return "its running statistics are pooled over more ranks than it normalizes over (normalize_over)"
+        if layer._empty_shards and channel.local:
+            return "it accepts an empty batch on one rank"
+        if device != found[0][3] or not layer.training or layer._bound_channel(torch.device(device)) is not channel:
+            return "its layers cannot share a round"
+    return None
+
+
+def _bind(references: Sequence[Any], name: Optional[str], device: torch.device) -> Tuple[Any, SyncPoint]:
+    layers = [reference() for reference in references]
+    if any(layer is None for layer in layers):
+        raise RuntimeError(
+            f"expected the layers of a compiled graph to exist (got none for {name or 'a layer'}, which has been "
+            "freed); compile the model again"
+        )
+    channel = layers[0]._bound_channel(device)
+    point: SyncPoint = layers[0]._point
+    if name is not None:
+        point = sync_point(name, point.ordinal, tuple(layer.sync_name for layer in layers))
+        channel.register(point)
+    return channel, point
+
+
+def _observe(reference: Any, channel: Any, point: SyncPoint, before: int) -> None:
+    layer = reference()
+    if layer is not None and layer.tag is not None:
+        observe(layer.tag.roster, point, before, channel.rounds)
+
+
+def _warn(name: str, reason: str) -> None:
+    warnings.warn(
+        f"expected a training forward of {name} that torch.compile can capture (got one in which {reason}); the layer "
+        "runs eagerly, with a graph break",
+        stacklevel=2,
+    )

@@ -1,0 +1,155 @@
+"""Operators for graphs of ``torch.compile``: the start of a round of statistics, and the wait for its result.
+
+A graph refers to a round by a string, the key of its :class:`Site`. The site knows the layers and finds their channel
+in each call, so that a compiled step sends the same messages as an eager step: a rank may run its graph while another
+rank runs the same step eagerly. The header of a message, and thus the comparison of layers and ranks, is the channel's.
+
+The operators have no side effects that a compiler must know: a round whose result is not used may be removed. `launch`
+copies its message, because a compiler reuses memory, and `wait` returns new tensors.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict, deque
+from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .wire import FORWARD, SyncPoint
+
+__all__ = ["LAUNCH", "WAIT", "Site", "add_site", "site_of"]
+
+
+class Site:
+    """One round of a model, as the operators find it.
+
+    Args:
+        layers: the names of the layers, for errors.
+        bind: returns the channel and the sync point of the round; it may create a group, as in an eager forward.
+        after_launch: called after each forward round with the channel, the sync point and the rounds before it.
+        check: called with this rank's elements and the counts of all ranks; raises an error for too few values.
+        flags: further bits of the header in forward.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        bind: Callable[[torch.device], Tuple[Any, SyncPoint]],
+        after_launch: Callable[[Any, SyncPoint, int], None],
+        check: Callable[[Sequence[int], Tensor, Sequence[str]], None],
+    ) -> None:
+        self.layers, self.bind, self.after_launch, self.check = layers, bind, after_launch, check
+        self.begin: Optional[Callable[[], None]] = None  # called before each forward round
+        self.pending: Dict[int, Deque[_Pending]] = defaultdict(deque)  # by phase
+
+
+class _Pending(NamedTuple):
+    """A round that has been launched."""
+
+    arrived: Callable[[], List[Tensor]]
+    elements: Sequence[int]
+
+
+_sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
+
+
+def add_site(name: str, site: Site) -> str:
+    """Registers a site; returns its key, which is equal in the next process that runs the same program."""
+    number, key = 1, name
+    while key in _sites:
+        number += 1
+        key = f"{name} ({number})"
+    _sites[key] = site
+    return key
+
+
+def site_of(key: str) -> Site:
+    """Returns a site.
+
+    Raises:
+        RuntimeError: if the model has been freed.
+    """
+    site = _sites.get(key)
+    if site is None:
+        raise RuntimeError(
+            f"expected the model of a compiled graph to exist (got none with {key}, which has been freed); compile the "
+            "model again"
+        )
+    return site
+
+
+def _launch(payload: Tensor, elements: Sequence[int], after: Sequence[Tensor], key: str, phase: int) -> Tensor:
+    """Starts a round; see the schema below."""
+    from ..ops.exact import constant  # the cached tensors of counts that an eager round sends
+
+    site = site_of(key)
+    if phase == FORWARD and site.begin is not None:
+        site.begin()
+    channel, point = site.bind(payload.device)
+    before = channel.rounds
+    parts = [payload]
+    if phase == FORWARD:
+        parts = [constant(tuple(map(int, elements)), torch.int64, payload.device), payload]
+    site.pending[phase].append(_Pending(channel.launch(point, phase, parts), elements))
+    if phase == FORWARD:
+        site.after_launch(channel, point, before)
+    return payload.new_empty(0)
+
+
+def _wait(
+    handle: Tensor, after: Sequence[Tensor], ranks: int, layers: int, length: int, key: str, phase: int
+) -> Tuple[Tensor, Tensor]:
+    """Waits for a round; see the schema below."""
+    site = site_of(key)
+    if not site.pending[phase]:
+        raise RuntimeError(
+            f"expected a launched round of {key} to wait for (got none: the compiler has repeated the wait alone); "
+            "keep the result of the operator bagua_syncbn::wait in the policy of activation checkpointing"
+        )
+    pending = site.pending[phase].popleft()
+    try:
+        gathered = pending.arrived()
+    except Exception:
+        for rounds in site.pending.values():
+            rounds.clear()  # the step is lost
+        raise
+    found = len(gathered[-1])
+    if found != ranks:
+        raise RuntimeError(
+            f"expected {ranks} ranks at {key}, as in the step that was compiled (got {found}); call "
+            "torch._dynamo.reset() after a change of the process group"
+        )
+    if phase == FORWARD:
+        site.check(pending.elements, gathered[0], site.layers)
+    counts = gathered[0].clone() if phase == FORWARD else handle.new_empty((ranks, 0), dtype=torch.int64)
+    return counts, gathered[-1].clone()
+
+
+def _fake_launch(payload: Tensor, elements: Any, after: Any, key: str, phase: int) -> Tensor:
+    return payload.new_empty(0)
+
+
+def _fake_wait(
+    handle: Tensor, after: Any, ranks: int, layers: int, length: Any, key: str, phase: int
+) -> Tuple[Tensor, Tensor]:
+    counts = layers if phase == FORWARD else 0
+    return handle.new_empty((ranks, counts), dtype=torch.int64), handle.new_empty((ranks, length))
+
+
+# payload: the statistics of this rank. elements: per channel, of each layer. after: tensors that must be computed
+# before, which are not read. handle: the result of `launch`. The result of `wait`: the elements on each rank, shape
+# (W, L), and the payloads, (W, length).
+_library = torch.library.Library("bagua_syncbn", "DEF")
+_library.define("launch(Tensor payload, SymInt[] elements, Tensor[] after, str key, int phase) -> Tensor")
+_library.define(
+    "wait(Tensor handle, Tensor[] after, int ranks, int layers, int length, str key, int phase) -> (Tensor, Tensor)"
+)
+for _name, _function, _fake in (("launch", _launch, _fake_launch), ("wait", _wait, _fake_wait)):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _device)
+    torch.library.register_fake(f"bagua_syncbn::{_name}", _fake)
+
+LAUNCH: Any = torch.ops.bagua_syncbn.launch.default
+WAIT: Any = torch.ops.bagua_syncbn.wait.default
