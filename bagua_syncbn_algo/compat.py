@@ -27,6 +27,7 @@ __all__ = [
     "own_client",
     "saved_tensors_hooks",
     "sequence_of",
+    "trace_time",
     "traced_as_constant",
     "uncompiled",
     "will_run",
@@ -126,6 +127,13 @@ def traced_as_constant(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def trace_time(callback: Callable[[Any], None], values: List[Any]) -> None:
+    """Makes Dynamo call ``callback`` with a ``ComptimeContext`` while it traces the caller. Not for eager calls."""
+    from torch._dynamo.comptime import comptime
+
+    comptime(callback)
 
 
 def uncompiled(function: _F, reason: str = "") -> _F:

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.wire import FORWARD, Roster, SyncBatchNormError, digest
-from ..compat import inside_transform, saved_tensors_hooks, uncompiled
+from ..compat import inside_transform, is_tracing, saved_tensors_hooks, uncompiled
 from ..layer import SyncBatchNorm
 from ..ops.recompute import inside_backward
 from .call_pattern import CallPattern
+from .compiled import CHOICE, train_captured
 from .guards import Guard, has_global_hooks
 from .levels import SplitCandidate, levels_of, split_candidates_of
 from .module_state import UntraceableError
@@ -67,8 +68,11 @@ class CoalescedForward:
         self._warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.module.training:
-            return type(self.module).forward(self.module, *args, **kwargs)
+        module = self.module
+        if not module.training:
+            return type(module).forward(module, *args, **kwargs)
+        if is_tracing():
+            return train_captured(self, module, args, kwargs)
         return _train(self, args, kwargs)
 
     @property
@@ -291,7 +295,8 @@ class CoalescedForward:
     # -- copies, which create their own graphs -------------------------------------------------------------------------
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_variants": [], "_module": self.module}
+        kept = {name: value for name, value in self.__dict__.items() if not name.startswith(CHOICE)}
+        return {**kept, "_variants": [], "_module": self.module}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.__dict__.update(state, _module=weakref.ref(state["_module"]))

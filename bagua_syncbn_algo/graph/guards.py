@@ -58,6 +58,11 @@ class Guard:
             self._expected_values += values.values()
         self._expected_types = list(map(type, self._expected_values))
 
+    @property
+    def expected_attributes(self) -> List[Tuple[int, str, Any]]:
+        """The index of the submodule, the name and the value of each attribute that the traced forward has read."""
+        return [(*each, value) for each, value in zip(self._attributes, self._expected_values)]
+
     def holds(self) -> bool:
         """Returns whether these properties are unchanged."""
         parts = [reference() for reference in self._parts]

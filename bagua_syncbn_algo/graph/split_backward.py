@@ -120,7 +120,7 @@ def _can_split(module: Any, device: torch.device) -> bool:
     )
 
 
-def apply_split(module: Any, input: Tensor, candidates: DeferrableLayers, index: int) -> Tensor:
+def apply_split(module: Any, input: Tensor, candidates: Optional[DeferrableLayers], index: int) -> Tensor:
     """Runs a convolution or linear layer, and defers its weight gradient if the round has a deferred gradient for it.
 
     Output and gradients are bitwise those of ``module(input)``.
@@ -128,12 +128,14 @@ def apply_split(module: Any, input: Tensor, candidates: DeferrableLayers, index:
     Args:
         module: the layer.
         input: the input of the layer.
-        candidates: the candidates of a round that has run.
+        candidates: the candidates of a round that has run; ``None`` in a graph of ``torch.compile``.
         index: index of the layer in ``candidates``.
 
     Returns:
         The output of the layer.
     """
+    if candidates is None:
+        return module(input)  # type: ignore[no-any-return]
     candidate, deferred_grads = candidates.candidates[index], candidates.deferred_grads
     deferred_grad = deferred_grads[index] if deferred_grads else None
     if isinstance(module, nn.Linear) and input.dim() > 2 and not input.is_contiguous():

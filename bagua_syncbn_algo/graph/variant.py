@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -9,6 +10,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..compat import is_tracing
 from ..layer import SyncBatchNorm, batch_norm_coalesced
 from ..ops.recompute import RecomputeCache
 from .call_pattern import CallPattern
@@ -20,6 +22,9 @@ from .split_backward import DeferrableLayer, DeferrableLayers
 from .tracing import Trace
 
 __all__ = ["Outcome", "Variant"]
+
+
+_numbers = itertools.count()
 
 
 class Outcome(NamedTuple):
@@ -47,20 +52,28 @@ class _Regrouped:
 
     def __init__(self, module: nn.Module, graph: fx.Graph, traced: Trace) -> None:
         names: Dict[str, str] = {}
+        self._by_path = graph.python_code("self")  # before the targets are renamed
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
                 path = str(node.target)
                 is_module = node.op == "call_module" or isinstance(attribute_of(module, path), nn.Module)
                 node.target = names.setdefault(path, f"m{len(names)}") if is_module else f"root.{path}"
-        # Not a GraphModule, which would keep the modules that it finds under the targets: those of the replica.
-        code = graph.python_code("self")
-        scope: Dict[str, Any] = dict(code.globals)
-        exec(compile(code.src, f"<regrouped forward of {type(module).__name__}>", "exec"), scope)
-        self._generated: Callable[..., Any] = scope["forward"]
-        self._paths, self._names, self._outputs = list(names), list(names.values()), traced.outputs
+        self._title = f"<regrouped forward of {type(module).__name__}>"
+        self._generated = self._compiled(graph.python_code("self"))
+        self._paths, self._names, self.outputs = list(names), list(names.values()), traced.outputs
         # Weak references: a submodule must be freed when the user replaces it.
         self._module = weakref.ref(module)
         self._parts = [weakref.ref(module.get_submodule(path)) for path in names]
+
+    def _compiled(self, code: Any) -> Callable[..., Any]:
+        # Not a GraphModule, which would keep the modules that it finds under the targets: those of the replica.
+        scope: Dict[str, Any] = dict(code.globals)
+        exec(compile(code.src, self._title, "exec"), scope)
+        return scope["forward"]  # type: ignore[no-any-return]
+
+    def by_path(self) -> Callable[..., Any]:
+        """Returns the graph as a function that finds submodules by their paths, for ``torch.compile``."""
+        return self._compiled(self._by_path)
 
     def __call__(self, module: nn.Module, *values: Any) -> Any:
         if module is self._module():  # whose guard holds: its submodules are those of the trace
@@ -68,7 +81,7 @@ class _Regrouped:
         else:
             parts = [module.get_submodule(path) for path in self._paths]
         namespace = SimpleNamespace(root=module, **dict(zip(self._names, parts)))
-        return pytree.tree_unflatten(list(self._generated(namespace, *values)), self._outputs)
+        return pytree.tree_unflatten(list(self._generated(namespace, *values)), self.outputs)
 
 
 class Variant:
@@ -81,6 +94,7 @@ class Variant:
         self.shapes: Optional[Tuple[Any, ...]] = None  # of the values, if the graph depends on them
         self.needed_shapes = False  # whether the forward could not be traced without the shapes of a real call
         self.wants_shapes = False  # whether a trace with the shapes of a real call may succeed
+        self.number = next(_numbers)
         self.verified = False
         self.trials = 0
         self.rounds: List[PlannedRound] = []
@@ -180,7 +194,10 @@ class _LevelCall:
 
     def __call__(
         self, layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], modules: Sequence[nn.Module]
-    ) -> Tuple[Tuple[Tensor, ...], DeferrableLayers]:
+    ) -> Tuple[Tuple[Tensor, ...], Optional[DeferrableLayers]]:
+        if is_tracing():
+            outputs = batch_norm_coalesced(layers, inputs, self._name)
+            return tuple([_run_hooks(*each) for each in zip(layers, inputs, outputs)]), None
         deferrable = DeferrableLayers(self._candidates, modules)
         cache = None if self._name is None else self._cache
         outputs = batch_norm_coalesced(layers, inputs, self._name, cache, deferrable if modules else None)
