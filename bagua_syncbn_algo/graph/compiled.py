@@ -19,7 +19,7 @@ from ..compat import inside_transform, traced_as_constant, trace_time
 from ..layer import SyncBatchNorm
 from .call_pattern import CallPattern
 from .guards import has_global_hooks
-from .module_state import CONSTANT_TYPES
+from .module_state import CONSTANT_TYPES, MISSING
 from .variant import Variant
 
 __all__ = ["CHOICE", "train_captured"]
@@ -71,6 +71,7 @@ class _Choice:
         outputs: the structure of the output.
         modes: the path and the mode of each submodule.
         attributes: path of a submodule, name and value of each attribute that the forward has read.
+        absent: path of a submodule and name of each attribute that the forward has looked for and not found.
         parts: the names of the children of each submodule that has some.
     """
 
@@ -80,7 +81,9 @@ class _Choice:
         self.outputs: Any = variant.run.outputs
         paths = [path for path, _ in module.named_modules(remove_duplicate=True)]
         self.modes = [(path, part.training) for path, part in zip(paths, module.modules())]
-        self.attributes = [(paths[index], *rest) for index, *rest in variant.guard.expected_attributes]
+        read = [(paths[index], *rest) for index, *rest in variant.guard.expected_attributes]
+        self.attributes = [each for each in read if each[2] is not MISSING]
+        self.absent = [(path, name) for path, name, value in read if value is MISSING and _lacks(module, path, name)]
         self.parts = [(path, tuple(part._modules)) for path, part in zip(paths, module.modules()) if part._modules]
 
 
@@ -92,10 +95,17 @@ def _is_unchanged(module: nn.Module, choice: _Choice) -> bool:
     for path, name, value in choice.attributes:
         if getattr(module.get_submodule(path), name) != value:
             return False
+    for path, name in choice.absent:
+        if hasattr(module.get_submodule(path), name):
+            return False
     for path, names in choice.parts:
         if tuple(module.get_submodule(path)._modules.keys()) != names:
             return False
     return True
+
+
+def _lacks(module: nn.Module, path: str, name: str) -> bool:
+    return not hasattr(module.get_submodule(path), name)
 
 
 def _template(tree: Any, values: List[Any]) -> Any:
