@@ -63,9 +63,18 @@ def in_graph_round(
         means, variances, unbiased_parts = (each.split(features) for each in (mean, variance, unbiased))
         merged_means = [each.to(dtype) for each, dtype in zip(means, dtypes)]
         invstds = [(each + added).rsqrt().to(dtype) for each, added, dtype in zip(variances, eps, dtypes)]
-    tensors = [tensor for row in zip(inputs, weights, biases) for tensor in row]
+    tensors = _distinct([tensor for row in zip(inputs, weights, biases) for tensor in row])
     outputs = _Normalize.apply(key, ranks, widest, totals, *tensors, *merged_means, *invstds)  # type: ignore[no-untyped-call]
     return InGraphRound(outputs, means, unbiased_parts)
+
+
+def _distinct(tensors: Sequence[Optional[Tensor]]) -> List[Optional[Tensor]]:
+    """Returns the tensors, and a view in place of a repeated one: Dynamo refuses a Function of one tensor twice."""
+    found: List[Optional[Tensor]] = []
+    for index, tensor in enumerate(tensors):
+        repeated = tensor is not None and any(tensor is earlier for earlier in tensors[:index])
+        found.append(tensor.view_as(tensor) if repeated and tensor is not None else tensor)
+    return found
 
 
 def _local_moments(input: Tensor, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
@@ -162,8 +171,8 @@ class _Normalize(Function):
 
 def _gradient_sums(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
     """Returns ``Σ dy`` and ``Σ dy·x̂`` over the elements of this rank."""
-    if input.numel() == 0:
-        return torch.zeros_like(mean), torch.zeros_like(mean)
+    # Also for an empty shard, whose sums are zeros. Constants would not depend on the gradient, and the compiler would
+    # launch the backward round in the forward graph.
     dimensions = [d for d in range(input.dim()) if d != 1]
     dy = grad.to(mean.dtype)
     centred = input.to(mean.dtype) - _per_channel(mean, input)
