@@ -297,7 +297,15 @@ class SyncBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> Dict[str, Any]:
         state = self.__dict__.copy()
-        for process_local in ("_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards", "_sites"):
+        for process_local in (
+            "_channel",
+            "_channel_source",
+            "_point",
+            "_recompute_cache",
+            "_running",
+            "_empty_shards",
+            "_sites",
+        ):
             state.pop(process_local, None)
         if self.process_group is not None:
             state["process_group"] = GroupReference(self.process_group, self.sync_name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..comm.operators import LAUNCH, WAIT
+from ..comm.operators import operators_for
 from ..comm.wire import BACKWARD, FORWARD
 from .moments import statistics_dtype
 
@@ -55,8 +55,9 @@ def in_graph_round(
         local = [_local_moments(input.detach(), dtype) for input, dtype in zip(inputs, dtypes)]
         elements = [input.numel() // input.shape[1] for input in inputs]
         payload = torch.cat([*(each[0].to(widest) for each in local), *(each[1].to(widest) for each in local)])
-        handle = LAUNCH(payload, elements, [], key, FORWARD)
-        counts, moments = WAIT(handle, [], ranks, len(inputs), 2 * sum(features), key, FORWARD)
+        launch, wait = operators_for(elements)
+        handle = launch(payload, elements, [], key, FORWARD)
+        counts, moments = wait(handle, [], ranks, len(inputs), 2 * sum(features), key, FORWARD)
         mean, variance, per_channel = _merge(counts, moments, features)
         unbiased = variance * (per_channel / (per_channel - 1)).to(widest)
         totals = counts.sum(0).double()
@@ -158,8 +159,9 @@ class _Normalize(Function):
             parts = [*(each[0] for each in sums), *(each[1] for each in sums)]
             payload = torch.cat([*(part.to(ctx.widest) for part in parts), used])
             features = [mean.numel() for mean in means]
-            handle = LAUNCH(payload, [], [], ctx.key, BACKWARD)
-            _, gathered = WAIT(handle, [], ctx.ranks, count, payload.numel(), ctx.key, BACKWARD)
+            launch, wait = operators_for([input.numel() // input.shape[1] for input in inputs])
+            handle = launch(payload, [], [], ctx.key, BACKWARD)
+            _, gathered = wait(handle, [], ctx.ranks, count, payload.numel(), ctx.key, BACKWARD)
             total = gathered[:, :-count].sum(0, dtype=torch.float64)
             all_dy, all_dy_xhat = (each.split(features) for each in total.chunk(2))
             for i, (grad, input) in enumerate(zip(grads, inputs)):
