@@ -141,8 +141,8 @@ def keep_operator(name: str) -> None:
     """Gives an operator of a library an effect: compilers neither remove nor repeat it, and keep the order."""
     from torch._higher_order_ops import effects
 
-    kinds: Any = getattr(effects, "_EffectType")
-    getattr(effects, "_register_effectful_op")(name, kinds.ORDERED)
+    kinds: Any = effects._EffectType
+    effects._register_effectful_op(name, kinds.ORDERED)
 
 
 def trace_time(callback: Callable[[Any], None], values: List[Any]) -> None:

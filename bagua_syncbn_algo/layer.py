@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Any, Dict, Optional, Sequence, Tuple, Type, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .comm.channel import Channel
 from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
 from .comm.transport import channel_of, source_group
-from .comm.wire import FORWARD, Roster, SyncPoint, sync_point
+from .comm.wire import FORWARD, Roster, SyncPoint, SyncTag, sync_point
 from .compat import inside_transform, is_tracing, uncompiled
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
@@ -30,22 +30,6 @@ __all__ = ["SyncBatchNorm", "SyncTag", "batch_norm_coalesced"]
 _M = TypeVar("_M", bound=nn.Module)
 
 _NO_ROSTER = Roster()  # for untagged layers, for which the ranks agree only on the length of messages
-
-
-class SyncTag(NamedTuple):
-    """Identification of a layer in errors, tables and messages to the other ranks.
-
-    Attributes:
-        name: the qualified name of the layer, with the class name of the model as prefix.
-        order: the position of the layer among the synchronized layers of the model.
-        group: the global ranks that the layer normalizes over; ``None`` for all ranks.
-        roster: all layers that were tagged together.
-    """
-
-    name: str
-    order: int
-    group: Optional[Tuple[int, ...]]
-    roster: Roster
 
 
 class SyncBatchNorm(_BatchNorm):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..compat import inside_transform, traced_as_constant, trace_time
+from ..compat import inside_transform, trace_time, traced_as_constant
 from ..layer import SyncBatchNorm
 from .call_pattern import CallPattern
 from .guards import has_global_hooks
@@ -35,10 +35,6 @@ class _Traced(threading.local):
 
 
 _traced = _Traced()
-
-
-class _Slot:
-    """The place of a value in the template of a call."""
 
 
 def train_captured(forward: Any, module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
@@ -98,10 +94,7 @@ def _is_unchanged(module: nn.Module, choice: _Choice) -> bool:
     for path, name in choice.absent:
         if hasattr(module.get_submodule(path), name):
             return False
-    for path, names in choice.parts:
-        if tuple(module.get_submodule(path)._modules.keys()) != names:
-            return False
-    return True
+    return all(tuple(module.get_submodule(path)._modules.keys()) == names for path, names in choice.parts)
 
 
 def _lacks(module: nn.Module, path: str, name: str) -> bool:

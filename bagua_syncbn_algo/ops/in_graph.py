@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..comm.operators import operators_for
 from ..comm.wire import BACKWARD, FORWARD
 from .moments import statistics_dtype
+from .operators import operators_for
 
 __all__ = ["InGraphRound", "in_graph_round", "move_running_statistics_in_graph"]
 

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import models
 import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
-import torch.nn.functional as F
 from ranks import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-
 
 from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormAlgorithm, bagua, convert_sync_batchnorm, record_rounds
 from bagua_syncbn_algo.compat import CAPTURES_ROUNDS

@@ -17,8 +17,9 @@ from typing import Any, Callable, Deque, Dict, List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..comm.wire import FORWARD, SyncPoint
 from ..compat import keep_operator
-from .wire import FORWARD, SyncPoint
+from .exact import constant, require_two_values
 
 __all__ = ["Site", "add_site", "operators_for", "site_of"]
 
@@ -30,7 +31,6 @@ class Site:
         layers: the names of the layers, for errors.
         bind: returns the channel and the sync point of the round; it may create a group, as in an eager forward.
         after_launch: called after each forward round with the channel, the sync point and the rounds before it.
-        check: called with this rank's elements and the counts of all ranks; raises an error for too few values.
     """
 
     def __init__(
@@ -38,9 +38,8 @@ class Site:
         layers: Sequence[str],
         bind: Callable[[torch.device], Tuple[Any, SyncPoint]],
         after_launch: Callable[[Any, SyncPoint, int], None],
-        check: Callable[[Sequence[int], Tensor, Sequence[str]], None],
     ) -> None:
-        self.layers, self.bind, self.after_launch, self.check = layers, bind, after_launch, check
+        self.layers, self.bind, self.after_launch = layers, bind, after_launch
         self.pending: Dict[int, Deque[_Pending]] = defaultdict(deque)  # by phase
 
 
@@ -81,8 +80,6 @@ def site_of(key: str) -> Site:
 
 def _launch(payload: Tensor, elements: Sequence[int], after: Sequence[Tensor], key: str, phase: int) -> Tensor:
     """Starts a round; see the schema below."""
-    from ..ops.exact import constant  # the cached tensors of counts that an eager round sends
-
     site = site_of(key)
     channel, point = site.bind(payload.device)
     before = channel.rounds
@@ -119,7 +116,7 @@ def _wait(
             "torch._dynamo.reset() after a change of the process group"
         )
     if phase == FORWARD:
-        site.check(pending.elements, gathered[0], site.layers)
+        require_two_values(pending.elements, gathered[0], site.layers)
     counts = gathered[0].clone() if phase == FORWARD else handle.new_empty((ranks, 0), dtype=torch.int64)
     return counts, gathered[-1].clone()
 
