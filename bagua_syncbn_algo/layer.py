@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .capture import normalize_captured
-from .checks import check_channels, check_dimensions, observe, refuse_transform, scripting_error
+from .checks import can_share, check_channels, check_dimensions, observe, refuse_transform, scripting_error
 from .comm.channel import Channel
 from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
@@ -368,7 +368,7 @@ def _batch_norm_eager(
     if inside_transform():
         refuse_transform(first._shown_name, first.process_group, first._channel)
     channel = first._bound_channel(inputs[0].device)
-    if len(layers) > 1 and not _can_share(layers, inputs, channel):
+    if len(layers) > 1 and not can_share(layers, inputs, channel):
         # Not `layer(input)`: the caller runs the hooks, and the operations that a subclass adds to the normalization.
         return tuple(SyncBatchNorm.forward(layer, input) for layer, input in zip(layers, inputs))
     point = first._point
@@ -394,12 +394,3 @@ def _batch_norm_eager(
     if first.tag is not None and channel.rounds > before:  # not a recomputation
         observe(first.tag.roster, point, before, channel.rounds)
     return outputs
-
-
-def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:
-    """Returns whether all layers are in training mode, on the same channel, with inputs on the same device."""
-    same_device = all(input.device == inputs[0].device for input in inputs)
-    # A layer that is bound to the channel needs no further look at its process group.
-    return same_device and all(
-        layer.training and (layer._channel is channel or layer._bound_channel() is channel) for layer in layers
-    )
