@@ -292,7 +292,8 @@ def _changes(rank: int) -> List[str]:
         with pytest.raises(ValueError, match="expected 3 channels"):
             torch.compile(layer, backend="eager")(torch.ones(2, 4, 2, 2))
     dist.destroy_process_group()
-    return [str(each.message) for each in caught if "torch.compile can capture" in str(each.message)]
+    # Dynamo may trace a forward several times.
+    return sorted({str(each.message) for each in caught if "torch.compile can capture" in str(each.message)})
 
 
 @pytest.mark.multirank
@@ -300,7 +301,7 @@ def test_changes_between_steps() -> None:
     """Catches a graph that misses a change of an attribute or mode, and what cannot be captured without a reason."""
     for messages in run_processes(2, _changes, limit=200.0):
         assert len(messages) == 2
-        assert "pooled" in messages[0] and "the input is invalid" in messages[1]
+        assert "pooled" in messages[0] and "the input is invalid" in messages[1], messages
 
 
 def _fallback(rank: int) -> None:
