@@ -142,9 +142,15 @@ def _fake_wait(
 # before, which are not read. handle: the result of `launch`. The result of `wait`: the elements on each rank, shape
 # (W, L), and the payloads, (W, length).
 _library = torch.library.Library("bagua_syncbn", "DEF")
-_library.define("launch(Tensor payload, SymInt[] elements, Tensor[] after, str key, int phase) -> Tensor")
+# Messages have one dimension, and the tensors of `after` are not read: their layout is the compiler's choice. Without
+# the tag it would copy a weight gradient to the strides of the traced call.
+_ANY_LAYOUT = (torch.Tag.flexible_layout,)
 _library.define(
-    "wait(Tensor handle, Tensor[] after, int ranks, int layers, int length, str key, int phase) -> (Tensor, Tensor)"
+    "launch(Tensor payload, SymInt[] elements, Tensor[] after, str key, int phase) -> Tensor", tags=_ANY_LAYOUT
+)
+_library.define(
+    "wait(Tensor handle, Tensor[] after, int ranks, int layers, int length, str key, int phase) -> (Tensor, Tensor)",
+    tags=_ANY_LAYOUT,
 )
 for _name, _function, _fake in (("launch", _launch, _fake_launch), ("wait", _wait, _fake_wait)):
     for _device in ("CPU", "CUDA"):

@@ -116,6 +116,8 @@ def _come_after(node: fx.Node, tensors: Sequence[fx.Node]) -> None:
     before: List[Any] = list(_argument(node, "after"))
     before.extend(tensor for tensor in tensors if tensor not in before)
     node.update_arg(names.index("after"), before)
+    # The arguments of the traced call. Inductor would cut the list of tensors to the length that it had then.
+    node.meta.pop("eager_input_vals", None)
 
 
 def _wait_of(launch: fx.Node) -> Optional[fx.Node]:
