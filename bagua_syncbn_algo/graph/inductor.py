@@ -35,7 +35,10 @@ from ..config import SyncBatchNormConfig
 __all__ = ["RoundsPass", "install"]
 
 _CONVOLUTION = torch.ops.aten.convolution_backward.default
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+_PRODUCTS = (torch.ops.aten.mm.default,)
+_VIEWS = tuple(
+    getattr(torch.ops.aten, name).default for name in ("t", "permute", "view", "reshape", "_unsafe_view", "alias")
+)
 
 
 def install() -> None:
@@ -159,10 +162,15 @@ def _keep_statistics(graph: fx.Graph) -> None:
 
 def _chain(graph: fx.Graph, rounds: Sequence[Tuple[fx.Node, fx.Node]]) -> None:
     """Makes each launch come after the wait of the round before."""
-    position = {node: index for index, node in enumerate(graph.nodes)}
+    position = _positions(graph)
     for (_, wait), (launch, _) in zip(rounds, rounds[1:]):
         if position[wait] < position[launch]:
-            _come_after(launch, [_item(graph, wait, 1)])  # the payloads: the counts of a backward round have no elements
+            # The payloads: the counts of a backward round have no elements.
+            _come_after(launch, [_item(graph, wait, 1)])
+
+
+def _positions(graph: fx.Graph) -> Dict[fx.Node, int]:
+    return {node: index for index, node in enumerate(graph.nodes)}
 
 
 def _reached_from(graph: fx.Graph, sources: Sequence[fx.Node]) -> Set[fx.Node]:
@@ -186,31 +194,55 @@ def _needed_for(targets: Sequence[fx.Node]) -> Set[fx.Node]:
 
 
 def _overlap(graph: fx.Graph, backward: Set[fx.Node]) -> None:
-    """Moves weight gradients between launch and wait of the backward round that follows them."""
+    """Moves weight gradients between launch and wait of the backward round that needs the input gradient.
+
+    Only those of the layers next to the round: each one that is delayed keeps the activations that it reads.
+    """
     launches = [node for node in graph.nodes if node.target is LAUNCH and node in backward]
-    needed = _needed_for(launches)
-    for node in list(graph.nodes):
-        if node.target is _CONVOLUTION and node in needed and node in backward:
-            _split(graph, node, backward)
-    needed = _needed_for(launches)
-    # A node that no launch needs, such as a weight gradient and its cast, waits for the next launch in graph order.
-    delayed: List[fx.Node] = []
-    for node in list(graph.nodes):
-        if node not in backward or node.op in ("placeholder", "output"):
+    layers = {launch: _layers_before(launch, backward) for launch in launches}
+    products = [node for node in graph.nodes if node.target in _PRODUCTS and node in backward]
+    gradients: Dict[fx.Node, List[fx.Node]] = {}
+    for launch in launches:
+        found = [_split(graph, layer) for layer in layers[launch] if layer.target is _CONVOLUTION]
+        sources = {_without_views(layer.args[0]) for layer in layers[launch] if layer.target in _PRODUCTS}
+        found += [node for node in products if _without_views(node.args[0]) in sources]
+        gradients[launch] = [node for node in found if node is not None]
+    needed, position = _needed_for(launches), _positions(graph)
+    moved: Set[fx.Node] = set()
+    for launch in launches:
+        wait = _wait_of(launch)
+        delayed = [node for node in gradients[launch] if node not in needed and node not in moved]
+        delayed = [node for node in delayed if position[node] < position[launch]]
+        if wait is None or not delayed:
             continue
-        if node.target is LAUNCH:
-            wait = _wait_of(node)
-            gradients = [each for each in delayed if each.target in (_CONVOLUTION, *_PRODUCTS)]
-            if wait is None or not gradients:
+        node = min(delayed, key=position.__getitem__)
+        while node is not wait:
+            following = node.next
+            if node in delayed or any(each in moved for each in node.all_input_nodes):
+                moved.add(node)  # also what depends on a gradient, such as its cast
+                wait.prepend(node)
+            node = following
+        _come_after(wait, [tensor for each in delayed for tensor in _tensors(each)])
+
+
+def _layers_before(launch: fx.Node, backward: Set[fx.Node]) -> List[fx.Node]:
+    """Returns the backward nodes of the convolutions and linear layers whose input gradient a round needs first."""
+    found: List[fx.Node] = []
+    seen, pending = {launch}, [launch]
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node in seen or node not in backward or node.target is WAIT:
                 continue
-            for each in delayed:
-                wait.prepend(each)
-            _come_after(wait, [tensor for each in gradients for tensor in _tensors(each)])
-            delayed = []
-        elif node.target is WAIT:
-            delayed = []  # what remains was not worth a move
-        elif node not in needed:
-            delayed.append(node)
+            seen.add(node)
+            (found if node.target in (_CONVOLUTION, *_PRODUCTS) else pending).append(node)
+    return found
+
+
+def _without_views(value: Any) -> Any:
+    """Returns the node whose result a node shows in another shape; a linear layer's weight gradient transposes it."""
+    while isinstance(value, fx.Node) and value.target in _VIEWS:
+        value = value.args[0]
+    return value
 
 
 def _tensors(node: fx.Node) -> List[fx.Node]:
@@ -220,20 +252,21 @@ def _tensors(node: fx.Node) -> List[fx.Node]:
     return [node]
 
 
-def _split(graph: fx.Graph, node: fx.Node, backward: Set[fx.Node]) -> None:
-    """Splits the backward of a convolution into the input gradient and the other gradients, if it computes both."""
+def _split(graph: fx.Graph, node: fx.Node) -> Optional[fx.Node]:
+    """Splits the backward of a convolution into the input gradient and the others; returns the node of the others.
+
+    Returns ``None`` if it does not compute both.
+    """
     *arguments, mask = node.args
     items = [user for user in node.users if user.target is operator.getitem and user.args[1] != 0]
-    if not mask[0] or not items or len(node.kwargs) > 0:  # type: ignore[index]
-        return
+    if not mask[0] or not items or node.kwargs:  # type: ignore[index]
+        return None
     node.args = (*arguments, [True, False, False])
     with graph.inserting_after(node):
         rest = graph.call_function(_CONVOLUTION, (*arguments, [False, *mask[1:]]))  # type: ignore[index,misc]
-    rest.meta = dict(node.meta)
     values = node.meta["val"]
+    rest.meta = dict(node.meta)
     node.meta["val"], rest.meta["val"] = (values[0], None, None), (None, *values[1:])
-    backward.add(rest)
     for item in items:
         item.replace_input_with(node, rest)
-        if item.meta.get("val") is None:
-            item.meta["val"] = values[item.args[1]]
+    return rest
