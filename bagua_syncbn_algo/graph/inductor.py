@@ -208,20 +208,23 @@ def _overlap(graph: fx.Graph, backward: Set[fx.Node]) -> None:
         found += [node for node in products if _without_views(node.args[0]) in sources]
         gradients[launch] = [node for node in found if node is not None]
     needed, position = _needed_for(launches), _positions(graph)
-    moved: Set[fx.Node] = set()
+    taken: Set[fx.Node] = set()
     for launch in launches:
         wait = _wait_of(launch)
-        delayed = [node for node in gradients[launch] if node not in needed and node not in moved]
+        delayed = [node for node in gradients[launch] if node not in needed and node not in taken]
         delayed = [node for node in delayed if position[node] < position[launch]]
         if wait is None or not delayed:
             continue
-        node = min(delayed, key=position.__getitem__)
+        taken.update(delayed)
+        moved = set(delayed)
+        between, node = [], min(delayed, key=position.__getitem__)
         while node is not wait:
-            following = node.next
-            if node in delayed or any(each in moved for each in node.all_input_nodes):
+            between.append(node)
+            node = node.next
+        for node in between:
+            if node in moved or any(each in moved for each in node.all_input_nodes):
                 moved.add(node)  # also what depends on a gradient, such as its cast
                 wait.prepend(node)
-            node = following
         _come_after(wait, [tensor for each in delayed for tensor in _tensors(each)])
 
 
