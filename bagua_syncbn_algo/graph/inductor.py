@@ -51,6 +51,11 @@ def install() -> None:
 
     The setting belongs to the current thread, like all settings of Inductor. Forward and backward are changed at once,
     when the forward is compiled, so that the thread that compiles the backward does not matter.
+
+    ``BAGUA_SYNCBN_OVERLAP=0`` disables the overlap with weight gradients, and nothing else.
+
+    Raises:
+        ValueError: if an environment variable is invalid, see :meth:`.SyncBatchNormConfig.from_env`.
     """
     current = inductor_config.joint_custom_pre_pass
     overlap = SyncBatchNormConfig.from_env().overlap
