@@ -102,6 +102,9 @@ def _prepare(
         return _Prepared("", 1, False, False)
     if channel.local:
         return _Prepared("", 1, True, True)
+    from .graph.inductor import install  # not above: the import takes seconds, which only torch.compile should cost
+
+    install()
     kept = first._sites
     identity = (name, tuple(map(id, layers)))
     if identity not in kept:

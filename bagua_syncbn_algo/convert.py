@@ -211,7 +211,15 @@ def revert_sync_batchnorm(module: _M) -> _M:
             original = layer.__dict__.get("_converted_from", plain)
             reverted = original.__new__(original)
             reverted.__dict__.update(layer.__dict__)
-            removed = ["_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards"]
+            removed = [
+                "_channel",
+                "_channel_source",
+                "_point",
+                "_recompute_cache",
+                "_running",
+                "_empty_shards",
+                "_sites",
+            ]
             removed += ["_converted_from", "_dimensions", "tag"]
             for attribute in removed if issubclass(original, nn.SyncBatchNorm) else [*removed, "process_group"]:
                 reverted.__dict__.pop(attribute, None)

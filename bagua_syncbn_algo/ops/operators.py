@@ -136,13 +136,16 @@ def _fake_wait(
 # before, which are not read. handle: the result of `launch`. The result of `wait`: the elements on each rank, shape
 # (W, L), and the payloads, (W, length).
 _library = torch.library.Library("bagua_syncbn", "DEF")
+# Messages have one dimension, and the tensors of `after` are not read: their layout is the compiler's choice. Without
+# the tag it would copy a weight gradient to the strides of the traced call.
+_ANY_LAYOUT = tuple(filter(None, [getattr(torch.Tag, "flexible_layout", None)]))
 _LAUNCH_SCHEMA = "(Tensor payload, SymInt[] elements, Tensor[] after, str key, int phase) -> Tensor"
 _WAIT_SCHEMA = (
     "(Tensor handle, Tensor[] after, int ranks, int layers, int length, str key, int phase) -> (Tensor, Tensor)"
 )
 for _suffix in ("", "_kept"):
-    _library.define(f"launch{_suffix}{_LAUNCH_SCHEMA}")
-    _library.define(f"wait{_suffix}{_WAIT_SCHEMA}")
+    _library.define(f"launch{_suffix}{_LAUNCH_SCHEMA}", tags=_ANY_LAYOUT)
+    _library.define(f"wait{_suffix}{_WAIT_SCHEMA}", tags=_ANY_LAYOUT)
 for _name, _function, _fake in (
     ("launch", _launch, _fake_launch),
     ("wait", _wait, _fake_wait),
