@@ -28,7 +28,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..comm.operators import LAUNCH, WAIT
+from ..ops.operators import LAUNCH, WAIT
 from ..comm.wire import FORWARD
 from ..config import SyncBatchNormConfig
 

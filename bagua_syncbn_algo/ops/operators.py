@@ -21,7 +21,7 @@ from ..comm.wire import FORWARD, SyncPoint
 from ..compat import keep_operator
 from .exact import constant, require_two_values
 
-__all__ = ["Site", "add_site", "operators_for", "site_of"]
+__all__ = ["LAUNCH", "WAIT", "Site", "add_site", "operators_for", "site_of"]
 
 
 class Site:
@@ -158,6 +158,9 @@ for _name, _function, _fake in (
     if _name.endswith("kept"):
         keep_operator(f"bagua_syncbn::{_name}")
 
+LAUNCH: Any = torch.ops.bagua_syncbn.launch.default
+WAIT: Any = torch.ops.bagua_syncbn.wait.default
+
 
 def operators_for(elements: Sequence[Any]) -> Tuple[Any, Any]:
     """Returns the operators to launch a round and to wait for it.
@@ -173,4 +176,4 @@ def operators_for(elements: Sequence[Any]) -> Tuple[Any, Any]:
     operators = torch.ops.bagua_syncbn
     if kept:
         return operators.launch_kept.default, operators.wait_kept.default
-    return operators.launch.default, operators.wait.default
+    return LAUNCH, WAIT
