@@ -1,4 +1,4 @@
-"""Step time under ``torch.compile``: local BatchNorm, one round a layer, one round a level, and the overlapped rounds.
+"""Step time under ``torch.compile`` of models that differ in their rounds of statistics.
 
 Two gloo ranks run with one thread each. A step is forward, backward and the gradient all-reduce. Copies of a model differ
 in how they exchange statistics and in the compiler; their steps are interleaved in one run. PyTorch's own SyncBatchNorm

@@ -28,9 +28,9 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..ops.operators import LAUNCH, WAIT
 from ..comm.wire import FORWARD
 from ..config import SyncBatchNormConfig
+from ..ops.operators import LAUNCH, WAIT
 
 __all__ = ["RoundsPass", "install"]
 
