@@ -126,7 +126,7 @@ def describe_failure(
     if positions.unreachable:
         absent = (
             f"; the positions of the other ranks are unknown, because the key-value store cannot be reached "
-            f"({positions.unreachable}): the process that hosts it, usually that of rank 0, has terminated or is stopped"
+            f"({positions.unreachable}): its process, usually that of rank 0, has terminated or is stopped"
         )
     elif missing and store is None:
         absent = f"; the positions of rank {_listed(missing)} are unknown, because the group has no key-value store"
