@@ -36,6 +36,7 @@ ORDER = [
     "ops",
     "ops.recompute",
     "ops.deferred",
+    "ops.nonfinite",
     "ops.exact",
     "ops.merge_kernel",
     "ops.fused",
@@ -70,6 +71,7 @@ ORDER = [
     "embedded.streams",
     "embedded.agreement",
     "embedded.core",
+    "embedded.objects",
     "embedded.communication",
     "embedded.tensor",
     "embedded.bucket",
@@ -80,6 +82,7 @@ ORDER = [
     "embedded.distributed",
     "embedded.torch_api",
     "host",
+    "buffers",
     "algorithm",
     "",
     "integrations",
@@ -153,6 +156,18 @@ def test_files_stay_small_and_use_one_vocabulary() -> None:
         text = path.read_text()
         assert not re.search(replaced, text, re.IGNORECASE), path
         assert text.count("\n") <= 400 or "embedded" in path.parts, f"split {path}"
+
+
+def test_nothing_is_unpickled_outside_of_the_restricted_unpickler() -> None:
+    """Catches an exchange that runs code which another rank has chosen, by pickle or by an object collective."""
+    for path in files():
+        text = path.read_text()
+        assert not re.search(r"^\s*(import|from) (pickle|cPickle|dill|cloudpickle)\b", text, re.MULTILINE), path
+        assert not re.search(r"\b(all_gather|broadcast|gather|scatter|send|recv)_object(_list)?\(", text) or (
+            "embedded" in path.parts
+        ), path
+        for call in re.findall(r"torch\.load\([^\n]*", text):
+            assert "weights_only=True" in call, path
 
 
 def run(code: str) -> str:
