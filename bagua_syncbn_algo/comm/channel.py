@@ -62,6 +62,7 @@ class Channel:
         frames: the number of messages sent so far, of every kind. It is equal on all ranks, except after an error.
         capacity: the bytes per message, set by :meth:`join`.
         failed: whether the last exchange ended with an error.
+        checks_finite: whether statistics that are not finite are an error; see :mod:`.nonfinite`.
     """
 
     rank: int = 0
@@ -77,6 +78,7 @@ class Channel:
         self.frames = 0
         self.capacity = 0
         self.failed = False
+        self.checks_finite = False
         self._anonymous = 0
         self._names: Dict[int, str] = {}
         self._rosters: Dict[Roster, int] = {}
@@ -173,6 +175,8 @@ class Channel:
         Collectives:
             One all-gather, and further ones if the texts differ. Every rank must call.
         """
+        if self.checks_finite:  # on all ranks or on none: one rank would leave the step alone
+            text += "\nthe check for statistics that are not finite (BAGUA_SYNCBN_CHECK=nonfinite)"
         own_digest, point = digest(text), sync_point(occasion)
         self.register(point)
         rows = self.exchange(point, JOIN, [torch.tensor([own_digest, value], device=self.device)])[0].tolist()

@@ -175,7 +175,9 @@ def _next_label(ranks: Sequence[int]) -> str:
     return f"bagua_syncbn/{'_'.join(map(str, members))}/{_label_counts[members]}"
 
 
-def bagua_channel(group: Any, streams: Any, device: torch.device, timeout: Optional[float] = None) -> BaguaChannel:
+def bagua_channel(
+    group: Any, streams: Any, device: torch.device, timeout: Optional[float] = None, check: str = "none"
+) -> BaguaChannel:
     """Returns a channel over a Bagua process group that is only for statistics.
 
     Args:
@@ -183,9 +185,10 @@ def bagua_channel(group: Any, streams: Any, device: torch.device, timeout: Optio
         streams: the stream operations of the host.
         device: the device of the messages. On CUDA, a monitor reports late rounds.
         timeout: the timeout of the group in seconds; ``None`` for that of the default group.
+        check: ``"nonfinite"`` to refuse statistics that are not finite.
     """
     channel = BaguaChannel(group.get_global_communicator(), streams, device, default_store(), group.ranks)
-    channel.label = _next_label(group.ranks)
+    channel.label, channel.checks_finite = _next_label(group.ranks), check == "nonfinite"
     seconds = timeout_of(default_group()).total_seconds() if timeout is None else timeout
     if channel.world_size > 1:
         channel.check_versions(min(seconds, _VERSION_SECONDS))
@@ -267,13 +270,16 @@ def _channel_over(source: Any, on_host: bool) -> TorchChannel:
         ranks = list(dist.distributed_c10d._pg_group_ranks.get(source, {}))
     except (RuntimeError, ValueError, KeyError):
         ranks = []
-    if not ranks:
-        return TorchChannel(source)  # a bare backend without global ranks, which the user provides for statistics
-    seconds = SyncBatchNormConfig.from_env().timeout
+    config = SyncBatchNormConfig.from_env()
+    if not ranks:  # a bare backend without global ranks, which the user provides for statistics
+        channel = TorchChannel(source)
+        channel.checks_finite = config.check == "nonfinite"
+        return channel
+    seconds = config.timeout
     limit = timeout_of(source) if seconds is None else timedelta(seconds=seconds)
     group = member_group(ranks, limit, on_host)
     channel = TorchChannel(group, default_store(), sorted(ranks))
-    channel.label = _next_label(ranks)
+    channel.label, channel.checks_finite = _next_label(ranks), config.check == "nonfinite"
     # The constructor of a gloo group has waited for all ranks. That of an NCCL group has not: the first message does.
     seconds = limit.total_seconds()
     channel.check_versions(seconds if is_nccl(group) else min(seconds, _VERSION_SECONDS))

@@ -37,6 +37,7 @@ from .deferred import DeferredGrad, OverlapCandidates, refuse_second_derivative
 from .exact import ExactStatistics, GradientSums, constant, launch_exact, local_or_empty
 from .fused import Buffers, FusedLocal, FusedStatistics, can_fuse, launch_fused, local_statistics
 from .moments import LocalMoments, cast, dense, memory_format, normalize
+from .nonfinite import require_finite
 from .recompute import RecomputeCache, SavedStatistics, recomputation_owners
 from .second_derivative import LayerBackward, second_derivatives
 
@@ -296,8 +297,10 @@ class _BackwardRound:
     """
 
     def __init__(self, ctx: Any, grads: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> None:
-        call: _Call = ctx.call
-        self._statistics = statistics = call.statistics
+        self._call: _Call = ctx.call
+        call = self._call
+        self._statistics: Statistics = call.statistics
+        statistics = self._statistics
         saved = ctx.saved_tensors
         self._count = count = len(saved) // 2
         self._inputs, self._weights, self._bias_dtypes = saved[:count], saved[count:], ctx.bias_dtypes
@@ -341,6 +344,11 @@ class _BackwardRound:
         gradients: List[Optional[Tensor]] = [None] * (3 * self._count)
         if self._wait is not None:
             (gathered,) = self._wait()
+            if self._call.channel.checks_finite:
+                names = self._call.point.layers or (self._call.point.name,)
+                features = [layer.mean.numel() for layer in self._statistics.layers]
+                sums = gathered[:, : -self._count]
+                require_finite(sums, self._call.channel, BACKWARD, names, features)
             with self.reporting:
                 if not all(used):  # only then does the host have to know
                     used = _used_by_any(gathered[:, -self._count :].sum(0))
