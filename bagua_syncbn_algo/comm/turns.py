@@ -17,19 +17,24 @@ __all__ = ["Turns"]
 class Turns:
     """A context manager for code that only one thread may run at a time; one thread may nest it."""
 
-    __slots__ = ("_holder", "_lock")
+    __slots__ = ("_acquire", "_holder", "_release")
 
     def __init__(self) -> None:
-        self._lock, self._holder = threading.RLock(), ""
+        lock = threading.RLock()
+        self._acquire, self._release, self._holder = lock.acquire, lock.release, 0
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
+        if not self._acquire(False):
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
             raise SyncBatchNormError(
                 f"expected one thread at a time to exchange statistics (got {threading.current_thread().name} while "
-                f"{self._holder or 'another thread'} waits for a round); run forward and backward of models that share "
-                "a process group one after the other, or pass another process_group for each thread"
+                f"{names.get(self._holder, 'another thread')} waits for a round); run forward and backward of models "
+                "that share a process group one after the other, or pass another process_group for each thread"
             )
-        self._holder = threading.current_thread().name
+        self._holder = _get_ident()
 
     def __exit__(self, *unused: Any) -> None:
-        self._lock.release()
+        self._release()
+
+
+_get_ident = threading.get_ident
