@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
 
+from .buffers import broadcast_buffers, message_bucket, running_error
 from .comm.channel import Channel
 from .comm.local import SINGLE_PROCESS
 from .comm.recorder import RoundRecord, active
@@ -44,12 +46,15 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
             rank separately, with PyTorch's own kernels).
         timeout: the number of seconds that a rank waits for the statistics of the other ranks. Default:
             ``BAGUA_SYNCBN_TIMEOUT``, else the timeout of the default group. It has no effect under upstream Bagua.
+        check: ``"nonfinite"`` to raise an error that names the first layer and rank whose statistics or gradient sums
+            are not finite; ``"none"`` for no check. Default: ``BAGUA_SYNCBN_CHECK``.
         **inner_arguments: arguments of the inner algorithm's constructor, if ``inner`` is not an instance.
 
     Raises:
         TypeError: if ``inner`` is not an algorithm, is wrapped already, or is an instance with ``inner_arguments``.
         KeyError: if ``inner`` is a name that is not registered.
-        ValueError: if ``normalize_over`` or ``timeout`` is invalid, or ``inner`` is asynchronous model averaging.
+        ValueError: if ``normalize_over``, ``timeout`` or ``check`` is invalid, or ``inner`` is asynchronous model
+            averaging.
 
     Example::
 
@@ -63,6 +68,7 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
         *,
         normalize_over: Union[str, int] = "world",
         timeout: Optional[float] = None,
+        check: Optional[str] = None,
         **inner_arguments: Any,
     ) -> None:
         check_normalize_over(normalize_over, "normalize_over")
@@ -88,8 +94,11 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
                 "BatchNorm without synchronization"
             )
         self.inner, self.normalize_over = algorithm, normalize_over
-        config = SyncBatchNormConfig.from_env() if timeout is None else SyncBatchNormConfig(timeout=timeout)
-        self.timeout = config.timeout
+        given: Dict[str, Any] = {
+            name: value for name, value in (("timeout", timeout), ("check", check)) if value is not None
+        }
+        config = replace(SyncBatchNormConfig.from_env(), **given)
+        self.timeout, self.check = config.timeout, config.check
 
     def reify(self, process_group: Any) -> SyncBatchNormAlgorithmImpl:
         """Returns the live algorithm. It creates its process groups when ``with_bagua`` binds the model.
@@ -104,7 +113,8 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
             None.
         """
         size = _ranks_per_group(self.normalize_over, len(process_group.ranks))
-        return SyncBatchNormAlgorithmImpl(process_group, self.inner.reify(process_group), size, self.timeout)
+        inner = self.inner.reify(process_group)
+        return SyncBatchNormAlgorithmImpl(process_group, inner, size, self.timeout, self.check)
 
 
 class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-type]
@@ -117,9 +127,11 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         running: the pool of moments for the running statistics; ``None`` if layers normalize over the world.
     """
 
-    def __init__(self, process_group: Any, inner: Any, ranks_per_group: int, timeout: Optional[float] = None) -> None:
+    def __init__(
+        self, process_group: Any, inner: Any, ranks_per_group: int, timeout: Optional[float] = None, check: str = "none"
+    ) -> None:
         super().__init__(process_group)
-        self._timeout = timeout
+        self._timeout, self._check = timeout, check
         self.inner = inner
         self.channel: Optional[Channel] = None
         self.running: Optional[RunningPool] = None
@@ -244,21 +256,20 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         roster = layers[0].tag.roster if layers and layers[0].tag is not None else Roster()
         itemsize = max((layer.itemsize for layer in layers), default=4)
-        communicator = self._world_group.get_global_communicator()
-        world = bagua_channel(self._world_group, streams(), device, self._timeout)
+        world = bagua_channel(self._world_group, streams(), device, self._timeout, self._check)
         # Also without layers: if another rank has layers, all ranks must raise the error.
         ordinal = world.join(roster, itemsize)
-        _broadcast_buffers(layers, communicator)
+        broadcast_buffers(layers, self._world_group)
         # A layer with a process group uses the channel of that group.
         layers = [layer for layer in layers if layer.process_group is None]
-        if not layers or communicator.nranks() == 1:
+        if not layers or len(self._ranks) == 1:
             return
         self._channels = [(world, self._ranks)]
         channel: Channel = world
         if self._ranks_per_group == 1:
             channel = SINGLE_PROCESS
         elif self._group is not self._world_group:
-            channel = bagua_channel(self._group, streams(), device, self._timeout)
+            channel = bagua_channel(self._group, streams(), device, self._timeout, self._check)
             channel.join(roster, itemsize)
             self._channels.append((channel, self._group.ranks))
         if self._running_group is not None:
@@ -275,9 +286,9 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
                 if planned.layers[0] in layers_by_name:
                     device_of_round = layers_by_name[planned.layers[0]].device or device
                     message = torch.zeros(channel.capacity, dtype=torch.uint8, device=device_of_round)
-                    bucket = _message_bucket(message, planned.name, bagua_ddp)
+                    bucket = message_bucket(message, planned.name, bagua_ddp)
                     channel.add_bucket(sync_point(planned.name, ordinal), bucket)
-        values = len(layers), type(module).__name__, self._ranks_per_group, communicator.nranks()
+        values = len(layers), type(module).__name__, self._ranks_per_group, len(self._ranks)
         logger.info("synchronizing %d layers of %s over %d ranks, running statistics over %d ranks", *values)
 
     def _bind_running(self, layers: List[SyncBatchNorm], world: Channel, bagua_ddp: Any) -> None:
@@ -321,7 +332,10 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
             return
         if self._running_record is not None:
             self._running_record.wait = time.perf_counter()
-        self._running_backend.wait_pending_comm_ops()
+        try:
+            self._running_backend.wait_pending_comm_ops()
+        except RuntimeError as error:
+            raise running_error(self.running.names, error) from error
         self._running_record = None
         self.running.apply()
 
@@ -353,21 +367,8 @@ def enable_sync_batchnorm(
     model = convert_sync_batchnorm(model, coalesce=config.coalesce, overlap=config.coalesce and config.overlap)
     if isinstance(algorithm, SyncBatchNormAlgorithm):
         return model, algorithm
-    return model, SyncBatchNormAlgorithm(algorithm, normalize_over=config.normalize_over, timeout=config.timeout)
-
-
-def _broadcast_buffers(layers: List[SyncBatchNorm], communicator: Any) -> None:
-    """Broadcasts the buffers of rank 0 to all ranks: Bagua broadcasts parameters only."""
-    for layer in layers:
-        for buffer in layer._buffers.values():
-            if buffer is not None:
-                bagua.communication.broadcast(buffer, src=0, comm=communicator)
-
-
-def _message_bucket(message: Any, round_name: str, bagua_ddp: Any) -> Any:
-    """Returns a bucket whose one registered tensor carries the statistics of a round."""
-    name = f"syncbn.{round_name}"
-    return BaguaBucket([message.ensure_bagua_tensor(name, f"{bagua_ddp.bagua_module_name}/syncbn")], name, False)
+    chosen: Dict[str, Any] = {"normalize_over": config.normalize_over, "timeout": config.timeout, "check": config.check}
+    return model, SyncBatchNormAlgorithm(algorithm, **chosen)
 
 
 def _ranks_per_group(normalize_over: Union[str, int], world: int) -> int:

@@ -117,6 +117,8 @@ def _prepare(
 
 def _why_not(layers: Sequence[Any], found: Sequence[Tuple[int, int, bool, str]], channel: Any) -> Optional[str]:
     """Returns the reason why a round cannot be part of a graph, or ``None``."""
+    if channel.checks_finite:
+        return "statistics are checked for finite values (BAGUA_SYNCBN_CHECK=nonfinite)"
     for layer, (dimensions, channels, is_float, device) in zip(layers, found):
         accepted = layer._dimensions
         right = dimensions >= 2 if accepted is None else dimensions in accepted

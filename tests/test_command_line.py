@@ -66,6 +66,10 @@ def fails(message: str = "the weights are missing") -> nn.Module:
     raise RuntimeError(message)
 
 
+def number() -> int:
+    return 8
+
+
 INSTANCE = Lookup(8)
 
 
@@ -202,7 +206,13 @@ def test_arguments_are_literals(argument: str, found: str, tmp_path: Path, monke
         ("models:Pyramids", ["expected a function or class at models:Pyramids", "did you mean Pyramid?"]),
         ("models:Nothing.at_all", ["expected a function or class at models:Nothing.at_all", "correct the name"]),
         ("math:tau", ["expected a function or class at math:tau (got float); name what builds the model"]),
-        ("math:tau.hex", ["expected math:tau.hex to build a torch.nn.Module (got str); name another factory"]),
+        ("math:tau.hex", ["(got a function of Python itself or of native code, which was not called)"]),
+        ("os:system", ["expected a function or class at os:system that builds a torch.nn.Module", "was not called"]),
+        ("os:abort", ["was not called"]),
+        ("os:popen('exit 1')", ["was not called"]),
+        ("pathlib:Path", ["(got a class of other objects, which was not called)"]),
+        ("test_command_line:number", ["to build a torch.nn.Module (got int from its call); name another factory"]),
+        ("test_command_line:f" + "(" * 5000, ["expected a model as package.module:factory"]),
         ("test_command_line:INSTANCE(2)", ["(got an instance of Lookup); omit the arguments"]),
         (
             "models:Pyramid(8, size=1)",

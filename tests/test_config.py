@@ -16,6 +16,7 @@ def test_defaults_and_environment() -> None:
     environ = {"BAGUA_SYNCBN": "1", "BAGUA_SYNCBN_HOST": "embedded", "BAGUA_SYNCBN_TIMEOUT": "2.5", "OTHER": "x"}
     assert SyncBatchNormConfig.from_env(environ) == SyncBatchNormConfig(True, "embedded", timeout=2.5)
     assert not SyncBatchNormConfig.from_env({"BAGUA_SYNCBN": "0"}).enabled
+    assert SyncBatchNormConfig.from_env({"BAGUA_SYNCBN_CHECK": "nonfinite"}).check == "nonfinite"
     for text, value in (("node", "node"), ("rank", "rank"), ("4", 4)):
         assert SyncBatchNormConfig.from_env({"BAGUA_SYNCBN_NORMALIZE_OVER": text}).normalize_over == value
 
@@ -32,6 +33,13 @@ def test_defaults_and_environment() -> None:
         ({"BAGUA_SYNCBN_NORMALIZE_OVER": "0"}, r"or a number of ranks \(got 0\)"),
         ({"BAGUA_SYNCBN_TIMEOUT": "soon"}, r"TIMEOUT to be a positive number of seconds \(got 'soon'\)"),
         ({"BAGUA_SYNCBN_TIMEOUT": "-1"}, r"TIMEOUT to be a positive number of seconds \(got '-1'\)"),
+        ({"BAGUA_SYNCBN_TIMEOUT": "1e300"}, r"a positive number of seconds \(got '1e300'\)"),
+        ({"BAGUA_SYNCBN_TIMEOUT": "1e-9"}, r"a positive number of seconds \(got '1e-9'\)"),
+        ({"BAGUA_SYNCBN_TIMEOUT": "nan"}, r"a positive number of seconds \(got 'nan'\)"),
+        ({"BAGUA_SYNCBN_TIMEOUT": "9" * 5000}, r"a positive number of seconds \(got '999.* of 5002 characters\)"),
+        ({"BAGUA_SYNCBN_NORMALIZE_OVER": "9" * 5000}, r"a number of ranks \(got '999.* of 5002 characters\)"),
+        ({"BAGUA_SYNCBN_NORMALIZE_OVER": "٤"}, r"a number of ranks \(got '٤'\)"),
+        ({"BAGUA_SYNCBN_CHECK": "inf"}, r"BAGUA_SYNCBN_CHECK to be one of none, nonfinite \(got 'inf'\)"),
         ({"BAGUA_SYNCBN_HOSTS": "auto"}, r"expected one of BAGUA_SYNCBN, .*\(got the environment variable BAGUA_SYN"),
     ],
 )
@@ -47,6 +55,12 @@ def test_unknown_values_are_refused(environ: dict[str, str], message: str) -> No
         ({"enabled": "1"}, "expected enabled to be True or False"),
         ({"host": "here"}, "expected host to be one of auto, upstream, embedded"),
         ({"normalize_over": True}, "expected normalize_over to be one of world, node, rank or a number of ranks"),
+        ({"normalize_over": 10**5000}, r"a number of ranks \(got a number of too many digits\)"),
+        ({"normalize_over": ["world"]}, r"a number of ranks \(got \['world'\]\)"),
+        ({"timeout": 1e300}, "expected timeout to be a positive number of seconds .*pass a number from 0.001 to 1e8"),
+        ({"timeout": float("nan")}, "expected timeout to be a positive number of seconds"),
+        ({"timeout": "5"}, "expected timeout to be a positive number of seconds"),
+        ({"check": "all"}, "expected check to be one of none, nonfinite"),
         ({"timeout": 0.0}, "expected timeout to be a positive number of seconds"),
     ],
 )

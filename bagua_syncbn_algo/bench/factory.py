@@ -5,10 +5,15 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
+import functools
 import importlib
+import inspect
 import os
+import re
 import sys
+import sysconfig
 import traceback
+import types
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -53,6 +58,8 @@ def build(text: str) -> nn.Module:
     if not callable(value) or (is_instance and spec.call is not None):
         kind = f"{'an instance of ' if is_instance else ''}{type(value).__name__}"
         raise ValueError(f"expected a function or class at {spec.name} (got {kind}); {_remedy(is_instance)}")
+    if not is_instance:
+        _refuse_other_callables(spec, value)
     arguments, keywords = spec.call or ((), {})
     try:
         model = copy.deepcopy(value) if is_instance else value(*arguments, **keywords)
@@ -63,9 +70,42 @@ def build(text: str) -> nn.Module:
         raise ValueError(f"expected {text} to build a model (got {describe_error(error)}); {remedy}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"expected {text} to build a torch.nn.Module (got {type(model).__name__}); name another factory"
+            f"expected {text} to build a torch.nn.Module (got {type(model).__name__} from its call); name another "
+            "factory"
         )
     return model
+
+
+def _refuse_other_callables(spec: _Spec, value: Any) -> None:
+    """Raises an error for a function or class that cannot build a module, without calling it.
+
+    Those are functions of the standard library and of native code, such as ``os.system``, and classes of other things.
+    """
+    function = value
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    is_class = isinstance(function, type)
+    if is_class and issubclass(function, nn.Module):
+        return
+    if is_class or isinstance(function, types.BuiltinFunctionType) or _is_standard(getattr(function, "__module__", "")):
+        kind = "a class of other objects" if is_class else "a function of Python itself or of native code"
+        raise ValueError(
+            f"expected a function or class at {spec.name} that builds a torch.nn.Module (got {kind}, which was not "
+            "called); name the factory of a model"
+        )
+
+
+def _is_standard(name: Any) -> bool:
+    """Returns whether a module is part of Python, not a module of the same name elsewhere."""
+    if name in sys.builtin_module_names:
+        return True
+    file = getattr(sys.modules.get(str(name)), "__file__", None)
+    if file is None:
+        return False
+    folder = os.path.realpath(sysconfig.get_paths()["stdlib"]) + os.sep
+    path = os.path.realpath(file)
+    return path.startswith(folder) and not re.search(r"(site|dist)-packages", path[len(folder) :])
 
 
 def describe_error(error: BaseException) -> str:
@@ -88,12 +128,13 @@ def _remedy(is_instance: bool) -> str:
 
 def _parse(text: str) -> _Spec:
     module, _, expression = text.partition(":")
-    error = f"expected a model as {_FORM} (got {text}); use e.g. torchvision.models:resnet50"
+    shown = text if len(text) <= 200 else f"{text[:197]}..."
+    error = f"expected a model as {_FORM} (got {shown}); use e.g. torchvision.models:resnet50"
     if not all(part.isidentifier() for part in module.split(".")):
         raise ValueError(error)
     try:
         node: Any = ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError):  # a ValueError for null bytes
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes, and very deep nesting
         raise ValueError(error) from None
     call = node if isinstance(node, ast.Call) else None
     attributes: List[str] = []
@@ -114,7 +155,7 @@ def _parse(text: str) -> _Spec:
 def _literal(node: Any, text: str) -> Any:
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError):  # TypeError: an unhashable key
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # TypeError: an unhashable key
         found = "**" if isinstance(node, ast.keyword) else ast.unparse(node)
         raise ValueError(
             f"expected literal arguments: strings, numbers, booleans, None and containers of them (got {found} in "

@@ -122,8 +122,7 @@ def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
         spans += [Span(rank, "gradients", "bucket", *bucket) for bucket in buckets]
         if number >= 3:
             steps.append(spans)
-    gathered: List[Any] = [None] * options.ranks
-    dist.all_gather_object(gathered, steps)
+    gathered = [[[Span(*span) for span in step] for step in each] for each in _gather_json(steps, options.ranks)]
 
     # All ranks run on one machine and share its clock.
     def length(index: int) -> float:
@@ -134,6 +133,21 @@ def _run_rank(rank: int, options: Options) -> List[Tuple[Any, ...]]:
     spans = [span for each in gathered for span in each[chosen]]
     origin = min(span.start for span in spans)
     return [tuple(span._replace(start=span.start - origin, end=span.end - origin)) for span in spans]
+
+
+def _gather_json(value: Any, ranks: int) -> List[Any]:
+    """Returns the value of each rank, which is sent as JSON.
+
+    Collectives:
+        Two all-gathers. Every rank must call.
+    """
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
+    dist.all_gather(lengths, torch.tensor([content.numel()]))
+    longest = max(int(length) for length in lengths)
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(ranks)]
+    dist.all_gather(texts, torch.nn.functional.pad(content, (0, longest - content.numel())))
+    return [json.loads(bytes(text[: int(length)].tolist()).decode()) for text, length in zip(texts, lengths)]
 
 
 def write_trace(spans: List[Span], path: Path) -> None:

@@ -15,11 +15,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
+from .errors import exchange_positions
 from .monitor import RoundMonitor
 from .pending import PendingGather
 from .recorder import active
-from .report import first_difference
-from .ring import HeaderRing
+from .report import Told, first_difference, header_error
+from .ring import HeaderRings
+from .turns import Turns
+from .version import VersionCheck
 from .wire import (
     BACKWARD,
     FAULT,
@@ -28,18 +31,18 @@ from .wire import (
     JOIN,
     PHASES,
     Header,
+    HeaderCache,
     Roster,
     SyncBatchNormError,
     SyncPoint,
     digest,
-    header_error,
     is_capturing,
     sync_point,
 )
 
 __all__ = ["Channel"]
 
-_FIRST_CAPACITY = 64  # bytes of the first message, with which the ranks agree on the length: a header and 3 numbers
+_FIRST_CAPACITY = 64  # bytes of the first message, with which the ranks agree on the length: header and numbers
 _NOTICE_SECONDS = 10.0  # how long a failing rank waits until the other ranks have received its error
 
 
@@ -51,6 +54,7 @@ class Channel:
     Attributes:
         rank: the number of this rank in the channel.
         world_size: the number of ranks in the channel.
+        ranks: the global ranks of the channel, for errors.
         local: whether there is nothing to exchange, so that layers use PyTorch's kernels.
         trial: whether the channel invents the other ranks' statistics, which must not be saved for a recomputation.
         label: the prefix of the channel's keys in the store, equal on all ranks of the channel.
@@ -58,10 +62,12 @@ class Channel:
         frames: the number of messages sent so far, of every kind. It is equal on all ranks, except after an error.
         capacity: the bytes per message, set by :meth:`join`.
         failed: whether the last exchange ended with an error.
+        checks_finite: whether statistics that are not finite are an error; see :mod:`.nonfinite`.
     """
 
     rank: int = 0
     world_size: int = 1
+    ranks: Sequence[int] = (0,)
     local: bool = False
     checks_late: bool = False  # whether headers are checked a step later on the CPU, too
     trial: bool = False
@@ -72,16 +78,20 @@ class Channel:
         self.frames = 0
         self.capacity = 0
         self.failed = False
+        self.checks_finite = False
         self._anonymous = 0
         self._names: Dict[int, str] = {}
         self._rosters: Dict[Roster, int] = {}
-        self._headers: Dict[Tuple[Any, ...], Header] = {}
+        self._models: List[Callable[[], Sequence[str]]] = []  # remarks about the models, see `Roster`
+        self._headers = HeaderCache()
         self._in_flight: Optional[PendingGather] = None
         self._latest: Optional[PendingGather] = None
-        self._rings: Dict[Tuple[torch.device, int], HeaderRing] = {}  # received messages that are checked later
+        self._rings = HeaderRings(weakref.WeakMethod(self._compare))  # received messages that are checked later
         self._slot: Optional[Tensor] = None  # in the ring, of the round that starts
         self._waits_at_once = False  # whether the caller waits for the round that starts before anything else
         self._monitor: Optional[RoundMonitor] = None
+        self._version_check: Optional[VersionCheck] = None  # before the first message
+        self._turns = Turns()
 
     # -- the collective -------------------------------------------------------------------------------------------
 
@@ -132,6 +142,7 @@ class Channel:
             return self._rosters[roster]
         # The comparison is an ordinary message: lengths never differ, and a rank at another sync point raises an error.
         self.capacity = max(self.capacity, _FIRST_CAPACITY)
+        self._models.append(roster.remarks)
         rows = self.agree("the first use of a model's layers", roster.text().decode(), roster.capacity(itemsize))
         self.capacity = max([self.capacity, *rows])
         ordinal = self._rosters[roster] = len(self._rosters)
@@ -164,19 +175,23 @@ class Channel:
         Collectives:
             One all-gather, and further ones if the texts differ. Every rank must call.
         """
-        encoded, own_digest = text.encode(), digest(text)
-        summary = torch.tensor([own_digest, len(encoded), value], device=self.device)
-        point = sync_point(occasion)
+        if self.checks_finite:  # on all ranks or on none: one rank would leave the step alone
+            text += "\nthe check for statistics that are not finite (BAGUA_SYNCBN_CHECK=nonfinite)"
+        own_digest, point = digest(text), sync_point(occasion)
         self.register(point)
-        rows = self.exchange(point, JOIN, [summary])[0].tolist()
+        rows = self.exchange(point, JOIN, [torch.tensor([own_digest, value], device=self.device)])[0].tolist()
         if any(row[0] != own_digest for row in rows):
-            longest = max(row[1] for row in rows)
-            padded = torch.frombuffer(bytearray(encoded.ljust(longest + 1)), dtype=torch.uint8).to(self.device)
+            remarks = "\n".join(self._remarks())
+            encoded = f"{text}\0{remarks}".encode()
+            own_length = torch.tensor([len(encoded)], device=self.device)
+            lengths = self.exchange(point, JOIN, [own_length])[0].view(-1).tolist()
+            padded = torch.frombuffer(bytearray(encoded.ljust(max(lengths))), dtype=torch.uint8).to(self.device)
             texts = self.exchange(point, JOIN, [padded])[0].cpu()
+            decoded = [bytes(t[:n].tolist()).decode().partition("\0") for t, n in zip(texts, lengths)]
             raise SyncBatchNormError(
-                first_difference([bytes(t[: row[1]].tolist()).decode() for t, row in zip(texts, rows)])
+                first_difference([each[0] for each in decoded], self.ranks, [each[2] for each in decoded])
             )
-        return [row[2] for row in rows]
+        return [row[1] for row in rows]
 
     def register(self, point: SyncPoint) -> None:
         """Registers the name of ``point`` for errors on this rank."""
@@ -270,8 +285,7 @@ class Channel:
                 self._send(point, JOIN, FAULT, [empty])
         with contextlib.suppress(SyncBatchNormError):
             self.flush()
-        for ring in self._rings.values():
-            ring.clear()
+        self._rings.clear()
         self.failed = False
 
     def flush(self) -> None:
@@ -283,8 +297,7 @@ class Channel:
         if self._in_flight is not None:
             self._in_flight.wait()
         try:
-            for ring in self._rings.values():
-                ring.compare_arrived()
+            self._rings.compare_arrived()
         except SyncBatchNormError:
             self.failed = True
             raise
@@ -294,12 +307,16 @@ class Channel:
     def _send(self, point: SyncPoint, phase: int, flags: int, parts: Sequence[Tensor]) -> Callable[[], Tensor]:
         """Starts the all-gathers of a payload, and returns a function that waits for it."""
         length, room = sum(part.numel() for part in parts), self.capacity - HEADER_BYTES
-        if length <= room:
-            return self._start(parts, length, point, phase, flags, length).wait
-        frames = [
-            self._start([chunk], chunk.numel(), point, phase, flags | index << FRAME_SHIFT, length)
-            for index, chunk in enumerate(torch.cat(list(parts)).split(room))
-        ]
+        with self._turns:
+            if self._version_check is not None:
+                self._version_check.compare()
+                self._version_check = None
+            if length <= room:
+                return self._start(parts, length, point, phase, flags, length).wait
+            frames = [
+                self._start([chunk], chunk.numel(), point, phase, flags | index << FRAME_SHIFT, length)
+                for index, chunk in enumerate(torch.cat(list(parts)).split(room))
+            ]
         return lambda: torch.cat([frame.wait() for frame in frames], dim=1)
 
     def _start(
@@ -309,7 +326,7 @@ class Channel:
         if self._in_flight is not None:
             self._in_flight.wait(keep=True)  # this frame overwrites its message and its result
         device = parts[0].device
-        header = self._header(point, phase, flags, length, device)
+        header = self._headers.get(point, phase, flags, length, device)
         message = self._message(point, device)
         if self._latest is not None and message.is_cuda:
             self._latest.order_current_stream(message.device)  # which may have sent the same memory on another stream
@@ -328,18 +345,6 @@ class Channel:
         pending.start(message)
         return pending
 
-    def _header(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> Header:
-        # Cached per device: on CUDA, a new header is a copy from pageable memory, which blocks the host.
-        key = (point.key, phase, flags, length, device)
-        header = self._headers.get(key)
-        if header is None:
-            with torch.inference_mode(False):  # the header outlives an inference_mode block of the caller
-                words = [point.key, phase, flags, length]
-                header = Header(words, torch.tensor(words).view(torch.uint8).to(device))
-            if not flags & FAULT:
-                self._headers[key] = header
-        return header
-
     def _take_slot(self, message: Tensor, header: Header, point: SyncPoint, phase: int) -> Optional[Tensor]:
         """Returns the memory for the messages of a round whose headers are checked later; ``None`` for other rounds.
 
@@ -351,14 +356,8 @@ class Channel:
             return None
         if phase == JOIN or flags & FAULT or length > self.capacity - HEADER_BYTES:
             return None
-        key = (message.device, message.numel())
         try:
-            if key not in self._rings:
-                for ring in self._rings.values():
-                    ring.rotate()  # its last step is compared by `flush`
-                check = weakref.WeakMethod(self._compare)
-                self._rings[key] = HeaderRing(self.world_size, message.numel(), message.device, check)
-            return self._rings[key].take(header.words, point, phase)
+            return self._rings.take(self.world_size, message, header.words, point, phase)
         except SyncBatchNormError:
             self.failed = True
             raise
@@ -375,14 +374,27 @@ class Channel:
 
     def _compare(self, rows: List[List[int]], words: List[int], point: SyncPoint, phase: int, gathered: Tensor) -> None:
         if any(row != words for row in rows):
-            raise header_error(rows, words, point, phase, gathered, self.rank, self._names)
+            place = point, phase, gathered, self.rank, self._names
+            raise header_error(rows, words, *place, self.ranks, self._ask)
 
-    def watch(self, ranks: Sequence[int], timeout: float) -> None:
-        """Starts to report late rounds in the log; see :mod:`.monitor`.
+    def _ask(self, position: str) -> Dict[int, Told]:
+        """Tells the other ranks the position of this rank and what is special about its models."""
+        own = Told(position, "\n".join(self._remarks()))
+        members = self.ranks[self.rank], self.ranks
+        found = exchange_positions(own.text(), *members, f"{self.label}/told", self.frames, self._store())
+        return {rank: Told.of(text) for rank, text in found.known.items()}
 
-        Args:
-            ranks: the global ranks of the channel.
-            timeout: seconds after which the backend ends the process.
-        """
+    def _remarks(self) -> List[str]:
+        """Returns lines about the models on this rank, such as their hooks, which explain a difference to others."""
+        return list(dict.fromkeys(line for remarks in self._models for line in remarks()))
+
+    def watch(self, timeout: float) -> None:
+        """Starts to report late rounds in the log; see :mod:`.monitor`. The backend ends the process at ``timeout``."""
         if self._store() is not None:
-            self._monitor = RoundMonitor(self.label, self.rank, list(ranks), self._store(), timeout)
+            self._monitor = RoundMonitor(self.label, self.rank, list(self.ranks), self._store(), timeout)
+
+    def check_versions(self, seconds: float) -> None:
+        """Lets the first message wait up to ``seconds`` for the message versions of all ranks; see :mod:`.version`."""
+        if self._store() is not None:
+            members = self.ranks[self.rank], self.ranks
+            self._version_check = VersionCheck(self._store(), self.label, *members, seconds)

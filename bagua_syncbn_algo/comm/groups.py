@@ -19,6 +19,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 import torch.distributed as dist
 
+from .errors import SyncBatchNormError, first_line
+
 __all__ = [
     "GroupReference",
     "default_group",
@@ -84,6 +86,9 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
         A bare backend with the methods of a process group. It lives until the world is destroyed or the program ends.
         Keep a weak reference only.
 
+    Raises:
+        SyncBatchNormError: if a rank does not arrive before the timeout. The message names it.
+
     Collectives:
         Every rank of ``ranks`` must call, and no other.
     """
@@ -101,13 +106,32 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
     limit = timeout_of(world) if timeout is None else timeout
     rank = members.index(dist.get_rank())
     group: Any
-    if is_nccl(world) and not on_host:
-        group = dist.ProcessGroupNCCL(store, rank, len(members), _nccl_options(limit, name, members))
-    else:
-        with _yielding_threads():
-            group = dist.ProcessGroupGloo(store, rank, len(members), limit)
+    try:
+        store.set(f"arrived/{members[rank]}", "")  # the ranks without this key are named in the error
+        if is_nccl(world) and not on_host:
+            group = dist.ProcessGroupNCCL(store, rank, len(members), _nccl_options(limit, name, members))
+        else:
+            with _yielding_threads():
+                group = dist.ProcessGroupGloo(store, rank, len(members), limit)
+    except RuntimeError as error:
+        raise SyncBatchNormError(_creation_error(store, members, members[rank], limit, error)) from error
     _live_groups.append(group)
     return group
+
+
+def _creation_error(store: Any, ranks: Sequence[int], own: int, limit: timedelta, error: BaseException) -> str:
+    """Returns the error message for a communicator that could not be created."""
+    try:
+        missing = [str(rank) for rank in ranks if rank != own and not store.check([f"arrived/{rank}"])]
+        found = f"rank {', '.join(missing)} did not arrive in {limit.total_seconds():.0f} s" if missing else "an error"
+        which = f"that of rank {', '.join(missing)}" if missing else "that of each rank"
+    except RuntimeError as unreachable:
+        found = f"no answer of the key-value store: {first_line(unreachable)}"
+        which = "that of the rank that hosts the store, usually rank 0"
+    return (
+        f"expected ranks {', '.join(map(str, ranks))} to create a communicator together (got {found}); read the output "
+        f"of the other ranks first, beginning with {which}. Error on rank {own}: {first_line(error)}"
+    )
 
 
 def _nccl_options(timeout: timedelta, name: str, ranks: Sequence[int]) -> Any:

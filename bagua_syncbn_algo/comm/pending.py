@@ -9,8 +9,8 @@ from typing import Any, Optional, Set
 import torch
 from torch import Tensor
 
+from .errors import describe_failure
 from .recorder import RoundRecord
-from .report import describe_failure
 from .ring import event_on
 from .wire import FAULT, HEADER_BYTES, PHASES, Header, SyncBatchNormError, SyncPoint, is_capturing
 
@@ -53,6 +53,7 @@ class PendingGather:
         self._channel: Any = channel
         self._header, self._point, self._phase, self._entry = header, point, phase, entry
         self._checked_later = checked_later
+        self._sequence = channel.frames  # the number of this message in the channel
         self._streams: Set[int] = set()  # the CUDA streams that wait for the all-gather
         self._gathered: Optional[Tensor] = None
         self._work: Any = None
@@ -87,20 +88,9 @@ class PendingGather:
             SyncBatchNormError: if the all-gather or the check failed. Every call raises the same error.
         """
         channel = self._channel
-        if not self._done:
-            self._done = True
-            if channel._in_flight is self:
-                channel._in_flight = None
-            try:
-                self._wait_for_work()
-                assert self._gathered is not None
-                if not self._header.words[2] & FAULT:  # a failing rank raises its own error
-                    if not self._checked_later and not is_capturing(self._gathered):
-                        channel._check(self._gathered, self._header, self._point, self._phase)
-                    channel.failed = False
-            except SyncBatchNormError as error:
-                self._error, channel.failed = error, True
-            self._channel = None  # the channel keeps its latest round: a reference cycle
+        if channel is not None:
+            with channel._turns:
+                self._end(channel)
         if self._error is not None:
             raise self._error
         assert self._gathered is not None
@@ -109,6 +99,24 @@ class PendingGather:
         if keep:
             self._gathered = self._gathered.clone()
         return self._gathered[:, HEADER_BYTES:]
+
+    def _end(self, channel: Any) -> None:
+        """Waits for the all-gather and checks the headers, once."""
+        if self._done:
+            return
+        self._done = True
+        if channel._in_flight is self:
+            channel._in_flight = None
+        try:
+            self._wait_for_work()
+            assert self._gathered is not None
+            if not self._header.words[2] & FAULT:  # a failing rank raises its own error
+                if not self._checked_later and not is_capturing(self._gathered):
+                    channel._check(self._gathered, self._header, self._point, self._phase)
+                channel.failed = False
+        except SyncBatchNormError as error:
+            self._error, channel.failed = error, True
+        self._channel = None  # the channel keeps its latest round: a reference cycle
 
     def order_current_stream(self, device: torch.device) -> None:
         """Makes the current stream wait for the all-gather, if only other streams have done so."""
@@ -132,7 +140,8 @@ class PendingGather:
             self._work.wait()
         except RuntimeError as error:
             where, channel = f"{self._point.name} ({PHASES[self._phase]})", self._channel
-            message = describe_failure(where, error, channel.rank, channel.world_size, channel.label, channel._store())
+            members = channel.ranks[channel.rank], channel.ranks
+            message = describe_failure(where, error, *members, channel.label, self._sequence, channel._store())
             raise SyncBatchNormError(message) from error
         if self._entry is not None:
             finish = time.perf_counter() if self._finish_time is None else self._finish_time

@@ -1,15 +1,21 @@
-"""Error reports of failed exchanges, to the other ranks and in the error message of this rank."""
+"""Errors inside an exchange: the report to the other ranks, and the comparison of headers and of texts."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from datetime import timedelta
-from typing import Any, List, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-__all__ = ["describe_failure", "first_difference", "reporting_errors"]
+from torch import Tensor
 
-_DESCRIBE_SECONDS = 3.0  # how long a failing rank waits until the other ranks have published their positions
+from .wire import FAULT, FUSED, HEADER_BYTES, TRITON, SyncBatchNormError, SyncPoint, phase_name
+
+__all__ = ["CHECK", "Told", "first_difference", "header_error", "reporting_errors"]
+
+_KINDS = {FUSED: "fused", TRITON: "fused by Triton"}
+CHECK = "the check of "  # how the names of the sync points begin at which ranks agree on a regrouped forward
+_EXPLANATION = (
+    ". The check compares the regrouped forward of a module with its own forward, once, on its first training batch. A "
+    "rank that is elsewhere runs the module's own forward, e.g. because of a hook that only this rank has"
+)
 
 
 class reporting_errors:  # noqa: N801  # a contextlib generator would cost 1 µs more, four times per layer
@@ -34,43 +40,96 @@ class reporting_errors:  # noqa: N801  # a contextlib generator would cost 1 µs
             self._channel.fail(self._point, self._phase, error)
 
 
-def describe_failure(
-    where: str, error: BaseException, rank: int, world_size: int, label: str, store: Optional[Any]
-) -> str:
-    """Returns the error message of a failed collective, with the position of each rank that has published it.
+class Told(NamedTuple):
+    """What a rank tells the others if the ranks are at different layers."""
+
+    position: str  # layer and phase, in words
+    remarks: str  # what is special about its models, such as hooks
+
+    def text(self) -> str:
+        """Returns one string for :meth:`of`."""
+        return f"{self.position}\0{self.remarks}"
+
+    @classmethod
+    def of(cls, text: str) -> Told:
+        """Returns what :meth:`text` has encoded."""
+        position, _, remarks = text.partition("\0")
+        return cls(position, remarks)
+
+
+def header_error(
+    rows: List[List[int]],
+    words: List[int],
+    point: SyncPoint,
+    phase: int,
+    gathered: Tensor,
+    own: int,
+    names: Dict[int, str],
+    ranks: Sequence[int],
+    ask: Callable[[str], Dict[int, Told]] = lambda position: {},
+) -> SyncBatchNormError:
+    """Returns the error for a round whose headers differ.
 
     Args:
-        where: the position of this rank, in words.
-        error: the error of the collective.
-        rank: the number of this rank in the channel.
-        world_size: the number of ranks in the channel.
-        label: the prefix of the channel's keys in the store.
-        store: the key-value store in which the ranks publish their positions; ``None`` without one.
+        rows: the headers of all ranks.
+        words: the header of this rank.
+        point: the sync point of this rank.
+        phase: the phase of this rank.
+        gathered: the messages of all ranks, ``(W, capacity)``.
+        own: the number of this rank in the channel.
+        names: the names of this rank's sync points, by key.
+        ranks: the global ranks of the channel.
+        ask: tells the other ranks the position of this rank; returns what they have told, by global rank. Called if
+            the ranks are at different layers, which all of them find out.
     """
-    positions = {rank: where}
-    # An error of the store must not replace the error of the collective: the store's process may have terminated.
-    with contextlib.suppress(Exception):
-        if store is not None:
-            store.set(f"{label}/{rank}", where)
-            deadline = time.monotonic() + _DESCRIBE_SECONDS
-            for other in set(range(world_size)) - {rank}:
-                key = f"{label}/{other}"
-                with contextlib.suppress(RuntimeError):  # the other rank has not published in time
-                    store.wait([key], timedelta(seconds=max(0.05, deadline - time.monotonic())))
-                    positions[other] = store.get(key).decode()
-    known = ", ".join(f"rank {other} at {position}" for other, position in sorted(positions.items()))
-    missing = [str(other) for other in range(world_size) if other not in positions]
-    absent = f"; rank {', '.join(missing)} did not arrive: it terminated or runs other code" if missing else ""
-    return (
-        f"expected all {world_size} ranks to exchange statistics at {where} (got {known}{absent}); "
-        f"read the output of that rank first. Error of the collective: {error}"
+    where = f"{point.name} ({phase_name(phase)})"
+    for index, (_, _, flags, length) in enumerate(rows):
+        if flags & FAULT and index != own:
+            text = bytes(gathered[index, HEADER_BYTES : HEADER_BYTES + max(length, 0)].tolist())
+            explanation = _EXPLANATION if point.name.startswith(CHECK) else ""
+            return SyncBatchNormError(
+                f"expected rank {ranks[index]} to send statistics at {where} "
+                f"(got its error: {text.decode(errors='replace')}); fix the error on that rank{explanation}"
+            )
+    if any(row[:2] != words[:2] for row in rows):
+        told = ask(where)
+        positions = []
+        for rank, (key, phase_, _, _) in zip(ranks, rows):
+            known = f"{names[key]} ({phase_name(phase_)})" if key in names else ""
+            unknown = f"a layer unknown on this rank ({phase_name(phase_)})"
+            positions.append(known or (told[rank].position if rank in told else unknown))
+        places = ", ".join(f"rank {rank} at {position}" for rank, position in zip(ranks, positions))
+        explanation = _EXPLANATION if any(position.startswith(CHECK) for position in positions) else ""
+        remarks = _differing({rank: each.remarks.splitlines() for rank, each in told.items()})
+        return SyncBatchNormError(
+            f"expected every rank to be at the same layer (got {places}); make all ranks run the same "
+            f"synchronized layers in the same order, and skip a layer on all ranks or on none{explanation}{remarks}"
+        )
+    kinds = [_KINDS.get(row[2] & (FUSED | TRITON), "exact") for row in rows]
+    if len(set(kinds)) > 1:
+        found = ", ".join(f"{kind} on rank {rank}" for rank, kind in zip(ranks, kinds))
+        return SyncBatchNormError(
+            f"expected statistics of one kind at {where} (got {found}); use the same input dtype, eps, "
+            "momentum and dtype of the running statistics on all ranks, and Triton on all ranks or on none "
+            "(BAGUA_SYNCBN_TRITON=0)"
+        )
+    lengths = ", ".join(f"{row[3]} bytes on rank {rank}" for rank, row in zip(ranks, rows))
+    return SyncBatchNormError(
+        f"expected statistics of one length at {where} (got {lengths}); "
+        "use the same num_features and input dtype on all ranks"
     )
 
 
-def first_difference(texts: List[str]) -> str:
-    """Returns an error message that names the first line in which the ranks' texts differ."""
-    reference = texts[0].splitlines()
-    for rank, text in enumerate(texts):
+def first_difference(texts: List[str], ranks: Sequence[int], remarks: Sequence[str] = ()) -> str:
+    """Returns an error message that names the first line in which the ranks' texts differ.
+
+    Args:
+        texts: the text of each rank.
+        ranks: the global rank of each text.
+        remarks: lines of each rank that explain its text, such as the hooks of its model.
+    """
+    first, reference = ranks[0], texts[0].splitlines()
+    for rank, text in zip(ranks, texts):
         lines = text.splitlines()
         for index in range(max(len(reference), len(lines))):
             ours = reference[index] if index < len(reference) else "nothing"
@@ -78,7 +137,25 @@ def first_difference(texts: List[str]) -> str:
             if ours != theirs:
                 return (
                     f"expected the same synchronized layers and rounds on every rank (got {len(reference)} on rank "
-                    f"0, {len(lines)} on rank {rank}; the first difference is number {index}: {ours} on rank 0, "
-                    f"{theirs} on rank {rank}); build and convert the same model on every rank, with the same options"
+                    f"{first}, {len(lines)} on rank {rank}; the first difference is number {index}: {ours} on rank "
+                    f"{first}, {theirs} on rank {rank}); build and convert the same model on every rank, with the same "
+                    f"options{_differing({r: each.splitlines() for r, each in zip(ranks, remarks)})}"
                 )
     raise AssertionError("digests differ but texts do not")
+
+
+_MOST_REMARKS = 5  # of one rank in an error
+
+
+def _differing(lines: Dict[int, List[str]]) -> str:
+    """Returns the lines that not all ranks have, as the end of a sentence; empty without any."""
+    shared = set.intersection(*map(set, lines.values())) if lines else set()
+    found: List[Tuple[int, List[str]]] = []
+    for rank, own in sorted(lines.items()):
+        special = [line for line in own if line not in shared]
+        if special:
+            more = [f"{len(special) - _MOST_REMARKS} more"] if len(special) > _MOST_REMARKS else []
+            found.append((rank, special[:_MOST_REMARKS] + more))
+    if not found:
+        return ""
+    return ". Not the same on all ranks: " + "; ".join(f"on rank {rank}, {', '.join(each)}" for rank, each in found)

@@ -10,14 +10,14 @@ of a failed rank is still there when its header is compared.
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from .wire import HEADER_BYTES, SyncPoint
 
-__all__ = ["HeaderRing", "event_on"]
+__all__ = ["HeaderRing", "HeaderRings", "event_on"]
 
 _MOST_SLOTS = 64  # of a half
 _MOST_BYTES = 32 << 20  # of a half
@@ -149,3 +149,35 @@ class HeaderRing:
         """Removes all rounds without a comparison, after an error."""
         for half in (self._current, self._earlier):
             half.used, half.expected, half._copied = 0, [], None
+
+
+class HeaderRings:
+    """The rings of a channel, one for each device and length of messages.
+
+    Args:
+        check: as in :class:`HeaderRing`.
+    """
+
+    def __init__(self, check: Callable[[], Any]) -> None:
+        self._check = check
+        self._rings: Dict[Tuple[torch.device, int], HeaderRing] = {}
+
+    def take(self, world_size: int, message: Tensor, words: Sequence[int], point: SyncPoint, phase: int) -> Tensor:
+        """Returns the slot of the next round; see :meth:`HeaderRing.take`."""
+        key = (message.device, message.numel())
+        ring = self._rings.get(key)
+        if ring is None:
+            for other in self._rings.values():
+                other.rotate()  # its last step is compared by `compare_arrived`
+            ring = self._rings[key] = HeaderRing(world_size, message.numel(), message.device, self._check)
+        return ring.take(words, point, phase)
+
+    def compare_arrived(self) -> None:
+        """Compares the headers that have been copied to the host; see :meth:`HeaderRing.compare_arrived`."""
+        for ring in self._rings.values():
+            ring.compare_arrived()
+
+    def clear(self) -> None:
+        """Removes all rounds without a comparison, after an error."""
+        for ring in self._rings.values():
+            ring.clear()

@@ -22,6 +22,9 @@ from .wire import SyncPoint
 __all__ = ["BaguaChannel", "TorchChannel", "bagua_channel", "channel_of", "source_group"]
 
 
+_VERSION_SECONDS = 60.0  # how long a rank waits for the others' message versions, after they have created the group
+
+
 class TorchChannel(Channel):
     """A channel over a ``torch.distributed`` process group.
 
@@ -29,11 +32,13 @@ class TorchChannel(Channel):
         group: the communicator: a group from ``torch.distributed.new_group`` or a bare backend such as
             ``ProcessGroupGloo``. Only this channel may use it.
         store: the key-value store in which a failing rank publishes its position; ``None`` without one.
+        ranks: the global ranks of the group, for errors; ``None`` if they are those of the world.
     """
 
-    def __init__(self, group: Any, store: Optional[Any] = None) -> None:
+    def __init__(self, group: Any, store: Optional[Any] = None, ranks: Optional[Sequence[int]] = None) -> None:
         super().__init__()
         self.rank, self.world_size = group.rank(), group.size()
+        self.ranks = range(self.world_size) if ranks is None else list(ranks)
         # A weak reference: a group that outlives destroy_process_group aborts the process at exit.
         self._group, self._key_value_store = weakref.ref(group), store
         self._messages: Dict[torch.device, Tensor] = {}
@@ -87,11 +92,20 @@ class BaguaChannel(Channel):
         streams: the stream operations of the host (see ``host.streams``).
         device: the device of the messages.
         store: the key-value store in which a failing rank publishes its position; ``None`` without one.
+        ranks: the global ranks of the group, for errors; ``None`` if they are those of the world.
     """
 
-    def __init__(self, communicator: Any, streams: Any, device: torch.device, store: Optional[Any] = None) -> None:
+    def __init__(
+        self,
+        communicator: Any,
+        streams: Any,
+        device: torch.device,
+        store: Optional[Any] = None,
+        ranks: Optional[Sequence[int]] = None,
+    ) -> None:
         super().__init__()
         self.rank, self.world_size = communicator.rank(), communicator.nranks()
+        self.ranks = range(self.world_size) if ranks is None else list(ranks)
         self._communicator, self._streams, self._device, self._key_value_store = communicator, streams, device, store
         self._buckets: Dict[int, Any] = {}
         self._unregistered: Optional[Tensor] = None  # for sync points without a bucket, as in `RunningPool.merge`
@@ -161,7 +175,9 @@ def _next_label(ranks: Sequence[int]) -> str:
     return f"bagua_syncbn/{'_'.join(map(str, members))}/{_label_counts[members]}"
 
 
-def bagua_channel(group: Any, streams: Any, device: torch.device, timeout: Optional[float] = None) -> BaguaChannel:
+def bagua_channel(
+    group: Any, streams: Any, device: torch.device, timeout: Optional[float] = None, check: str = "none"
+) -> BaguaChannel:
     """Returns a channel over a Bagua process group that is only for statistics.
 
     Args:
@@ -169,11 +185,15 @@ def bagua_channel(group: Any, streams: Any, device: torch.device, timeout: Optio
         streams: the stream operations of the host.
         device: the device of the messages. On CUDA, a monitor reports late rounds.
         timeout: the timeout of the group in seconds; ``None`` for that of the default group.
+        check: ``"nonfinite"`` to refuse statistics that are not finite.
     """
-    channel = BaguaChannel(group.get_global_communicator(), streams, device, default_store())
-    channel.label = _next_label(group.ranks)
+    channel = BaguaChannel(group.get_global_communicator(), streams, device, default_store(), group.ranks)
+    channel.label, channel.checks_finite = _next_label(group.ranks), check == "nonfinite"
+    seconds = timeout_of(default_group()).total_seconds() if timeout is None else timeout
+    if channel.world_size > 1:
+        channel.check_versions(min(seconds, _VERSION_SECONDS))
     if device.type == "cuda":
-        channel.watch(group.ranks, timeout_of(default_group()).total_seconds() if timeout is None else timeout)
+        channel.watch(seconds)
     return channel
 
 
@@ -250,13 +270,19 @@ def _channel_over(source: Any, on_host: bool) -> TorchChannel:
         ranks = list(dist.distributed_c10d._pg_group_ranks.get(source, {}))
     except (RuntimeError, ValueError, KeyError):
         ranks = []
-    if not ranks:
-        return TorchChannel(source)  # a bare backend without global ranks, which the user provides for statistics
-    seconds = SyncBatchNormConfig.from_env().timeout
+    config = SyncBatchNormConfig.from_env()
+    if not ranks:  # a bare backend without global ranks, which the user provides for statistics
+        channel = TorchChannel(source)
+        channel.checks_finite = config.check == "nonfinite"
+        return channel
+    seconds = config.timeout
     limit = timeout_of(source) if seconds is None else timedelta(seconds=seconds)
     group = member_group(ranks, limit, on_host)
-    channel = TorchChannel(group, default_store())
-    channel.label = _next_label(ranks)
+    channel = TorchChannel(group, default_store(), sorted(ranks))
+    channel.label, channel.checks_finite = _next_label(ranks), config.check == "nonfinite"
+    # The constructor of a gloo group has waited for all ranks. That of an NCCL group has not: the first message does.
+    seconds = limit.total_seconds()
+    channel.check_versions(seconds if is_nccl(group) else min(seconds, _VERSION_SECONDS))
     if is_nccl(group):
-        channel.watch(ranks, limit.total_seconds())
+        channel.watch(seconds)
     return channel

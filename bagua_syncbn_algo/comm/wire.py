@@ -1,4 +1,4 @@
-"""The message format: sync points, the header of a message, and the comparison of headers between ranks.
+"""The message format: its version, sync points, rosters and the header of a message.
 
 Every message starts with a header that identifies the sync point of its rank. Ranks at different sync points raise an
 error that names their layers.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
+from .errors import SyncBatchNormError
 from .recorder import StepObserver
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "FRAME_SHIFT",
     "FUSED",
     "HEADER_BYTES",
+    "HeaderCache",
     "JOIN",
+    "MESSAGE_VERSION",
     "PHASES",
     "Header",
     "Roster",
@@ -33,13 +36,17 @@ __all__ = [
     "SyncTag",
     "TRITON",
     "digest",
-    "header_error",
     "is_capturing",
+    "phase_name",
     "sync_point",
 ]
 
 FORWARD, BACKWARD, JOIN = 0, 1, 2
 PHASES = ("forward", "backward", "first use")
+
+# The version of the messages and of their order. Increase it with every change of either: ranks compare it before the
+# first message of a channel, because messages of other lengths end the process.
+MESSAGE_VERSION = 1
 
 # The header of every message: sync point, phase, flags and payload length in bytes. Each is an int64 that is sent as
 # bytes, never converted.
@@ -49,14 +56,8 @@ FUSED = 2  # flag: the payload has the statistics of the fused kernels: 1/√(va
 TRITON = 4  # flag: the payload is for the Triton kernel
 FRAME_SHIFT = 8  # the bits of the flags from this one on: index of the frame, for payloads of several frames
 
-_KINDS = {FUSED: "fused", TRITON: "fused by Triton"}
-
 DEFAULT_CAPACITY = 8192  # bytes per message for an empty roster: up to 1,019 float32 channels
 _LONGEST_CAPACITY = 65536  # bytes per message; larger rounds of several layers are split over several messages
-
-
-class SyncBatchNormError(RuntimeError):
-    """An exchange of statistics failed. The message names the layer and the rank."""
 
 
 class SyncPoint(NamedTuple):
@@ -101,12 +102,14 @@ class Roster:
         rounds: for each round a line of text that names its layers, and their ``num_features``.
         itemsize: the bytes per statistic: 4, or 8 if any layer has float64 parameters.
         observer: records the rounds of these layers on this rank.
+        remarks: returns lines about the model on this rank that explain a difference to other ranks.
     """
 
     layers: Tuple[Tuple[str, int], ...] = ()
     rounds: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()
     itemsize: int = 4
     observer: StepObserver = field(default_factory=StepObserver, repr=False)
+    remarks: Callable[[], Sequence[str]] = field(default=tuple, repr=False)
 
     def capacity(self, itemsize: int) -> int:
         """Returns the bytes of a message for the largest round: header, counts, means and variances.
@@ -151,58 +154,30 @@ class Header(NamedTuple):
     bytes: Tensor  # (32,), uint8
 
 
+class HeaderCache:
+    """The headers of the messages of a channel. On CUDA, a new header is a copy from pageable memory."""
+
+    def __init__(self) -> None:
+        self._headers: Dict[Tuple[Any, ...], Header] = {}
+
+    def get(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> Header:
+        """Returns the header of a message on ``device``."""
+        key = (point.key, phase, flags, length, device)
+        header = self._headers.get(key)
+        if header is None:
+            with torch.inference_mode(False):  # the header outlives an inference_mode block of the caller
+                words = [point.key, phase, flags, length]
+                header = Header(words, torch.tensor(words).view(torch.uint8).to(device))
+            if not flags & FAULT:
+                self._headers[key] = header
+        return header
+
+
+def phase_name(phase: int) -> str:
+    """Returns the phase of a header in words. The header may be corrupt."""
+    return PHASES[phase] if 0 <= phase < len(PHASES) else f"no known phase: {phase}"
+
+
 def is_capturing(tensor: Tensor) -> bool:
     """Returns whether the current CUDA stream captures a graph, in which the host cannot read headers."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def header_error(
-    rows: List[List[int]],
-    words: List[int],
-    point: SyncPoint,
-    phase: int,
-    gathered: Tensor,
-    own_rank: int,
-    names: Dict[int, str],
-) -> SyncBatchNormError:
-    """Returns the error for a round whose headers differ.
-
-    Args:
-        rows: the headers of all ranks.
-        words: the header of this rank.
-        point: the sync point of this rank.
-        phase: the phase of this rank.
-        gathered: the messages of all ranks, ``(W, capacity)``.
-        own_rank: the number of this rank in the channel.
-        names: the names of this rank's sync points, by key.
-    """
-    name, phase_name = point.name, PHASES[phase]
-    for rank, (_, _, flags, length) in enumerate(rows):
-        if flags & FAULT and rank != own_rank:
-            text = bytes(gathered[rank, HEADER_BYTES : HEADER_BYTES + length].tolist())
-            return SyncBatchNormError(
-                f"expected rank {rank} to send statistics at {name} ({phase_name}) "
-                f"(got its error: {text.decode(errors='replace')}); fix the error on that rank"
-            )
-    if any(row[:2] != words[:2] for row in rows):
-        places = ", ".join(
-            f"rank {rank} at {names.get(key, 'a layer unknown on this rank')} ({PHASES[phase_]})"
-            for rank, (key, phase_, _, _) in enumerate(rows)
-        )
-        return SyncBatchNormError(
-            f"expected every rank to be at the same layer (got {places}); make all ranks run the same "
-            "synchronized layers in the same order, and skip a layer on all ranks or on none"
-        )
-    kinds = [_KINDS.get(row[2] & (FUSED | TRITON), "exact") for row in rows]
-    if len(set(kinds)) > 1:
-        found = ", ".join(f"{kind} on rank {rank}" for rank, kind in enumerate(kinds))
-        return SyncBatchNormError(
-            f"expected statistics of one kind at {name} ({phase_name}) (got {found}); use the same input dtype, eps, "
-            "momentum and dtype of the running statistics on all ranks, and Triton on all ranks or on none "
-            "(BAGUA_SYNCBN_TRITON=0)"
-        )
-    lengths = ", ".join(f"{row[3]} bytes on rank {rank}" for rank, row in enumerate(rows))
-    return SyncBatchNormError(
-        f"expected statistics of one length at {name} ({phase_name}) (got {lengths}); "
-        "use the same num_features and input dtype on all ranks"
-    )

@@ -34,10 +34,11 @@ class Agreement:
     Args:
         group: a communicator for CPU tensors that carries no other messages.
         model: the name of the model; the same on every rank.
+        communicator: that of the same ranks, which explains errors.
     """
 
-    def __init__(self, group: Any, model: str) -> None:
-        self._group = group
+    def __init__(self, group: Any, model: str, communicator: Any) -> None:
+        self._group, self._communicator, self._name = group, communicator, model
         self._model = digest(model)
         self._steps = self._completed = 0
 
@@ -52,16 +53,28 @@ class Agreement:
         Returns:
             A function that waits for the reports of all ranks and returns them in rank order.
 
+        Raises:
+            SyncBatchNormError: from waiting, if a rank terminates or does not arrive.
+
         Collectives:
             One all-gather. Every rank of the group must call.
         """
         self._steps += 1
         own = torch.tensor([self._model, self._steps, self._completed, participates, interrupted, *counts])
         rows = own.new_empty((self._group.size(), own.numel()))
-        work = self._group.allgather([list(rows.unbind(0))], [own])
+        # The place is taken before the wait, on all ranks in the same order.
+        explaining = self._communicator.explaining(f"the end of step {self._steps} of {self._name}", "end the step")
+        failure = None
+        try:
+            work = self._group.allgather([list(rows.unbind(0))], [own])
+        except RuntimeError as error:
+            failure = error
 
         def wait() -> List[Report]:
-            work.wait()
+            with explaining:
+                if failure is not None:
+                    raise failure
+                work.wait()
             return [
                 Report(model, steps, completed, bool(participates), bool(interrupted), tuple(counts))
                 for model, steps, completed, participates, interrupted, *counts in rows.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import weakref
@@ -10,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 from torch import Tensor, nn
 
-from ..comm.wire import digest
+from ..comm.wire import SyncBatchNormError, digest
 from ..compat import graph_task, will_run
 from .agreement import Agreement, Report
 from .bucket import BaguaBucket
@@ -71,7 +72,9 @@ class BaguaDistributedDataParallel:
             previous._remove_hooks()
         communicator = process_group.get_global_communicator()
         self._agreement = (
-            Agreement(process_group.host_group(), bagua_module_name) if communicator.nranks() > 1 else None
+            Agreement(process_group.host_group(), bagua_module_name, communicator)
+            if communicator.nranks() > 1
+            else None
         )
         self._module_hooks = [
             module.register_forward_pre_hook(self._before_forward),
@@ -126,7 +129,8 @@ class BaguaDistributedDataParallel:
         own = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self._parameters()]
         device = next((p.device for _, p in self._parameters()), torch.device("cpu"))
         digests = torch.empty(communicator.nranks(), dtype=torch.int64, device=device)
-        allgather(torch.tensor([digest("\n".join(own))], device=device), digests, communicator)
+        with communicator.explaining("the comparison of parameters", "compare parameters"):
+            allgather(torch.tensor([digest("\n".join(own))], device=device), digests, communicator)
         differing = [rank for rank, value in enumerate(digests.tolist()) if value != digests[0]]
         if differing:
             rank = differing[0]
@@ -146,11 +150,13 @@ class BaguaDistributedDataParallel:
             One broadcast for each parameter, two for each optimizer. Every rank must call.
         """
         communicator = self.process_group.get_global_communicator()
-        for _, parameter in self._parameters():
-            broadcast(parameter.detach(), src=0, comm=communicator)
+        for name, parameter in self._parameters():
+            with communicator.explaining(f"parameter {name}", "broadcast parameters"):
+                broadcast(parameter.detach(), src=0, comm=communicator)
         for optimizer in self.bagua_optimizers:
             is_source = communicator.rank() == 0
-            state = broadcast_object(optimizer.state_dict() if is_source else None, src=0, comm=communicator)
+            with communicator.explaining(f"the state of {type(optimizer).__name__}", "broadcast the optimizer's state"):
+                state = broadcast_object(optimizer.state_dict() if is_source else None, src=0, comm=communicator)
             if not is_source:
                 optimizer.load_state_dict(state)
 
@@ -273,7 +279,9 @@ class BaguaDistributedDataParallel:
                 self.bagua_algorithm.init_post_backward_hook(self)()
             except Exception:
                 # On CUDA an exception on another rank may surface here first. The reports identify that rank.
-                found = reports()
+                found: List[Report] = []
+                with contextlib.suppress(SyncBatchNormError):  # a rank is lost: the first error has the first place
+                    found = reports()
                 if any(report.interrupted for report in found):
                     self._finish_step(found)
                 raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import pickle
 import weakref
 from datetime import timedelta
 from enum import IntEnum
@@ -22,6 +21,7 @@ from torch import Tensor
 from ..comm.groups import is_nccl, member_group
 from .core import BaguaCommBackendPy, BaguaSingleCommunicatorPy
 from .env import get_local_rank, get_rank, get_world_size
+from .objects import pack, unpack
 from .streams import CpuStreams, CudaStreams
 
 __all__ = [
@@ -90,7 +90,7 @@ class BaguaProcessGroup:
         self._communicator: Any = NON_COMM_MEMBER
         self._host_group: Optional[weakref.ref[Any]] = None
         if torch_group is not None:
-            self._communicator = BaguaSingleCommunicatorPy(torch_group, stream, streams())
+            self._communicator = BaguaSingleCommunicatorPy(torch_group, stream, streams(), self.ranks)
 
     def get_global_communicator(self) -> BaguaSingleCommunicatorPy:
         """Returns the communicator over all ranks of the group."""
@@ -255,7 +255,19 @@ def broadcast(tensor: Tensor, src: int = 0, comm: Optional[BaguaSingleCommunicat
 
 
 def broadcast_object(obj: object, src: int = 0, comm: Optional[BaguaSingleCommunicatorPy] = None) -> Any:
-    """Returns the ``obj`` of rank ``src`` on every rank. The object is pickled.
+    """Returns the ``obj`` of rank ``src`` on every rank.
+
+    Numbers, strings, containers and tensors are sent as JSON and memory. Other objects are pickled, and read by a
+    restricted unpickler; see :mod:`.objects`.
+
+    Args:
+        obj: the object; ignored on other ranks.
+        src: the rank of the sender in ``comm``.
+        comm: the communicator.
+
+    Raises:
+        ValueError: on all ranks, if the object cannot be sent or read. Ranks that have named other classes with
+            ``torch.serialization.add_safe_globals`` may differ.
 
     Collectives:
         Two broadcasts (length and bytes). Every rank of ``comm`` must call.
@@ -264,16 +276,17 @@ def broadcast_object(obj: object, src: int = 0, comm: Optional[BaguaSingleCommun
     if comm.rank() == -1:
         return obj
     is_source = comm.rank() == src
-    payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8) if is_source else torch.empty(0)
-    device = "cuda" if isinstance(comm.streams, CudaStreams) else "cpu"
+    payload = torch.frombuffer(bytearray(pack(obj)), dtype=torch.uint8) if is_source else torch.empty(0)
+    on_cuda = isinstance(comm.streams, CudaStreams)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     size = torch.tensor([payload.numel()], device=device)
     broadcast(size, src, comm)
     content = payload.to(device) if is_source else torch.empty(int(size), dtype=torch.uint8, device=device)
     broadcast(content, src, comm)
-    if is_source:
-        return obj
     content = content.cpu()
-    return pickle.loads(ctypes.string_at(content.data_ptr(), content.numel()))
+    # The source reads it, too: an object that other ranks refuse is an error on all ranks.
+    found = unpack(ctypes.string_at(content.data_ptr(), content.numel()), device if on_cuda else None)
+    return obj if is_source else found
 
 
 def allreduce(

@@ -11,14 +11,16 @@ import math
 import queue
 import threading
 import weakref
+from collections import Counter
 from concurrent.futures import Future
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.groups import is_nccl
+from ..comm.errors import explaining
+from ..comm.groups import default_store, is_nccl
 from .streams import CpuStreams
 
 __all__ = ["BaguaBucketPy", "BaguaCommBackendPy", "BaguaSingleCommunicatorPy", "BaguaTensorPy"]
@@ -36,6 +38,7 @@ _REDUCE_OPS = {
     9: dist.ReduceOp.BXOR,
 }
 SUM, AVG = 0, 10
+_communicators: Counter[Tuple[int, ...]] = Counter()  # by their ranks
 
 
 class BaguaTensorPy:
@@ -84,11 +87,28 @@ class BaguaSingleCommunicatorPy:
             weak reference, because a group that outlives ``destroy_process_group`` aborts the process at exit.
         stream: the stream on which callers run the collectives.
         streams: the operations that order ``stream`` against other streams.
+        ranks: the global ranks of the group, for errors; ``None`` if they are those of the world.
     """
 
-    def __init__(self, group: Any, stream: Any, streams: CpuStreams) -> None:
+    def __init__(self, group: Any, stream: Any, streams: CpuStreams, ranks: Optional[Sequence[int]] = None) -> None:
         self._group_reference = weakref.ref(group)
         self.cuda_stream, self.streams = stream, streams
+        self._ranks = tuple(range(group.size())) if ranks is None else tuple(ranks)
+        # Equal on all ranks, for the keys in the store: members create their communicators in one order.
+        _communicators[self._ranks] += 1
+        self._label = f"bagua_syncbn/host/{'_'.join(map(str, self._ranks))}/{_communicators[self._ranks]}"
+        self._explained: Counter[str] = Counter()  # by purpose: buckets are sent by a thread of their own
+
+    def explaining(self, where: str, purpose: str) -> ContextManager[None]:
+        """Adds the place, the ranks and their positions to the errors of collectives in a block. Not in upstream.
+
+        Args:
+            where: the place, such as the name of a parameter.
+            purpose: what the ranks do in the block.
+        """
+        self._explained[purpose] += 1
+        own, label = self._ranks[self.rank()], f"{self._label}/{purpose}"
+        return explaining(where, purpose, own, self._ranks, label, self._explained[purpose], default_store())
 
     @property
     def _group(self) -> Any:
@@ -184,6 +204,12 @@ class BaguaBucketPy:
         """The device of the bucket's tensors."""
         return self.tensors[0].effective().device
 
+    @property
+    def place(self) -> str:
+        """The bucket and its first and last tensor, for errors."""
+        names = [tensor.name for tensor in self.tensors]
+        return f"bucket {self.name} of {names[0]}{f' to {names[-1]}' if len(names) > 1 else ''}"
+
     def clear_ops(self) -> None:
         """Removes all operations."""
         self._operations.clear()
@@ -211,7 +237,8 @@ class BaguaBucketPy:
             divisor = math.prod(c.nranks() for c in communicators) if average else 1
             with communicators[0].streams.after(communicators[0].cuda_stream, events), self.flat(divisor) as values:
                 for communicator in communicators:
-                    communicator.reduce_over_all(values, SUM)
+                    with communicator.explaining(self.place, "sum gradients or statistics"):
+                        communicator.reduce_over_all(values, SUM)
             return communicators[0].streams, communicators[0].cuda_stream
 
         self._operations.append(operation)
@@ -245,7 +272,8 @@ class BaguaBucketPy:
                 average = peers.effective()
                 average.copy_(values)
                 for communicator in communicators:
-                    communicator.reduce_over_all(average, AVG)
+                    with communicator.explaining(self.place, "average weights"):
+                        communicator.reduce_over_all(average, AVG)
             return communicators[0].streams, communicators[0].cuda_stream
 
         self._operations.append(operation)

@@ -21,6 +21,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..comm.report import CHECK
 from ..comm.wire import FORWARD, Roster, SyncBatchNormError, digest
 from ..compat import inside_transform, is_tracing, saved_tensors_hooks, uncompiled
 from ..layer import SyncBatchNorm
@@ -212,7 +213,7 @@ class CoalescedForward:
         if FAILED in verdicts or differs:
             what = difference or "the shapes of the ranks' inputs lead to other rounds"
             if FAILED in verdicts and not difference:
-                what = f"rank {verdicts.index(FAILED)} reports the difference"
+                what = f"rank {channel.ranks[verdicts.index(FAILED)]} reports the difference"
             self._disable(variant, f"its regrouped forward differs ({what})")
             return False
         if layer.tag is not None:  # all ranks have these rounds, which may be larger than the planned ones
@@ -248,7 +249,7 @@ class CoalescedForward:
 
     @property
     def _subject(self) -> str:
-        return f"the check of {self.name}'s first training batch"
+        return f"{CHECK}{self.name}'s first training batch"
 
     def variant(self, pattern: CallPattern, values: Sequence[Any]) -> Optional[Variant]:
         """Returns the graph for a call, and creates it if necessary; ``None`` if there are too many graphs."""

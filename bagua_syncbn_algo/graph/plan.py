@@ -187,20 +187,89 @@ class SyncPlan:
         Raises:
             ValueError: if ``text`` is not a plan.
         """
-        try:
-            fields: Dict[str, Any] = json.loads(text)
-            rounds = tuple(
-                PlannedRound(**{key: _as_tuple(value) for key, value in entry.items()}) for entry in fields["rounds"]
-            )
-            skipped, unsplit = (
-                tuple((name, reason) for name, reason in pairs)
-                for pairs in (fields["skipped"], fields.get("unsplit", ()))
-            )
-            return cls(fields["model"], rounds, skipped, unsplit)
-        except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(text, str) or len(text) > _MOST_CHARACTERS:
+            found = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
             raise ValueError(
-                f"expected a plan as SyncPlan.to_json writes it (got {text[:60]!r}, {error}); write it again"
+                f"expected the text of a plan, of at most {_MOST_CHARACTERS} characters (got {found}); pass what "
+                "SyncPlan.to_json returns"
+            )
+        try:
+            fields = _object(json.loads(text, parse_constant=_refuse_constant), "the plan")
+            rounds = tuple(_round(number, entry) for number, entry in enumerate(_list(fields["rounds"], "rounds")))
+            skipped, unsplit = (_pairs(fields.get(name, ()), name) for name in ("skipped", "unsplit"))
+            return cls(_text(fields["model"], "model"), rounds, skipped, unsplit)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            found = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(
+                f"expected a plan as SyncPlan.to_json writes it (got {text[:60]!r}, {found[:200]}); write it again"
             ) from error
+
+
+# -- reading a plan ----------------------------------------------------------------------------------------------------
+
+_MOST_CHARACTERS = 100_000_000
+_MOST_FEATURES = 2**31  # more than any layer has; products of larger numbers overflow elsewhere
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of a plan")
+
+
+def _object(value: Any, name: str) -> Dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is of type {type(value).__name__}, not an object")
+    return value
+
+
+def _list(value: Any, name: str) -> List[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} is of type {type(value).__name__}, not a list")
+    return list(value)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is of type {type(value).__name__}, not a text")
+    return value
+
+
+def _number(value: Any, name: str, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST_FEATURES:
+        is_small = isinstance(value, (int, float)) and -1e9 < value < 1e9
+        shown = repr(value) if is_small else f"a larger number or of type {type(value).__name__}"
+        raise ValueError(f"{name} is {shown}, not an integer from {least} to {_MOST_FEATURES}")
+    return value
+
+
+def _round(number: int, value: Any) -> PlannedRound:
+    name = f"rounds[{number}]"
+    entry = dict(_object(value, name))
+    layers = tuple(_text(each, f"a layer of {name}") for each in _list(entry.pop("layers"), f"layers of {name}"))
+    features = _list(entry.pop("features"), f"features of {name}")
+    if not layers or len(features) != len(layers):
+        raise ValueError(f"{name} has {len(layers)} layers and features of {len(features)}")
+    backward = entry.pop("backward", True)
+    if not isinstance(backward, bool):
+        raise ValueError(f"backward of {name} is of type {type(backward).__name__}, not true or false")
+    overlapped = _list(entry.pop("overlapped_with", ()), f"overlapped_with of {name}")
+    found = PlannedRound(
+        _text(entry.pop("region"), f"region of {name}"),
+        _number(entry.pop("level"), f"level of {name}", 0),
+        layers,
+        tuple(_number(each, f"a number of features of {name}", 1) for each in features),
+        backward,
+        tuple(_text(each, f"a layer of overlapped_with of {name}") for each in overlapped),
+    )
+    if entry:
+        raise ValueError(f"{name} has the unknown fields {', '.join(sorted(entry))}")
+    return found
+
+
+def _pairs(value: Any, name: str) -> Tuple[Tuple[str, str], ...]:
+    pairs = [tuple(_text(each, f"an entry of {name}") for each in _list(pair, name)) for pair in _list(value, name)]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{name} has an entry that is not a name with a reason")
+    return tuple((pair[0], pair[1]) for pair in pairs)
 
 
 def text_table(rows: Sequence[Sequence[Any]], left_aligned: Sequence[int] = ()) -> List[str]:
@@ -214,7 +283,3 @@ def text_table(rows: Sequence[Sequence[Any]], left_aligned: Sequence[int] = ()) 
         ).rstrip()
         for row in cells
     ]
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

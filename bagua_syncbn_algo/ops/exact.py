@@ -23,6 +23,7 @@ from .moments import (
     split_channels,
     statistics_dtype,
 )
+from .nonfinite import require_finite
 
 __all__ = [
     "ExactStatistics",
@@ -123,7 +124,8 @@ def launch_moments(
 
     Raises:
         ValueError: from waiting: if the whole group holds at most one value per channel.
-        SyncBatchNormError: if another rank failed, is elsewhere or did not arrive.
+        SyncBatchNormError: if another rank failed, is elsewhere or did not arrive; if the channel checks for it, if a
+            mean or variance of any rank is not finite.
 
     Collectives:
         One all-gather of ``8 + 2C·itemsize`` payload bytes for each layer. Every rank must call.
@@ -136,6 +138,8 @@ def launch_moments(
 
     def merged() -> GlobalMoments:
         counts, moments = arrived()
+        if channel.checks_finite:
+            require_finite(moments, channel, FORWARD, names, [part.mean.numel() for part in local])
         require_two_values([part.elements for part in local], counts, names)
         return merge_moments(counts, moments, tuple(part.mean.numel() for part in local))
 

@@ -37,6 +37,7 @@ from .deferred import DeferredGrad, OverlapCandidates, refuse_second_derivative
 from .exact import ExactStatistics, GradientSums, constant, launch_exact, local_or_empty
 from .fused import Buffers, FusedLocal, FusedStatistics, can_fuse, launch_fused, local_statistics
 from .moments import LocalMoments, cast, dense, memory_format, normalize
+from .nonfinite import require_finite
 from .recompute import RecomputeCache, SavedStatistics, recomputation_owners
 from .second_derivative import LayerBackward, second_derivatives
 
@@ -258,7 +259,8 @@ class _OverlappedSyncBatchNorm(Function):
         if not finish.provide(round_.wait):
             round_.wait([False] * len(ctx.needs))  # a backward for the parameters only: the round must still end
         yield_core()  # as in forward, before the weight gradients
-        return (None, None, None, None, *(round_.parameter_gradients(0, needs) if needs else ()))
+        with round_.reporting:
+            return (None, None, None, None, *(round_.parameter_gradients(0, needs) if needs else ()))
 
 
 def _normalize(ctx: Any, call: _Call, tensors: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> Tuple[Tensor, ...]:
@@ -295,8 +297,10 @@ class _BackwardRound:
     """
 
     def __init__(self, ctx: Any, grads: Sequence[Optional[Tensor]], needs: Sequence[bool]) -> None:
-        call: _Call = ctx.call
-        self._statistics = statistics = call.statistics
+        self._call: _Call = ctx.call
+        call = self._call
+        self._statistics: Statistics = call.statistics
+        statistics = self._statistics
         saved = ctx.saved_tensors
         self._count = count = len(saved) // 2
         self._inputs, self._weights, self._bias_dtypes = saved[:count], saved[count:], ctx.bias_dtypes
@@ -304,7 +308,9 @@ class _BackwardRound:
             None if grad is None else grad.contiguous(memory_format=memory_format(input))
             for grad, input in zip(grads, self._inputs)
         ]
-        with reporting_errors(call.channel, call.point, BACKWARD):
+        # An error after the all-gather reaches the other ranks in the next exchange.
+        self.reporting = reporting_errors(call.channel, call.point, BACKWARD)
+        with self.reporting:
             self._sums = [self._local_sums(i, needs[3 * i + 1 : 3 * i + 3]) for i in range(count)]
         self._wait: Optional[Callable[[], List[Tensor]]] = None
         if any(needs[::3]):
@@ -338,15 +344,22 @@ class _BackwardRound:
         gradients: List[Optional[Tensor]] = [None] * (3 * self._count)
         if self._wait is not None:
             (gathered,) = self._wait()
-            if not all(used):  # only then does the host have to know
-                used = _used_by_any(gathered[:, -self._count :].sum(0))
-            totals = self._statistics.total_gradients(gathered[:, : -self._count])
+            if self._call.channel.checks_finite:
+                names = self._call.point.layers or (self._call.point.name,)
+                features = [layer.mean.numel() for layer in self._statistics.layers]
+                sums = gathered[:, : -self._count]
+                require_finite(sums, self._call.channel, BACKWARD, names, features)
+            with self.reporting:
+                if not all(used):  # only then does the host have to know
+                    used = _used_by_any(gathered[:, -self._count :].sum(0))
+                totals = self._statistics.total_gradients(gathered[:, : -self._count])
+                for i in range(self._count):
+                    if used[i] and needs[3 * i]:
+                        gradients[3 * i] = self._input_gradient(i, totals[i])
+        with self.reporting:
             for i in range(self._count):
-                if used[i] and needs[3 * i]:
-                    gradients[3 * i] = self._input_gradient(i, totals[i])
-        for i in range(self._count):
-            if used[i]:
-                gradients[3 * i + 1 : 3 * i + 3] = self.parameter_gradients(i, needs[3 * i + 1 : 3 * i + 3])
+                if used[i]:
+                    gradients[3 * i + 1 : 3 * i + 3] = self.parameter_gradients(i, needs[3 * i + 1 : 3 * i + 3])
         return gradients
 
     def _input_gradient(self, i: int, totals: Any) -> Tensor:

@@ -30,6 +30,7 @@ from ..comm.wire import FORWARD, FUSED, TRITON, SyncPoint
 from ..config import SyncBatchNormConfig
 from .exact import GradientSums, constant, local_or_empty, require_two_values, to_device
 from .moments import LayerStatistics, LocalMoments, cast, has_fused_kernels, split_channels, statistics_dtype
+from .nonfinite import require_finite
 
 __all__ = [
     "Buffers",
@@ -158,6 +159,7 @@ def launch_fused(
 
     def with_triton() -> FusedStatistics:
         counts, moments = arrived()
+        require_finite(moments, channel, FORWARD, names, features)
         require_two_values(elements, counts, names)
         mean, invstd, per_layer = merge(counts, moments, features, eps, buffers)  # type: ignore[misc]
         rows = zip(split_channels(mean, features), split_channels(invstd, features), eps)
@@ -165,6 +167,7 @@ def launch_fused(
 
     def with_aten() -> FusedStatistics:
         gathered, counts = arrived()
+        require_finite(gathered[:, : 2 * sum(features)], channel, FORWARD, names, features, inverse=True)
         require_two_values(elements, counts, names)
         return FusedStatistics(_merge_each(gathered, features, eps, buffers), counts.t().contiguous())
 

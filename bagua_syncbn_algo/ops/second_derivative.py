@@ -63,8 +63,9 @@ def second_derivatives(
         terms = [_Terms(layer) for layer in layers]
         payload = torch.cat([part for each in terms for part in (each.count, *each.sums)])
     (gathered,) = channel.exchange(point, BACKWARD, [payload])
-    totals = gathered.sum(0).split_with_sizes([1 + _SUMS * each.mean.numel() for each in terms])
-    return [each.gradients(total[0], total[1:].view(_SUMS, -1)) for each, total in zip(terms, totals)]
+    with reporting_errors(channel, point, BACKWARD):
+        totals = gathered.sum(0).split_with_sizes([1 + _SUMS * each.mean.numel() for each in terms])
+        return [each.gradients(total[0], total[1:].view(_SUMS, -1)) for each, total in zip(terms, totals)]
 
 
 class _Terms:

@@ -16,7 +16,10 @@ from bagua_syncbn_algo import SyncBatchNormAlgorithm, bagua, convert_sync_batchn
 WORLD = 4
 
 
-PLACES = ["between two layers", "after the layers", "early in backward", "late in backward", "in normalization"]
+PLACES = [
+    *("between two layers", "after the layers", "early in backward", "late in backward"),
+    *("in normalization", "in the input gradient"),
+]
 _broken: List[str] = []  # the place in this process that raises an exception; empty for none
 
 
@@ -60,7 +63,7 @@ def shard(step: int, rank: int) -> Tensor:
 def _train(rank: int, place: str, mode: Any, coalesce: bool) -> Any:
     bagua.init_process_group()
     from bagua_syncbn_algo.comm import channel
-    from bagua_syncbn_algo.ops import functional
+    from bagua_syncbn_algo.ops import exact, functional
 
     channel._NOTICE_SECONDS = 0.3  # type: ignore[attr-defined]
     torch.manual_seed(0)
@@ -68,7 +71,7 @@ def _train(rank: int, place: str, mode: Any, coalesce: bool) -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model.with_bagua([optimizer], SyncBatchNormAlgorithm(normalize_over=mode))
     errors: List[str] = []
-    normalize = functional.normalize
+    normalize, input_gradient = functional.normalize, exact.input_gradient
     for step in range(4):
         breaks = step == 1 and rank == 1
         _broken[:] = [place] if breaks else []
@@ -78,14 +81,20 @@ def _train(rank: int, place: str, mode: Any, coalesce: bool) -> Any:
                 raise ZeroDivisionError("made up, in normalization")
             return normalize(*arguments)
 
+        def broken_gradient(*arguments: Any, breaks: bool = breaks) -> Tensor:
+            if breaks and arguments[1].shape[1] == 4:
+                raise ZeroDivisionError("made up, in the input gradient")
+            return input_gradient(*arguments)
+
         functional.normalize = broken if place == "in normalization" else normalize
+        exact.input_gradient = broken_gradient if place == "in the input gradient" else input_gradient
         try:
             optimizer.zero_grad()
             model(shard(step, rank)).pow(3).mean().backward()
             optimizer.step()
         except (RuntimeError, ZeroDivisionError) as error:
             errors.append(f"{step} {type(error).__name__}: {error}")
-    functional.normalize = normalize
+    functional.normalize, exact.input_gradient = normalize, input_gradient
     state = [value.detach().clone() for value in model.state_dict().values()]
     return errors, state, [layer.num_batches_tracked.item() for layer in sync_batchnorm_layers(model)]
 
@@ -108,7 +117,7 @@ def _reference(steps: List[int]) -> Any:
 @pytest.mark.parametrize("coalesce", [True, False])
 def test_training_goes_on_after_an_exception(place: str, mode: Any, coalesce: bool) -> None:
     """Catches a sum over buckets of different steps, parameters that differ, a batch counted on one rank only."""
-    if place == "in normalization" and mode == "rank":
+    if place in ("in normalization", "in the input gradient") and mode == "rank":
         return  # PyTorch's own kernel normalizes in this mode
     results = run_processes(WORLD, _train, place, mode, coalesce)
     errors, states, counts = zip(*results)
