@@ -26,6 +26,7 @@ from .wire import (
     FRAME_SHIFT,
     HEADER_BYTES,
     JOIN,
+    JOINED,
     PHASES,
     Header,
     Roster,
@@ -39,7 +40,7 @@ from .wire import (
 
 __all__ = ["Channel"]
 
-_FIRST_CAPACITY = 64  # bytes of the first message, with which the ranks agree on the length: a header and 3 numbers
+_FIRST_CAPACITY = 64  # bytes of the first message, with which the ranks agree on the length: a header and 4 numbers
 _NOTICE_SECONDS = 10.0  # how long a failing rank waits until the other ranks have received its error
 
 
@@ -58,6 +59,7 @@ class Channel:
         frames: the number of messages sent so far, of every kind. It is equal on all ranks, except after an error.
         capacity: the bytes per message, set by :meth:`join`.
         failed: whether the last exchange ended with an error.
+        joining: whether ranks may finish before the others, so that no round may depend on the kind of an empty shard.
     """
 
     rank: int = 0
@@ -71,10 +73,12 @@ class Channel:
         self.rounds = 0
         self.frames = 0
         self.capacity = 0
-        self.failed = False
+        self.failed = self.joining = False
         self._anonymous = 0
         self._names: Dict[int, str] = {}
-        self._rosters: Dict[Roster, int] = {}
+        self._rosters: weakref.WeakKeyDictionary[Roster, int] = weakref.WeakKeyDictionary()
+        self._joins = 0  # counted: the rosters that still exist differ between ranks
+        self._witnessed: Dict[int, List[List[int]]] = {}  # agreements of the other ranks after this rank had finished
         self._headers: Dict[Tuple[Any, ...], Header] = {}
         self._in_flight: Optional[PendingGather] = None
         self._latest: Optional[PendingGather] = None
@@ -132,44 +136,44 @@ class Channel:
             return self._rosters[roster]
         # The comparison is an ordinary message: lengths never differ, and a rank at another sync point raises an error.
         self.capacity = max(self.capacity, _FIRST_CAPACITY)
-        rows = self.agree("the first use of a model's layers", roster.text().decode(), roster.capacity(itemsize))
-        self.capacity = max([self.capacity, *rows])
-        ordinal = self._rosters[roster] = len(self._rosters)
+        self.agree("the first use of a model's layers", roster.text().decode(), capacity=roster.capacity(itemsize))
+        ordinal = self._rosters[roster] = self._joins
+        self._joins += 1
         for name, _ in roster.layers:
             self.register(sync_point(name, ordinal))
         return ordinal
 
-    def grow(self, capacity: int) -> None:
-        """Makes messages at least ``capacity`` bytes long, so that a larger round fits into one message.
-
-        Collectives:
-            None, but every rank must call after the same round.
-        """
-        self.capacity = max(self.capacity, capacity)
-
-    def agree(self, occasion: str, text: str, value: int) -> List[int]:
-        """Compares a text over all ranks, and gathers a number from each rank.
+    def agree(
+        self, occasion: str, text: str, value: int = 0, capacity: int = 0, may_replay: bool = False
+    ) -> List[int]:
+        """Compares a text over all ranks, gathers a number from each rank, and makes messages long enough.
 
         Args:
             occasion: the occasion of the comparison, which names the sync point in errors.
             text: lines that must be equal on all ranks.
             value: the number of this rank.
+            capacity: the bytes that messages need from now on. The ranks use the largest value.
+            may_replay: whether to use the agreement that the other ranks reached after this rank's data had ended.
 
         Returns:
-            The numbers of all ranks, in rank order.
+            The numbers of all ranks, in rank order. A rank whose data have ended counts as this rank.
 
         Raises:
             SyncBatchNormError: on all ranks, if the texts differ. The message names the first difference.
 
         Collectives:
-            One all-gather, and further ones if the texts differ. Every rank must call.
+            One all-gather, and further ones if the texts differ; none for a replay. Every rank must call.
         """
-        encoded, own_digest = text.encode(), digest(text)
-        summary = torch.tensor([own_digest, len(encoded), value], device=self.device)
+        encoded = text.encode()
+        own = [digest(text), len(encoded), value, capacity]
         point = sync_point(occasion)
         self.register(point)
-        rows = self.exchange(point, JOIN, [summary])[0].tolist()
-        if any(row[0] != own_digest for row in rows):
+        rows = self._witnessed.pop(point.key, None) if may_replay else None
+        if rows is None:
+            rows = self.exchange(point, JOIN, [torch.tensor(own, device=self.device)])[0].tolist()
+        rows = [row if row[0] else own for row in rows]
+        self.capacity = max(self.capacity, *(row[3] for row in rows))
+        if any(row[0] != own[0] for row in rows):
             longest = max(row[1] for row in rows)
             padded = torch.frombuffer(bytearray(encoded.ljust(longest + 1)), dtype=torch.uint8).to(self.device)
             texts = self.exchange(point, JOIN, [padded])[0].cpu()
@@ -374,6 +378,9 @@ class Channel:
         self._compare(rows, header.words, point, phase, gathered)
 
     def _compare(self, rows: List[List[int]], words: List[int], point: SyncPoint, phase: int, gathered: Tensor) -> None:
+        if words[2] & JOINED:
+            return  # this rank does not know the round yet
+        rows = [words if row[2] & JOINED else row for row in rows]
         if any(row != words for row in rows):
             raise header_error(rows, words, point, phase, gathered, self.rank, self._names)
 

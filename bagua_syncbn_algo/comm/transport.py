@@ -117,7 +117,7 @@ class BaguaChannel(Channel):
             message: Tensor = self._buckets[point.key].tensors[0]
             if message.numel() == self.capacity:
                 return message
-        # Of rounds that were not planned, and of all rounds after `grow`.
+        # Of rounds that were not planned, and of all rounds after the messages have grown.
         if self._unregistered is None or self._unregistered.numel() < self.capacity:
             with torch.inference_mode(False):
                 message_: Any = torch.zeros(self.capacity, dtype=torch.uint8, device=device)

@@ -25,6 +25,7 @@ __all__ = [
     "FUSED",
     "HEADER_BYTES",
     "JOIN",
+    "JOINED",
     "PHASES",
     "Header",
     "Roster",
@@ -46,6 +47,7 @@ HEADER_BYTES = 32
 FAULT = 1  # flag: the payload is the text of an error of the sending rank
 FUSED = 2  # flag: the payload has the statistics of the fused kernels: 1/√(variance + eps) instead of variances
 TRITON = 4  # flag: the payload is for the Triton kernel
+JOINED = 8  # flag: an empty shard of any round, from a rank whose data have ended; see `finished`
 FRAME_SHIFT = 8  # the bits of the flags from this one on: index of the frame, for payloads of several frames
 
 _KINDS = {FUSED: "fused", TRITON: "fused by Triton"}
