@@ -35,6 +35,7 @@ from .wire import (
     digest,
     header_error,
     is_capturing,
+    put_bounded,
     sync_point,
 )
 
@@ -78,6 +79,7 @@ class Channel:
         self._names: Dict[int, str] = {}
         self._rosters: weakref.WeakKeyDictionary[Roster, int] = weakref.WeakKeyDictionary()
         self._joins = 0  # counted: the rosters that still exist differ between ranks
+        self._has_captured = False  # whether a CUDA graph has rounds of this channel
         self._witnessed: Dict[int, List[List[int]]] = {}  # agreements of the other ranks after this rank had finished
         self._headers: Dict[Tuple[Any, ...], Header] = {}
         self._in_flight: Optional[PendingGather] = None
@@ -184,7 +186,7 @@ class Channel:
 
     def register(self, point: SyncPoint) -> None:
         """Registers the name of ``point`` for errors on this rank."""
-        self._names[point.key] = point.name
+        put_bounded(self._names, point.key, point.name)
 
     def anonymous_name(self, features: int) -> str:
         """Returns a new name for an untagged layer of ``features`` channels, numbered by the order of first use."""
@@ -341,7 +343,9 @@ class Channel:
                 words = [point.key, phase, flags, length]
                 header = Header(words, torch.tensor(words).view(torch.uint8).to(device))
             if not flags & FAULT:
-                self._headers[key] = header
+                # A captured graph may read any of them, and a header that is removed from the cache is freed.
+                self._has_captured = self._has_captured or is_capturing(header.bytes)
+                put_bounded(self._headers, key, header, keeps_all=self._has_captured)
         return header
 
     def _take_slot(self, message: Tensor, header: Header, point: SyncPoint, phase: int) -> Optional[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Tuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,12 @@ __all__ = [
     "digest",
     "header_error",
     "is_capturing",
+    "put_bounded",
     "sync_point",
 ]
+
+_K, _V = TypeVar("_K"), TypeVar("_V")
+_MOST_ENTRIES = 16384
 
 FORWARD, BACKWARD, JOIN = 0, 1, 2
 PHASES = ("forward", "backward", "first use")
@@ -139,6 +143,13 @@ class Header(NamedTuple):
 def is_capturing(tensor: Tensor) -> bool:
     """Returns whether the current CUDA stream captures a graph, in which the host cannot read headers."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def put_bounded(entries: Dict[_K, _V], key: _K, value: _V, keeps_all: bool = False) -> None:
+    """Adds an entry; removes the oldest one if there are too many: many models use one channel, one after the other."""
+    entries[key] = value
+    if len(entries) > _MOST_ENTRIES and not keeps_all:
+        del entries[next(iter(entries))]
 
 
 def header_error(
