@@ -141,13 +141,16 @@ class _SyncBatchNormJoinable(Joinable):
             for joinable in (self, ddp):
                 if joinable is not None:
                     _disable(joinable)
-            raise ValueError(f"expected sync_batch_norm_joinable(model) as the first joinable (got {found}); {_ARRANGEMENT}")
+            raise ValueError(
+                f"expected sync_batch_norm_joinable(model) as the first joinable (got {found}); {_ARRANGEMENT}"
+            )
         # Now, not in the first forward, which a rank without data does not run.
         channels = {id(channel): channel for channel in (layer._bound_channel() for layer in self._layers)}
         self._channels = [channel for channel in channels.values() if not channel.local]
         for channel in self._channels:
             channel.joining = True
-        self._hook = (self._model() if ddp is None else ddp).register_forward_pre_hook(self._before_forward)
+        called: Any = self._model() if ddp is None else ddp
+        self._hook = called.register_forward_pre_hook(self._before_forward)
 
     @uncompiled
     def _before_forward(self, module: nn.Module, arguments: Any) -> None:
@@ -181,8 +184,8 @@ class _SyncBatchNormJoinable(Joinable):
             if key not in table:
                 raise RuntimeError(
                     f"expected a round of layers that this rank knows (got {channel._names.get(key, key)}, from graphs "
-                    "for other shapes or arguments than those of this rank); run a batch of each kind on every rank, or "
-                    "convert the model with coalesce=False"
+                    "for other shapes or arguments than those of this rank); run a batch of each kind on every rank, "
+                    "or convert the model with coalesce=False"
                 )
             return partial(_update, table[key])
 

@@ -24,7 +24,9 @@ class Branches(nn.Module):
         super().__init__()
         self.left = nn.Sequential(nn.Conv2d(3, WIDTH, 1, bias=False), nn.BatchNorm2d(WIDTH))
         self.right = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH, momentum=None))
-        self.head = nn.Sequential(nn.Conv2d(WIDTH, 40, 3, padding=1), nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 2, 3))
+        self.head = nn.Sequential(
+            nn.Conv2d(WIDTH, 40, 3, padding=1), nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 2, 3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.left(x) + self.right(x)))  # type: ignore[no-any-return]
@@ -64,7 +66,12 @@ def reference(epochs: List[Tuple[int, ...]], calls: int = 1, dynamic: bool = Fal
 
 
 def train(
-    rank: int, epochs: List[Tuple[int, ...]], convert: Dict[str, Any], ddp_options: Dict[str, Any], calls: int, dynamic: bool
+    rank: int,
+    epochs: List[Tuple[int, ...]],
+    convert: Dict[str, Any],
+    ddp_options: Dict[str, Any],
+    calls: int,
+    dynamic: bool,
 ) -> Dict[str, Tensor]:
     dist.init_process_group("gloo")
     model = convert_sync_batchnorm(fresh_model(), **convert)
@@ -142,6 +149,76 @@ def test_gradient_accumulation() -> None:
     check([(2, 4)], calls=2)
 
 
+def train_groups(rank: int) -> Dict[str, Tensor]:
+    dist.init_process_group("gloo")
+    pair, single = dist.new_group([0, 1]), dist.new_group([2])
+    model = convert_sync_batchnorm(fresh_model(), process_group=single if rank == 2 else pair)
+    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+    for _ in range(2):
+        with Join([sync_batch_norm_joinable(model), ddp]):
+            for index in range((1, 2, 4)[rank]):
+                loss_of(ddp(batch(rank, index))).backward()
+    return state_of(model)
+
+
+@pytest.mark.multirank
+def test_a_group_ends_before_the_others() -> None:
+    """Catches threads that answer each other without end, and a rank without other ranks in its group."""
+    first, second, third = run_processes(3, train_groups)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert first["head.1.num_batches_tracked"] == 4 and third["head.1.num_batches_tracked"] == 8
+
+
+class Wide(nn.Module):
+    """Two independent layers whose statistics are longer than a message."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Sequential(nn.Linear(3, 3000), nn.BatchNorm1d(3000)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) * self.right(x)  # type: ignore[no-any-return]
+
+
+def train_wide(rank: int) -> Dict[str, Tensor]:
+    dist.init_process_group("gloo")
+    torch.manual_seed(5)
+    ddp = DistributedDataParallel(convert_sync_batchnorm(Wide().double()), broadcast_buffers=False)
+    with Join([sync_batch_norm_joinable(ddp), ddp]):
+        for _ in range(2 * rank):
+            loss_of(ddp(torch.arange(12.0, dtype=torch.float64).view(4, 3).sin())).backward()
+    return state_of(ddp.module)
+
+
+@pytest.mark.multirank
+def test_rounds_of_several_messages() -> None:
+    """Catches a rank that takes each message for a round. Equal data are in each batch: only the mean moves."""
+    first, second = run_processes(2, train_wide)
+    assert first["left.1.num_batches_tracked"] == 2 and first["right.1.running_mean"].any()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def train_with_an_unknown_round(rank: int) -> None:
+    dist.init_process_group("gloo")
+    ddp = DistributedDataParallel(convert_sync_batchnorm(fresh_model()), broadcast_buffers=False)
+    joinable = sync_batch_norm_joinable(ddp)
+    if rank == 0:
+        joinable._rounds = lambda: {}  # type: ignore[attr-defined]
+    with Join([joinable, ddp]):
+        for index in range(2 * rank):
+            loss_of(ddp(batch(rank, index))).backward()
+
+
+@pytest.mark.multirank
+def test_an_unknown_round_is_an_error_on_all_ranks() -> None:
+    """Catches a rank that cannot update its running statistics and does not tell the other ranks."""
+    for error in run_processes(2, train_with_an_unknown_round, errors=True):
+        assert error is not None
+    assert "rank 0" in error and "expected a round of layers that this rank knows" in error
+
+
 def train_until_a_rank_ends(rank: int, with_joinable: bool) -> Tuple[int, str]:
     dist.init_process_group("gloo")
     model = convert_sync_batchnorm(fresh_model())
@@ -177,9 +254,8 @@ def wrong_arrangements(rank: int) -> List[str]:
     messages = []
 
     def expect(kind: Any, *joinables: Any) -> None:
-        with pytest.raises(kind) as caught:
-            with Join(list(joinables)):
-                ddp(batch(rank, 0))
+        with pytest.raises(kind) as caught, Join(list(joinables)):
+            ddp(batch(rank, 0))
         messages.append(str(caught.value))
 
     expect(ValueError, ddp, joinable)

@@ -145,9 +145,7 @@ class Channel:
             self.register(sync_point(name, ordinal))
         return ordinal
 
-    def agree(
-        self, occasion: str, text: str, value: int = 0, capacity: int = 0, may_replay: bool = False
-    ) -> List[int]:
+    def agree(self, occasion: str, text: str, value: int = 0, capacity: int = 0, may_replay: bool = False) -> List[int]:
         """Compares a text over all ranks, gathers a number from each rank, and makes messages long enough.
 
         Args:

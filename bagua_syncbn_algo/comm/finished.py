@@ -128,8 +128,11 @@ class FinishedRank:
         frames = [body]
         while sum(frame.shape[1] for frame in frames) < length:
             frames.append(self._receive()[1])
+        for announcement in (STEP, END):
+            if key == announcement.key:
+                return announcement
         if phase == JOIN:
-            return self._agreed(key, body) if key not in (STEP.key, END.key) else STEP if key == STEP.key else END
+            self._note_agreement(key, body)
         if phase != FORWARD:
             return None
         if flags & (FUSED | TRITON):
@@ -164,7 +167,7 @@ class FinishedRank:
             raise header_error(rows, words, point, phase, gathered, channel.rank, channel._names)
         return words, body
 
-    def _agreed(self, key: int, body: Tensor) -> None:
+    def _note_agreement(self, key: int, body: Tensor) -> None:
         """Notes an agreement of the other ranks, as :meth:`Channel.agree` does."""
         if key == self._differing:
             raise SyncBatchNormError(

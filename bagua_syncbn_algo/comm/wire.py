@@ -39,7 +39,8 @@ __all__ = [
     "sync_point",
 ]
 
-_K, _V = TypeVar("_K"), TypeVar("_V")
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 _MOST_ENTRIES = 16384
 
 FORWARD, BACKWARD, JOIN = 0, 1, 2
