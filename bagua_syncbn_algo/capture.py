@@ -1,7 +1,7 @@
 """The training forward of a round as ``torch.compile`` captures it.
 
-Dynamo follows :func:`normalize_captured`. What an eager forward decides in each call, :func:`_prepare` decides once, while
-the graph is traced: it binds the layers to their channel and checks that the round can be part of a graph.
+Dynamo follows :func:`normalize_captured`. What an eager forward decides in each call, :func:`_prepare` decides once,
+while the graph is traced: it binds the layers to their channel and checks that the round can be part of a graph.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from torch import Tensor
 from .checks import observe
 from .comm.wire import SyncPoint, sync_point
 from .compat import CAPTURES_ROUNDS, traced_as_constant
-from .ops.exact import require_two_values
 
 if CAPTURES_ROUNDS:
-    from .comm.operators import Site, add_site
     from .ops.in_graph import in_graph_round, move_running_statistics_in_graph
+    from .ops.operators import Site, add_site
 
 __all__ = ["normalize_captured"]
 
@@ -38,7 +37,6 @@ def normalize_captured(
         name: the name of the round; ``None`` for a single layer.
         eager: runs the round outside of the graph.
     """
-    first = layers[0]
     found = [(input.dim(), input.shape[1], input.is_floating_point(), str(input.device)) for input in inputs]
     key, ranks, local, fits = _prepare(name, str(inputs[0].device), tuple(found), *layers)
     if not fits:
@@ -109,7 +107,7 @@ def _prepare(
     if identity not in kept:
         names = [layer._shown_name for layer in layers]
         references = [weakref.ref(layer) for layer in layers]
-        site = Site(names, partial(_bind, references, name), partial(_observe, references[0]), require_two_values)
+        site = Site(names, partial(_bind, references, name), partial(_observe, references[0]))
         kept[identity] = site, add_site(names[0] if name is None else name, site)
     return _Prepared(kept[identity][1], channel.world_size, False, True)
 

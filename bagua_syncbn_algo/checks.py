@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 from torch import Tensor
 
@@ -12,7 +12,15 @@ from .comm.transport import source_group
 from .comm.wire import Roster, SyncPoint
 from .compat import lone_join
 
-__all__ = ["check_channels", "check_dimensions", "check_join", "observe", "refuse_transform", "scripting_error"]
+__all__ = [
+    "can_share",
+    "check_channels",
+    "check_dimensions",
+    "check_join",
+    "observe",
+    "refuse_transform",
+    "scripting_error",
+]
 
 
 def check_dimensions(name: str, input: Tensor, accepted: Optional[Tuple[int, ...]]) -> None:
@@ -124,3 +132,12 @@ def observe(roster: Roster, point: SyncPoint, before: int, after: int) -> None:
             "convert_sync_batchnorm plans for a real call",
             stacklevel=3,
         )
+
+
+def can_share(layers: Sequence[Any], inputs: Sequence[Tensor], channel: Channel) -> bool:
+    """Returns whether all layers are in training mode, on the same channel, with inputs on the same device."""
+    same_device = all(input.device == inputs[0].device for input in inputs)
+    # A layer that is bound to the channel needs no further look at its process group.
+    return same_device and all(
+        layer.training and (layer._channel is channel or layer._bound_channel() is channel) for layer in layers
+    )

@@ -23,8 +23,10 @@ __all__ = [
     "current_node",
     "graph_task",
     "hand_over_divisor",
+    "inside_compiled",
     "inside_transform",
     "is_tracing",
+    "keep_operator",
     "lerp_each_",
     "lone_join",
     "own_client",
@@ -130,6 +132,20 @@ def traced_as_constant(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def inside_compiled(module: Any) -> Any:
+    """Returns the model that ``torch.compile`` has wrapped; any other module unchanged."""
+    wrapper = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+    return module._orig_mod if wrapper is not None and isinstance(module, wrapper) else module
+
+
+def keep_operator(name: str) -> None:
+    """Gives an operator of a library an effect: compilers neither remove nor repeat it, and keep the order."""
+    from torch._higher_order_ops import effects
+
+    kinds: Any = effects._EffectType
+    effects._register_effectful_op(name, kinds.ORDERED)
 
 
 def trace_time(callback: Callable[[Any], None], values: List[Any]) -> None:

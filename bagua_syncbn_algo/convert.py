@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .comm.groups import group_of
 from .comm.wire import Roster
+from .compat import inside_compiled
 from .config import SyncBatchNormConfig
 from .graph.coalesce import coalesce as coalesce_rounds
 from .graph.coalesce import plan_of, uncoalesce
@@ -154,6 +155,10 @@ def convert_sync_batchnorm(
         model = convert_sync_batchnorm(model)
         model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     """
+    inner = inside_compiled(module)
+    if inner is not module:
+        convert_sync_batchnorm(inner, process_group, coalesce=coalesce, overlap=overlap, example_inputs=example_inputs)
+        return module  # the replaced layers are guards of its graphs, which are traced again
     _check_not_wrapped(module)
     process_group = group_of(process_group)
     config = SyncBatchNormConfig.from_env()
@@ -229,6 +234,7 @@ def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
     Collectives:
         None.
     """
+    module = inside_compiled(module)
     named = [(name, layer) for name, layer in _batch_norms(module) if isinstance(layer, SyncBatchNorm)]
     prefix = type(module).__name__
     # The class name distinguishes the layers of several models in one job, such as a generator and a discriminator.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Any, Dict, Optional, Sequence, Tuple, Type, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .capture import normalize_captured
-from .checks import check_channels, check_dimensions, check_join, observe, refuse_transform, scripting_error
+from .checks import can_share, check_channels, check_dimensions, check_join, observe, refuse_transform, scripting_error
 from .comm.channel import Channel
 from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
 from .comm.transport import channel_of, source_group
-from .comm.wire import FORWARD, Roster, SyncPoint, sync_point
+from .comm.wire import FORWARD, Roster, SyncPoint, SyncTag, sync_point
 from .compat import inside_transform, is_tracing, uncompiled
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
@@ -30,22 +30,6 @@ __all__ = ["SyncBatchNorm", "SyncTag", "batch_norm_coalesced"]
 _M = TypeVar("_M", bound=nn.Module)
 
 _NO_ROSTER = Roster()  # for untagged layers, for which the ranks agree only on the length of messages
-
-
-class SyncTag(NamedTuple):
-    """Identification of a layer in errors, tables and messages to the other ranks.
-
-    Attributes:
-        name: the qualified name of the layer, with the class name of the model as prefix.
-        order: the position of the layer among the synchronized layers of the model.
-        group: the global ranks that the layer normalizes over; ``None`` for all ranks.
-        roster: all layers that were tagged together.
-    """
-
-    name: str
-    order: int
-    group: Optional[Tuple[int, ...]]
-    roster: Roster
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -297,7 +281,15 @@ class SyncBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> Dict[str, Any]:
         state = self.__dict__.copy()
-        for process_local in ("_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards", "_sites"):
+        for process_local in (
+            "_channel",
+            "_channel_source",
+            "_point",
+            "_recompute_cache",
+            "_running",
+            "_empty_shards",
+            "_sites",
+        ):
             state.pop(process_local, None)
         if self.process_group is not None:
             state["process_group"] = GroupReference(self.process_group, self.sync_name)
@@ -377,7 +369,7 @@ def _batch_norm_eager(
         refuse_transform(first._shown_name, first.process_group, first._channel)
     check_join(first._shown_name)
     channel = first._bound_channel(inputs[0].device)
-    if len(layers) > 1 and not _can_share(layers, inputs, channel):
+    if len(layers) > 1 and not can_share(layers, inputs, channel):
         # Not `layer(input)`: the caller runs the hooks, and the operations that a subclass adds to the normalization.
         return tuple(SyncBatchNorm.forward(layer, input) for layer, input in zip(layers, inputs))
     point = first._point
@@ -403,12 +395,3 @@ def _batch_norm_eager(
     if first.tag is not None and channel.rounds > before:  # not a recomputation
         observe(first.tag.roster, point, before, channel.rounds)
     return outputs
-
-
-def _can_share(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor], channel: Channel) -> bool:
-    """Returns whether all layers are in training mode, on the same channel, with inputs on the same device."""
-    same_device = all(input.device == inputs[0].device for input in inputs)
-    # A layer that is bound to the channel needs no further look at its process group.
-    return same_device and all(
-        layer.training and (layer._channel is channel or layer._bound_channel() is channel) for layer in layers
-    )

@@ -15,7 +15,16 @@ from ..comm.wire import FORWARD, SyncPoint, sync_point
 from ..convert import convert_sync_batchnorm, sync_batchnorm_layers
 from ..host import bagua
 
-__all__ = ["COLORS", "BareScheme", "TorchScheme", "UpstreamScheme", "VARIANTS", "build_variant", "channel_of_model"]
+__all__ = [
+    "COLORS",
+    "EAGER_VARIANTS",
+    "VARIANTS",
+    "BareScheme",
+    "TorchScheme",
+    "UpstreamScheme",
+    "build_variant",
+    "channel_of_model",
+]
 
 # Names and descriptions.
 VARIANTS = {
@@ -25,7 +34,14 @@ VARIANTS = {
     "per layer": "1 round a layer forward, 1 backward",
     "coalesced": "1 round a level forward, 1 backward",
     "overlapped": "coalesced, the backward round overlapped with weight gradients",
+    "compiled local": "local, under torch.compile",
+    "compiled per layer": "per layer, under torch.compile",
+    "compiled coalesced": "coalesced, under torch.compile",
+    "compiled overlapped": "overlapped, under torch.compile",
 }
+_COMPILED = "compiled "  # prefix
+#: The variants that need no compiler, whose first step may take minutes.
+EAGER_VARIANTS = tuple(name for name in VARIANTS if not name.startswith(_COMPILED))
 
 # The variants' colors in figures.
 COLORS = {
@@ -35,6 +51,10 @@ COLORS = {
     "per layer": "#56B4E9",
     "coalesced": "#0072B2",
     "overlapped": "#009E73",
+    "compiled local": "#D0D0D0",
+    "compiled per layer": "#A8D8F0",
+    "compiled coalesced": "#5AA0D0",
+    "compiled overlapped": "#66C2A5",
 }
 
 
@@ -127,14 +147,17 @@ def build_variant(
     if inner is None:
         inner = bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm()
     wrapped: Any = model
+    compiled, name = name.startswith(_COMPILED), name[len(_COMPILED) :] if name.startswith(_COMPILED) else name
+    # Before `with_bagua`, whose hooks then run outside of the graph.
+    finish: Callable[[Any], Any] = torch.compile if compiled else lambda built: built
     if name == "local":
-        return wrapped.with_bagua([], inner)
+        return finish(wrapped).with_bagua([], inner)
     coalesce = name in ("coalesced", "overlapped")
     wrapped = convert_sync_batchnorm(
         model, coalesce=coalesce, overlap=name == "overlapped", example_inputs=example_inputs
     )
     if coalesce or name == "per layer":
-        return wrapped.with_bagua([], SyncBatchNormAlgorithm(inner))
+        return finish(wrapped).with_bagua([], SyncBatchNormAlgorithm(inner))
     wrapped.with_bagua([], inner)
     schemes: Dict[str, Any] = {"upstream": UpstreamScheme, "torch": TorchScheme}
     channel = schemes[name](dist.new_group()._get_backend(torch.device("cpu")) if group is None else group)

@@ -18,7 +18,7 @@ from .factory import build
 from .inputs import make_inputs, parse_input
 from .latency import add_latency
 from .measure import RANKS, interleave, run_ranks
-from .schemes import COLORS, VARIANTS, build_variant, channel_of_model
+from .schemes import COLORS, EAGER_VARIANTS, VARIANTS, build_variant, channel_of_model
 from .trial import as_on_two_ranks, check_step, convert, has_batch_norms
 
 __all__ = ["Options", "bars_of", "check", "draw", "measure", "rows_of", "training_step"]
@@ -40,7 +40,7 @@ class Options:
     ranks: int = RANKS
     steps: int = 20  # timed steps of each variant
     latency: float = 0.0  # seconds added to every round of statistics
-    variants: Tuple[str, ...] = tuple(VARIANTS)
+    variants: Tuple[str, ...] = EAGER_VARIANTS
 
     def __post_init__(self) -> None:
         for text in self.inputs:
@@ -102,9 +102,9 @@ def check(options: Options) -> None:
             "model with BatchNorm layers"
         )
     inputs = make_inputs(options.inputs)
-    if "local" in options.variants:
+    if {"local", "compiled local"} & set(options.variants):
         check_step(training_step(model, *inputs), options.model, options.inputs)
-    if set(options.variants) != {"local"}:
+    if not set(options.variants) <= {"local", "compiled local"}:
         model = as_on_two_ranks(convert(model))
         check_step(training_step(model, *inputs), options.model, options.inputs)
 
@@ -160,7 +160,7 @@ def _run_rank(rank: int, options: Options) -> Dict[str, Any]:
                 step()
         rounds = (channels[name].rounds - before) // _RECORDED
         variants[name] = {"rounds": rounds, **spreads[name]._asdict(), "phases": _phases(record)}
-    plan = next((plan_of(built[name]) for name in ("overlapped", "coalesced") if name in built), None)
+    plan = next((plan_of(built[name]) for name in built if name.endswith(("overlapped", "coalesced"))), None)
     summary = None if plan is None else f"{plan.summary()}, overlapped {plan.rounds_overlapped}"
     return {"options": asdict(options), "plan": summary, "variants": variants}
 

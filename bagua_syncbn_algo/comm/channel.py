@@ -315,6 +315,7 @@ class Channel:
         device = parts[0].device
         header = self._header(point, phase, flags, length, device)
         message = self._message(point, device)
+        self._has_captured = self._has_captured or is_capturing(message)
         if self._latest is not None and message.is_cuda:
             self._latest.order_current_stream(message.device)  # which may have sent the same memory on another stream
         torch.cat([header.bytes, *parts], out=message[: HEADER_BYTES + size])
@@ -342,7 +343,6 @@ class Channel:
                 header = Header(words, torch.tensor(words).view(torch.uint8).to(device))
             if not flags & FAULT:
                 # A captured graph may read any of them, and a header that is removed from the cache is freed.
-                self._has_captured = self._has_captured or is_capturing(header.bytes)
                 put_bounded(self._headers, key, header, keeps_all=self._has_captured)
         return header
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Dict, List, NamedTuple, Tuple, TypeVar
+from typing import Dict, List, NamedTuple, Optional, Tuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ __all__ = [
     "Roster",
     "SyncBatchNormError",
     "SyncPoint",
+    "SyncTag",
     "TRITON",
     "digest",
     "header_error",
@@ -132,6 +133,22 @@ class Roster:
         """Returns one line for each layer and round, for the comparison between ranks."""
         layers = [f"{name} with {features} features" for name, features in self.layers]
         return "\n".join([*layers, *(line for line, _ in self.rounds)]).encode()
+
+
+class SyncTag(NamedTuple):
+    """Identification of a layer in errors, tables and messages to the other ranks.
+
+    Attributes:
+        name: the qualified name of the layer, with the class name of the model as prefix.
+        order: the position of the layer among the synchronized layers of the model.
+        group: the global ranks that the layer normalizes over; ``None`` for all ranks.
+        roster: all layers that were tagged together.
+    """
+
+    name: str
+    order: int
+    group: Optional[Tuple[int, ...]]
+    roster: Roster
 
 
 class Header(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..compat import inside_transform, traced_as_constant, trace_time
+from ..compat import inside_transform, trace_time, traced_as_constant
 from ..layer import SyncBatchNorm
 from .call_pattern import CallPattern
 from .guards import has_global_hooks
@@ -35,10 +35,6 @@ class _Traced(threading.local):
 
 
 _traced = _Traced()
-
-
-class _Slot:
-    """The place of a value in the template of a call."""
 
 
 def train_captured(forward: Any, module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
@@ -98,10 +94,7 @@ def _is_unchanged(module: nn.Module, choice: _Choice) -> bool:
     for path, name in choice.absent:
         if hasattr(module.get_submodule(path), name):
             return False
-    for path, names in choice.parts:
-        if tuple(module.get_submodule(path)._modules.keys()) != names:
-            return False
-    return True
+    return all(tuple(module.get_submodule(path)._modules.keys()) == names for path, names in choice.parts)
 
 
 def _lacks(module: nn.Module, path: str, name: str) -> bool:
@@ -110,9 +103,9 @@ def _lacks(module: nn.Module, path: str, name: str) -> bool:
 
 def _template(tree: Any, values: List[Any]) -> Any:
     """Returns the arguments of a call as constants, with a mark for each value; appends the values to ``values``."""
-    if isinstance(tree, Tensor):
+    if isinstance(tree, Tensor) or type(tree) in (int, float):
         for index, value in enumerate(values):
-            if value is tree:
+            if value is tree and isinstance(tree, Tensor):
                 return ("value", index)
         values.append(tree)
         return ("value", len(values) - 1)
@@ -122,7 +115,7 @@ def _template(tree: Any, values: List[Any]) -> Any:
         return ("list", *[_template(each, values) for each in tree])
     if type(tree) is dict:
         return ("dict", tuple(tree.keys()), *[_template(each, values) for each in tree.values()])
-    if isinstance(tree, CONSTANT_TYPES) or type(tree) in (int, float):
+    if isinstance(tree, CONSTANT_TYPES):
         return ("constant", tree)
     return ("other",)
 
@@ -150,7 +143,10 @@ def _filled(template: Any, values: Sequence[Any]) -> Any:
 def _keep_values(context: Any) -> None:
     """Keeps the fake tensors of the call for :func:`_choose`; runs while Dynamo traces :func:`train_captured`."""
     found = context.get_local("values")._i_will_not_complain_if_bc_breaks_VariableTracker()
-    _traced.values = [each.as_proxy().node.meta["example_value"] for each in found.items]
+    _traced.values = [
+        each.as_python_constant() if each.is_python_constant() else each.as_proxy().node.meta["example_value"]
+        for each in found.items
+    ]
 
 
 @traced_as_constant
@@ -165,14 +161,14 @@ def _choose(forward: Any, template: Any, grad_enabled: bool) -> Optional[str]:
     layer = next((part for part in module.modules() if isinstance(part, SyncBatchNorm)), None)
     if layer is None or inside_transform() or has_global_hooks() or layer._bound_channel().local:
         return None
+    forward.count_call()
     try:
         args, kwargs = _filled(template, [_example(value) for value in values])
     except LookupError:
         return None
     pattern, examples = CallPattern.of(args, kwargs)
-    if pattern is None or any(not isinstance(example, Tensor) for example in examples):
+    if pattern is None:
         return None
-    forward.calls += 1
     with torch.set_grad_enabled(grad_enabled):
         variant = forward.variant(pattern, examples)
         if variant is None or variant.run is None:
@@ -188,8 +184,10 @@ def _choose(forward: Any, template: Any, grad_enabled: bool) -> Optional[str]:
     return name
 
 
-def _example(value: Tensor) -> Tensor:
-    """Returns a tensor like a fake one, with values for the check of the regrouped forward."""
+def _example(value: Any) -> Any:
+    """Returns a tensor like a fake one, with values for the check of the regrouped forward; numbers unchanged."""
+    if not isinstance(value, Tensor):
+        return _hint(value)
     shape = [int(_hint(size)) for size in value.shape]
     if value.dtype.is_floating_point or value.dtype.is_complex:
         example = torch.linspace(-2, 2, max(1, _product(shape))).sin_()[: _product(shape)].view(shape)

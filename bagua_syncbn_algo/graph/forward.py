@@ -118,6 +118,11 @@ class CoalescedForward:
     def __name__(self) -> str:
         return "forward"
 
+    def count_call(self) -> None:
+        """Counts a training call; one that is captured in a graph counts once."""
+        self.calls += 1
+        self.latest = next(_call_numbers)
+
     # -- graphs --------------------------------------------------------------------------------------------------------
 
     def prepare(self, pattern: CallPattern, values: Optional[Sequence[Any]] = None) -> Variant:
@@ -329,8 +334,7 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
         check_replaced(module, forward.name)
     if layer is None or inside_transform() or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
-    forward.calls += 1
-    forward.latest = next(_call_numbers)
+    forward.count_call()
     if not forward.path and layer.tag is not None:
         layer.tag.roster.observer.start()
     pattern, tensors = CallPattern.of(args, kwargs)

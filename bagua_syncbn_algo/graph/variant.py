@@ -89,7 +89,7 @@ class Variant:
 
     def __init__(self, guard: Guard, pattern: CallPattern) -> None:
         self.guard, self.pattern = guard, pattern
-        self.run: Optional[Callable[..., Any]] = None  # the regrouped forward; None: the original runs
+        self.run: Optional[_Regrouped] = None  # the regrouped forward; None: the original runs
         self.failure: Optional[str] = None  # why the module cannot be regrouped
         self.shapes: Optional[Tuple[Any, ...]] = None  # of the values, if the graph depends on them
         self.needed_shapes = False  # whether the forward could not be traced without the shapes of a real call

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..comm.operators import LAUNCH, WAIT
 from ..comm.wire import BACKWARD, FORWARD
 from .moments import statistics_dtype
+from .operators import operators_for
 
 __all__ = ["InGraphRound", "in_graph_round", "move_running_statistics_in_graph"]
 
@@ -55,17 +55,27 @@ def in_graph_round(
         local = [_local_moments(input.detach(), dtype) for input, dtype in zip(inputs, dtypes)]
         elements = [input.numel() // input.shape[1] for input in inputs]
         payload = torch.cat([*(each[0].to(widest) for each in local), *(each[1].to(widest) for each in local)])
-        handle = LAUNCH(payload, elements, [], key, FORWARD)
-        counts, moments = WAIT(handle, [], ranks, len(inputs), 2 * sum(features), key, FORWARD)
+        launch, wait = operators_for(elements)
+        handle = launch(payload, elements, [], key, FORWARD)
+        counts, moments = wait(handle, [], ranks, len(inputs), 2 * sum(features), key, FORWARD)
         mean, variance, per_channel = _merge(counts, moments, features)
         unbiased = variance * (per_channel / (per_channel - 1)).to(widest)
         totals = counts.sum(0).double()
         means, variances, unbiased_parts = (each.split(features) for each in (mean, variance, unbiased))
         merged_means = [each.to(dtype) for each, dtype in zip(means, dtypes)]
         invstds = [(each + added).rsqrt().to(dtype) for each, added, dtype in zip(variances, eps, dtypes)]
-    tensors = [tensor for row in zip(inputs, weights, biases) for tensor in row]
+    tensors = _distinct([tensor for row in zip(inputs, weights, biases) for tensor in row])
     outputs = _Normalize.apply(key, ranks, widest, totals, *tensors, *merged_means, *invstds)  # type: ignore[no-untyped-call]
     return InGraphRound(outputs, means, unbiased_parts)
+
+
+def _distinct(tensors: Sequence[Optional[Tensor]]) -> List[Optional[Tensor]]:
+    """Returns the tensors, and a view in place of a repeated one: Dynamo refuses a Function of one tensor twice."""
+    found: List[Optional[Tensor]] = []
+    for index, tensor in enumerate(tensors):
+        repeated = tensor is not None and any(tensor is earlier for earlier in tensors[:index])
+        found.append(tensor.view_as(tensor) if repeated and tensor is not None else tensor)
+    return found
 
 
 def _local_moments(input: Tensor, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
@@ -149,8 +159,9 @@ class _Normalize(Function):
             parts = [*(each[0] for each in sums), *(each[1] for each in sums)]
             payload = torch.cat([*(part.to(ctx.widest) for part in parts), used])
             features = [mean.numel() for mean in means]
-            handle = LAUNCH(payload, [], [], ctx.key, BACKWARD)
-            _, gathered = WAIT(handle, [], ctx.ranks, count, payload.numel(), ctx.key, BACKWARD)
+            launch, wait = operators_for([input.numel() // input.shape[1] for input in inputs])
+            handle = launch(payload, [], [], ctx.key, BACKWARD)
+            _, gathered = wait(handle, [], ctx.ranks, count, payload.numel(), ctx.key, BACKWARD)
             total = gathered[:, :-count].sum(0, dtype=torch.float64)
             all_dy, all_dy_xhat = (each.split(features) for each in total.chunk(2))
             for i, (grad, input) in enumerate(zip(grads, inputs)):
@@ -162,8 +173,8 @@ class _Normalize(Function):
 
 def _gradient_sums(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
     """Returns ``Σ dy`` and ``Σ dy·x̂`` over the elements of this rank."""
-    if input.numel() == 0:
-        return torch.zeros_like(mean), torch.zeros_like(mean)
+    # Also for an empty shard, whose sums are zeros. Constants would not depend on the gradient, and the compiler would
+    # launch the backward round in the forward graph.
     dimensions = [d for d in range(input.dim()) if d != 1]
     dy = grad.to(mean.dtype)
     centred = input.to(mean.dtype) - _per_channel(mean, input)

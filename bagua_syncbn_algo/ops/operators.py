@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from .wire import FORWARD, SyncPoint
+from ..comm.wire import FORWARD, SyncPoint
+from ..compat import keep_operator
+from .exact import constant, require_two_values
 
-__all__ = ["LAUNCH", "WAIT", "Site", "add_site", "site_of"]
+__all__ = ["Site", "add_site", "operators_for", "site_of"]
 
 
 class Site:
@@ -29,8 +31,6 @@ class Site:
         layers: the names of the layers, for errors.
         bind: returns the channel and the sync point of the round; it may create a group, as in an eager forward.
         after_launch: called after each forward round with the channel, the sync point and the rounds before it.
-        check: called with this rank's elements and the counts of all ranks; raises an error for too few values.
-        flags: further bits of the header in forward.
     """
 
     def __init__(
@@ -38,10 +38,8 @@ class Site:
         layers: Sequence[str],
         bind: Callable[[torch.device], Tuple[Any, SyncPoint]],
         after_launch: Callable[[Any, SyncPoint, int], None],
-        check: Callable[[Sequence[int], Tensor, Sequence[str]], None],
     ) -> None:
-        self.layers, self.bind, self.after_launch, self.check = layers, bind, after_launch, check
-        self.begin: Optional[Callable[[], None]] = None  # called before each forward round
+        self.layers, self.bind, self.after_launch = layers, bind, after_launch
         self.pending: Dict[int, Deque[_Pending]] = defaultdict(deque)  # by phase
 
 
@@ -82,11 +80,7 @@ def site_of(key: str) -> Site:
 
 def _launch(payload: Tensor, elements: Sequence[int], after: Sequence[Tensor], key: str, phase: int) -> Tensor:
     """Starts a round; see the schema below."""
-    from ..ops.exact import constant  # the cached tensors of counts that an eager round sends
-
     site = site_of(key)
-    if phase == FORWARD and site.begin is not None:
-        site.begin()
     channel, point = site.bind(payload.device)
     before = channel.rounds
     parts = [payload]
@@ -122,7 +116,7 @@ def _wait(
             "torch._dynamo.reset() after a change of the process group"
         )
     if phase == FORWARD:
-        site.check(pending.elements, gathered[0], site.layers)
+        require_two_values(pending.elements, gathered[0], site.layers)
     counts = gathered[0].clone() if phase == FORWARD else handle.new_empty((ranks, 0), dtype=torch.int64)
     return counts, gathered[-1].clone()
 
@@ -142,14 +136,38 @@ def _fake_wait(
 # before, which are not read. handle: the result of `launch`. The result of `wait`: the elements on each rank, shape
 # (W, L), and the payloads, (W, length).
 _library = torch.library.Library("bagua_syncbn", "DEF")
-_library.define("launch(Tensor payload, SymInt[] elements, Tensor[] after, str key, int phase) -> Tensor")
-_library.define(
-    "wait(Tensor handle, Tensor[] after, int ranks, int layers, int length, str key, int phase) -> (Tensor, Tensor)"
+_LAUNCH_SCHEMA = "(Tensor payload, SymInt[] elements, Tensor[] after, str key, int phase) -> Tensor"
+_WAIT_SCHEMA = (
+    "(Tensor handle, Tensor[] after, int ranks, int layers, int length, str key, int phase) -> (Tensor, Tensor)"
 )
-for _name, _function, _fake in (("launch", _launch, _fake_launch), ("wait", _wait, _fake_wait)):
+for _suffix in ("", "_kept"):
+    _library.define(f"launch{_suffix}{_LAUNCH_SCHEMA}")
+    _library.define(f"wait{_suffix}{_WAIT_SCHEMA}")
+for _name, _function, _fake in (
+    ("launch", _launch, _fake_launch),
+    ("wait", _wait, _fake_wait),
+    ("launch_kept", _launch, _fake_launch),
+    ("wait_kept", _wait, _fake_wait),
+):
     for _device in ("CPU", "CUDA"):
         _library.impl(_name, _function, _device)
     torch.library.register_fake(f"bagua_syncbn::{_name}", _fake)
+    if _name.endswith("kept"):
+        keep_operator(f"bagua_syncbn::{_name}")
 
-LAUNCH: Any = torch.ops.bagua_syncbn.launch.default
-WAIT: Any = torch.ops.bagua_syncbn.wait.default
+
+def operators_for(elements: Sequence[Any]) -> Tuple[Any, Any]:
+    """Returns the operators to launch a round and to wait for it.
+
+    Results that follow from an empty shard are empty or zero, so that a compiler would remove the round, for which the
+    other ranks wait. For them the operators have an effect. Other rounds do without: AOTAutograd does not support
+    effects inside of activation checkpointing.
+
+    Args:
+        elements: the elements per channel of each layer on this rank.
+    """
+    kept = any(isinstance(each, int) and each == 0 for each in elements)
+    operators = torch.ops.bagua_syncbn
+    if kept:
+        return operators.launch_kept.default, operators.wait_kept.default
+    return operators.launch.default, operators.wait.default
