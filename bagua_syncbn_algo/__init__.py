@@ -27,6 +27,7 @@ from .variants import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 if TYPE_CHECKING:
     from .algorithm import SyncBatchNormAlgorithm, SyncBatchNormAlgorithmImpl, enable_sync_batchnorm
     from .host import bagua
+    from .join import sync_batch_norm_joinable
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "register_conversion",
     "report",
     "revert_sync_batchnorm",
+    "sync_batch_norm_joinable",
     "sync_batchnorm_layers",
     "tag_sync_batchnorm",
     "tag_table",
@@ -67,6 +69,7 @@ _LAZY = {
     "SyncBatchNormAlgorithmImpl": "algorithm",
     "enable_sync_batchnorm": "algorithm",
     "bagua": "host",
+    "sync_batch_norm_joinable": "join",
 }
 
 

@@ -19,7 +19,7 @@ from .comm.wire import BACKWARD, FORWARD, Roster, sync_point
 from .config import SyncBatchNormConfig, check_normalize_over
 from .convert import convert_sync_batchnorm, tag_sync_batchnorm, warn_unconverted
 from .graph.coalesce import plan_of
-from .host import bagua, statistics_group, streams
+from .host import agree_on_groups, bagua, statistics_group, streams
 from .layer import SyncBatchNorm
 from .ops.running_stats import RunningPool
 
@@ -141,6 +141,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         self._bound_modules: Dict[int, Any] = {}
         self._running_record: Optional[RoundRecord] = None
         self._ranks = list(process_group.ranks)
+        self._message_buckets: List[Any] = []
         self._world_group: Any = None
         self._group: Any = None
         self._running_group: Any = None
@@ -149,14 +150,14 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         # Not in the constructor: reify must work on a machine without CUDA. Separate groups: on the gradients'
         # communicator, each layer would wait for all queued buckets. Every rank must call for every group.
         ranks, size = self._ranks, self._ranks_per_group
-        self._world_group = self._group = statistics_group(ranks, self._timeout)
+        self._world_group = self._group = statistics_group("world", ranks, self._timeout)
         if 1 < size < len(ranks):
             blocks = [ranks[i : i + size] for i in range(0, len(ranks), size)]
-            groups = [statistics_group(block, self._timeout) for block in blocks]
+            groups = [statistics_group("part", block, self._timeout) for block in blocks]
             self._group = next(g for g in groups if bagua.get_rank() in g.ranks)
         if size < len(ranks):
             # Separate, because another thread sends the running statistics: two threads on one communicator would race.
-            self._running_group = statistics_group(ranks, self._timeout)
+            self._running_group = statistics_group("running", ranks, self._timeout)
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not set yet: the next line would recurse
@@ -248,12 +249,13 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
 
     def _bind(self, bagua_ddp: Any) -> None:
         """Binds the model's layers to a statistics channel, whose messages are registered Bagua tensors."""
-        if self._world_group is None:
-            self._create_groups()
         module = bagua_ddp.module
         layers = tag_sync_batchnorm(module)
         warn_unconverted(module, layers)
         device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+        if self._world_group is None:
+            agree_on_groups(self.process_group, device)
+            self._create_groups()
         roster = layers[0].tag.roster if layers and layers[0].tag is not None else Roster()
         itemsize = max((layer.itemsize for layer in layers), default=4)
         world = bagua_channel(self._world_group, streams(), device, self._timeout, self._check)
@@ -287,7 +289,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
                     device_of_round = layers_by_name[planned.layers[0]].device or device
                     message = torch.zeros(channel.capacity, dtype=torch.uint8, device=device_of_round)
                     bucket = message_bucket(message, planned.name, bagua_ddp)
-                    channel.add_bucket(sync_point(planned.name, ordinal), bucket)
+                    self._message_buckets.append(channel.add_bucket(sync_point(planned.name, ordinal), bucket))
         values = len(layers), type(module).__name__, self._ranks_per_group, len(self._ranks)
         logger.info("synchronizing %d layers of %s over %d ranks, running statistics over %d ranks", *values)
 
@@ -382,8 +384,7 @@ def _ranks_per_group(normalize_over: Union[str, int], world: int) -> int:
     if world % ranks:
         meant = f"{ranks} (the ranks of a node, LOCAL_WORLD_SIZE)" if normalize_over == "node" else str(ranks)
         raise ValueError(
-            f"expected normalize_over to divide the {world} ranks (got {meant}); pass a divisor of {world}, or "
-            "one of world, node, rank"
+            f"expected normalize_over to divide the {world} ranks (got {meant}); pass a divisor, world, node or rank"
         )
     return ranks
 

@@ -10,8 +10,17 @@ from torch import Tensor
 from .comm.channel import Channel
 from .comm.transport import source_group
 from .comm.wire import Roster, SyncPoint
+from .compat import lone_join
 
-__all__ = ["can_share", "check_channels", "check_dimensions", "observe", "refuse_transform", "scripting_error"]
+__all__ = [
+    "can_share",
+    "check_channels",
+    "check_dimensions",
+    "check_join",
+    "observe",
+    "refuse_transform",
+    "scripting_error",
+]
 
 
 def check_dimensions(name: str, input: Tensor, accepted: Optional[Tuple[int, ...]]) -> None:
@@ -35,6 +44,23 @@ def check_dimensions(name: str, input: Tensor, accepted: Optional[Tuple[int, ...
     raise ValueError(
         f"expected {expected} at {name} (got {input.dim()}D input of shape {tuple(input.shape)}); {remedy}"
     )
+
+
+def check_join(name: str) -> None:
+    """Checks that ranks whose data end inside of ``Join`` will take part in the rounds.
+
+    Args:
+        name: the name of the layer.
+
+    Raises:
+        RuntimeError: inside of ``Join`` without the joinable of the layers: the other ranks would wait for such a rank.
+    """
+    if lone_join():
+        raise RuntimeError(
+            f"expected the joinable of the SyncBatchNorm layers as the first one in Join (got {name} with "
+            "DistributedDataParallel as the first one); use Join([sync_batch_norm_joinable(model), ddp]), or "
+            "throw_on_early_termination=True"
+        )
 
 
 def check_channels(name: str, input: Tensor, features: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Callable, List, Optional, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "ALLGATHER_ON_CURRENT_STREAM",
@@ -21,11 +22,13 @@ __all__ = [
     "batch_norm_into",
     "current_node",
     "graph_task",
+    "hand_over_divisor",
     "inside_compiled",
     "inside_transform",
     "is_tracing",
     "keep_operator",
     "lerp_each_",
+    "lone_join",
     "own_client",
     "saved_tensors_hooks",
     "sequence_of",
@@ -204,6 +207,31 @@ def batch_norm_into(out: Tensor, *arguments: Any) -> Tensor:
     nothing = _NO_STATISTICS[out.dtype]
     _BATCH_NORM_OUT(*arguments, out=out, save_mean=nothing, save_invstd=nothing)
     return out
+
+
+def hand_over_divisor(ddp: Any, work: Any) -> None:
+    """Gives ``DistributedDataParallel`` the all-reduce that counts the ranks with data.
+
+    Its reducer divides by the result if ``divide_by_initial_world_size`` is ``False``. It gets the all-reduce by itself
+    only if it is the first joinable.
+
+    Args:
+        ddp: the ``DistributedDataParallel``.
+        work: the all-reduce of ``Join.notify_join_context``.
+    """
+    ddp.reducer._set_forward_pass_work_handle(work, ddp._divide_by_initial_world_size)
+
+
+def lone_join() -> bool:
+    """Returns whether a forward of ``DistributedDataParallel`` runs inside of ``Join``, as the first joinable.
+
+    ``False`` with ``throw_on_early_termination``, and before torch 2.0.
+    """
+    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None:
+        return False
+    config = ddp._join_config
+    return bool(config.enable and config.is_first_joinable and not config.throw_on_early_termination)
 
 
 def own_client(store: Any) -> Any:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import logging
+import weakref
 from datetime import timedelta
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 
+from .comm.groups import default_group
+from .comm.transport import state_of_channels
 from .config import SyncBatchNormConfig
 from .embedded.streams import CpuStreams, CudaStreams
 
-__all__ = ["bagua", "is_upstream", "statistics_group", "streams"]
+__all__ = ["agree_on_groups", "bagua", "is_upstream", "statistics_group", "streams"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +62,46 @@ def streams() -> CpuStreams:
     return chosen
 
 
-def statistics_group(ranks: List[int], timeout: Optional[float]) -> Any:
-    """Creates a Bagua process group with a separate stream.
+# By role, ranks and timeout, for the lifetime of the world. All ranks create and find a group in the same calls,
+# independent of the models that a rank still references. A communicator has threads and connections: one for each model
+# would be too many for a program that wraps a model often.
+_groups: Dict[Tuple[str, Tuple[int, ...], Optional[float]], Tuple[Callable[[], Any], Any]] = {}
+
+
+def agree_on_groups(process_group: Any, device: torch.device) -> None:
+    """Makes the next calls of :func:`statistics_group` create groups if an exchange over one of them has failed.
 
     Args:
+        process_group: the Bagua process group of the training.
+        device: the device of its messages.
+
+    Collectives:
+        One all-gather. Every rank of the training must call.
+    """
+    communicator, ranks = process_group.get_global_communicator(), tuple(process_group.ranks)
+    if len(ranks) <= 1:
+        return
+    for key in [key for key, (held, _) in _groups.items() if held() is not default_group()]:
+        del _groups[key]
+    # With different numbers of messages over the same ranks, the ranks are at different messages.
+    own = [0, 0]
+    for (_, members, _), (_, group) in _groups.items():
+        failed, frames = state_of_channels(group)
+        own[0] += failed
+        own[1] += frames if members == ranks else 0
+    rows = torch.empty(communicator.nranks() * len(own), dtype=torch.int64, device=device)
+    bagua.communication.allgather(torch.tensor(own, dtype=torch.int64, device=device), rows, communicator)
+    found = rows.view(-1, len(own)).tolist()
+    if any(failed or frames != found[0][1] for failed, frames in found):
+        for key in [key for key in _groups if set(key[1]) <= set(ranks)]:
+            del _groups[key]
+
+
+def statistics_group(role: str, ranks: List[int], timeout: Optional[float]) -> Any:
+    """Returns a Bagua process group with a separate stream, for the statistics of all models.
+
+    Args:
+        role: distinguishes the groups of one model that are over the same ranks.
         ranks: the global ranks of the group.
         timeout: the timeout in seconds; ``None`` for that of the default group. No effect under upstream Bagua.
 
@@ -70,9 +109,15 @@ def statistics_group(ranks: List[int], timeout: Optional[float]) -> Any:
         The process group.
 
     Collectives:
-        Every rank of the world must call, in the same order.
+        The first call creates the group. Every rank of the world must call, in the same order.
     """
+    key, world = (role, tuple(ranks), timeout), default_group()
+    held, group = _groups.get(key, (None, None))
+    if held is not None and held() is world:
+        return group
     options: Dict[str, Any] = {"stream": streams().new_stream()}
     if timeout is not None and not is_upstream:
         options["timeout"] = timedelta(seconds=timeout)
-    return bagua.communication.new_group(ranks, **options)
+    group = bagua.communication.new_group(ranks, **options)
+    _groups[key] = (lambda: None) if world is None else weakref.ref(world), group
+    return group

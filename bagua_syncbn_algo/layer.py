@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .capture import normalize_captured
-from .checks import can_share, check_channels, check_dimensions, observe, refuse_transform, scripting_error
+from .checks import can_share, check_channels, check_dimensions, check_join, observe, refuse_transform, scripting_error
 from .comm.channel import Channel
 from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
@@ -367,6 +367,7 @@ def _batch_norm_eager(
     first = layers[0]
     if inside_transform():
         refuse_transform(first._shown_name, first.process_group, first._channel)
+    check_join(first._shown_name)
     channel = first._bound_channel(inputs[0].device)
     if len(layers) > 1 and not can_share(layers, inputs, channel):
         # Not `layer(input)`: the caller runs the hooks, and the operations that a subclass adds to the normalization.

@@ -1,6 +1,6 @@
 """Step time under ``torch.compile`` of models that differ in their rounds of statistics.
 
-Two gloo ranks run with one thread each. A step is forward, backward and the gradient all-reduce. Copies of a model differ
+Two gloo ranks run with one thread each. A step is forward, backward and the gradient all-reduce. Copies of a model
 in how they exchange statistics and in the compiler; their steps are interleaved in one run. PyTorch's own SyncBatchNorm
 does not run on the CPU. A ratio of a compiled to an eager variant contains the fusion of the whole model.
 """

@@ -29,6 +29,7 @@ from .wire import (
     FRAME_SHIFT,
     HEADER_BYTES,
     JOIN,
+    JOINED,
     PHASES,
     Header,
     HeaderCache,
@@ -37,12 +38,13 @@ from .wire import (
     SyncPoint,
     digest,
     is_capturing,
+    put_bounded,
     sync_point,
 )
 
 __all__ = ["Channel"]
 
-_FIRST_CAPACITY = 64  # bytes of the first message, with which the ranks agree on the length: header and numbers
+_FIRST_CAPACITY = 64  # bytes of the first message, with which the ranks agree on the length: a header and 4 numbers
 _NOTICE_SECONDS = 10.0  # how long a failing rank waits until the other ranks have received its error
 
 
@@ -63,6 +65,7 @@ class Channel:
         capacity: the bytes per message, set by :meth:`join`.
         failed: whether the last exchange ended with an error.
         checks_finite: whether statistics that are not finite are an error; see :mod:`.nonfinite`.
+        joining: whether ranks may finish before the others, so that no round may depend on the kind of an empty shard.
     """
 
     rank: int = 0
@@ -74,15 +77,13 @@ class Channel:
     label: str = "bagua_syncbn"
 
     def __init__(self) -> None:
-        self.rounds = 0
-        self.frames = 0
-        self.capacity = 0
-        self.failed = False
+        self.rounds = self.frames = self.capacity = 0
+        self.failed = self.joining = False
         self.checks_finite = False
-        self._anonymous = 0
         self._names: Dict[int, str] = {}
-        self._rosters: Dict[Roster, int] = {}
-        self._models: List[Callable[[], Sequence[str]]] = []  # remarks about the models, see `Roster`
+        self._rosters: weakref.WeakKeyDictionary[Roster, int] = weakref.WeakKeyDictionary()
+        self._anonymous = self._joins = 0  # counted: the rosters that still exist differ between ranks
+        self._witnessed: Dict[int, List[List[int]]] = {}  # agreements of the other ranks after this rank had finished
         self._headers = HeaderCache()
         self._in_flight: Optional[PendingGather] = None
         self._latest: Optional[PendingGather] = None
@@ -142,45 +143,42 @@ class Channel:
             return self._rosters[roster]
         # The comparison is an ordinary message: lengths never differ, and a rank at another sync point raises an error.
         self.capacity = max(self.capacity, _FIRST_CAPACITY)
-        self._models.append(roster.remarks)
-        rows = self.agree("the first use of a model's layers", roster.text().decode(), roster.capacity(itemsize))
-        self.capacity = max([self.capacity, *rows])
-        ordinal = self._rosters[roster] = len(self._rosters)
+        self.agree("the first use of a model's layers", roster.text().decode(), capacity=roster.capacity(itemsize))
+        ordinal = self._rosters[roster] = self._joins
+        self._joins += 1
         for name, _ in roster.layers:
             self.register(sync_point(name, ordinal))
         return ordinal
 
-    def grow(self, capacity: int) -> None:
-        """Makes messages at least ``capacity`` bytes long, so that a larger round fits into one message.
-
-        Collectives:
-            None, but every rank must call after the same round.
-        """
-        self.capacity = max(self.capacity, capacity)
-
-    def agree(self, occasion: str, text: str, value: int) -> List[int]:
-        """Compares a text over all ranks, and gathers a number from each rank.
+    def agree(self, occasion: str, text: str, value: int = 0, capacity: int = 0, may_replay: bool = False) -> List[int]:
+        """Compares a text over all ranks, gathers a number from each rank, and makes messages long enough.
 
         Args:
             occasion: the occasion of the comparison, which names the sync point in errors.
             text: lines that must be equal on all ranks.
             value: the number of this rank.
+            capacity: the bytes that messages need from now on. The ranks use the largest value.
+            may_replay: whether to use the agreement that the other ranks reached after this rank's data had ended.
 
         Returns:
-            The numbers of all ranks, in rank order.
+            The numbers of all ranks, in rank order. A rank whose data have ended counts as this rank.
 
         Raises:
             SyncBatchNormError: on all ranks, if the texts differ. The message names the first difference.
 
         Collectives:
-            One all-gather, and further ones if the texts differ. Every rank must call.
+            One all-gather, and further ones if the texts differ; none for a replay. Every rank must call.
         """
         if self.checks_finite:  # on all ranks or on none: one rank would leave the step alone
             text += "\nthe check for statistics that are not finite (BAGUA_SYNCBN_CHECK=nonfinite)"
-        own_digest, point = digest(text), sync_point(occasion)
+        own, point = [digest(text), value, capacity], sync_point(occasion)
         self.register(point)
-        rows = self.exchange(point, JOIN, [torch.tensor([own_digest, value], device=self.device)])[0].tolist()
-        if any(row[0] != own_digest for row in rows):
+        rows = self._witnessed.pop(point.key, None) if may_replay else None
+        if rows is None:
+            rows = self.exchange(point, JOIN, [torch.tensor(own, device=self.device)])[0].tolist()
+        rows = [row if row[0] else own for row in rows]  # zeros: a rank whose data have ended
+        self.capacity = max(self.capacity, *(row[2] for row in rows))
+        if any(row[0] != own[0] for row in rows):
             remarks = "\n".join(self._remarks())
             encoded = f"{text}\0{remarks}".encode()
             own_length = torch.tensor([len(encoded)], device=self.device)
@@ -195,7 +193,7 @@ class Channel:
 
     def register(self, point: SyncPoint) -> None:
         """Registers the name of ``point`` for errors on this rank."""
-        self._names[point.key] = point.name
+        put_bounded(self._names, point.key, point.name)
 
     def anonymous_name(self, features: int) -> str:
         """Returns a new name for an untagged layer of ``features`` channels, numbered by the order of first use."""
@@ -328,6 +326,7 @@ class Channel:
         device = parts[0].device
         header = self._headers.get(point, phase, flags, length, device)
         message = self._message(point, device)
+        self._headers.keeps_all = self._headers.keeps_all or is_capturing(message)
         if self._latest is not None and message.is_cuda:
             self._latest.order_current_stream(message.device)  # which may have sent the same memory on another stream
         torch.cat([header.bytes, *parts], out=message[: HEADER_BYTES + size])
@@ -373,9 +372,11 @@ class Channel:
         self._compare(rows, header.words, point, phase, gathered)
 
     def _compare(self, rows: List[List[int]], words: List[int], point: SyncPoint, phase: int, gathered: Tensor) -> None:
+        if words[2] & JOINED:
+            return  # this rank does not know the round yet
+        rows = [words if row[2] & JOINED else row for row in rows]
         if any(row != words for row in rows):
-            place = point, phase, gathered, self.rank, self._names
-            raise header_error(rows, words, *place, self.ranks, self._ask)
+            raise header_error(rows, words, point, phase, gathered, self.rank, self._names, self.ranks, self._ask)
 
     def _ask(self, position: str) -> Dict[int, Told]:
         """Tells the other ranks the position of this rank and what is special about its models."""
@@ -386,7 +387,7 @@ class Channel:
 
     def _remarks(self) -> List[str]:
         """Returns lines about the models on this rank, such as their hooks, which explain a difference to others."""
-        return list(dict.fromkeys(line for remarks in self._models for line in remarks()))
+        return list(dict.fromkeys(line for roster in list(self._rosters) for line in roster.remarks()))
 
     def watch(self, timeout: float) -> None:
         """Starts to report late rounds in the log; see :mod:`.monitor`. The backend ends the process at ``timeout``."""
@@ -396,5 +397,4 @@ class Channel:
     def check_versions(self, seconds: float) -> None:
         """Lets the first message wait up to ``seconds`` for the message versions of all ranks; see :mod:`.version`."""
         if self._store() is not None:
-            members = self.ranks[self.rank], self.ranks
-            self._version_check = VersionCheck(self._store(), self.label, *members, seconds)
+            self._version_check = VersionCheck(self._store(), self.label, self.ranks[self.rank], self.ranks, seconds)

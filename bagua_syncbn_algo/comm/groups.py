@@ -28,11 +28,12 @@ __all__ = [
     "group_of",
     "is_nccl",
     "member_group",
+    "release_group",
     "timeout_of",
     "yield_core",
 ]
 
-_creation_counts: Counter[Tuple[int, ...]] = Counter()  # by the ranks of the group
+_creation_counts: Counter[Tuple[int, ...]] = Counter()  # by ranks: as many entries as groups of different ranks
 # Keeps groups alive until exit and releases them before the interpreter shuts down: gloo aborts the process if a group
 # is destroyed later.
 _live_groups: List[Any] = []
@@ -132,6 +133,15 @@ def _creation_error(store: Any, ranks: Sequence[int], own: int, limit: timedelta
         f"expected ranks {', '.join(map(str, ranks))} to create a communicator together (got {found}); read the output "
         f"of the other ranks first, beginning with {which}. Error on rank {own}: {first_line(error)}"
     )
+
+
+def release_group(group: Any) -> None:
+    """Closes a gloo communicator of :func:`member_group` that no rank uses again; other ranks need not call.
+
+    NCCL's communicators remain until the world is destroyed: their shutdown may wait for other ranks.
+    """
+    if isinstance(group, getattr(dist, "ProcessGroupGloo", ())):
+        _live_groups[:] = [each for each in _live_groups if each is not group]
 
 
 def _nccl_options(timeout: timedelta, name: str, ranks: Sequence[int]) -> Any:

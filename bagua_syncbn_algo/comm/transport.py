@@ -14,12 +14,12 @@ from torch import Tensor
 from ..compat import ALLGATHER_ON_CURRENT_STREAM
 from ..config import SyncBatchNormConfig
 from .channel import Channel
-from .groups import default_group, default_store, is_nccl, member_group, timeout_of
+from .groups import default_group, default_store, is_nccl, member_group, release_group, timeout_of
 from .local import SINGLE_PROCESS
 from .pending import OnStream
 from .wire import SyncPoint
 
-__all__ = ["BaguaChannel", "TorchChannel", "bagua_channel", "channel_of", "source_group"]
+__all__ = ["BaguaChannel", "TorchChannel", "bagua_channel", "channel_of", "state_of_channels", "source_group"]
 
 
 _VERSION_SECONDS = 60.0  # how long a rank waits for the others' message versions, after they have created the group
@@ -62,7 +62,8 @@ class TorchChannel(Channel):
         if message is None or message.numel() < self.capacity:
             with torch.inference_mode(False):
                 message = self._messages[device] = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
-            self._all_messages.append(message)
+            if message.is_cuda:
+                self._all_messages.append(message)
         return message
 
     def _all_gather(self, message: Tensor) -> Tuple[Tensor, Any]:
@@ -107,7 +108,8 @@ class BaguaChannel(Channel):
         self.rank, self.world_size = communicator.rank(), communicator.nranks()
         self.ranks = range(self.world_size) if ranks is None else list(ranks)
         self._communicator, self._streams, self._device, self._key_value_store = communicator, streams, device, store
-        self._buckets: Dict[int, Any] = {}
+        # Weak: the channel is that of all models. The algorithm of a model holds the buckets.
+        self._buckets: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._unregistered: Optional[Tensor] = None  # for sync points without a bucket, as in `RunningPool.merge`
         self._receive: Dict[Tuple[int, int], Any] = {}  # registered, by size, and by address in the ring
         # Upstream's allgather returns after it is enqueued. The embedded host's blocks, but has begin_allgather.
@@ -122,16 +124,22 @@ class BaguaChannel(Channel):
         """The Bagua buckets of the sync points."""
         return list(self._buckets.values())
 
-    def add_bucket(self, point: SyncPoint, bucket: Any) -> None:
-        """Sets the message of ``point`` to the only tensor of ``bucket`` (uint8, ``capacity`` bytes)."""
+    def add_bucket(self, point: SyncPoint, bucket: Any) -> Any:
+        """Sets the message of ``point`` to the only tensor of ``bucket`` (uint8, ``capacity`` bytes).
+
+        Returns:
+            ``bucket``, to which the channel has a weak reference only.
+        """
         self._buckets[point.key] = bucket
+        return bucket
 
     def _message(self, point: SyncPoint, device: torch.device) -> Tensor:
-        if point.key in self._buckets:
-            message: Tensor = self._buckets[point.key].tensors[0]
+        bucket = self._buckets.get(point.key)
+        if bucket is not None:
+            message: Tensor = bucket.tensors[0]
             if message.numel() == self.capacity:
                 return message
-        # Of rounds that were not planned, and of all rounds after `grow`.
+        # Of rounds that were not planned, and of all rounds after the messages have grown.
         if self._unregistered is None or self._unregistered.numel() < self.capacity:
             with torch.inference_mode(False):
                 message_: Any = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
@@ -165,7 +173,8 @@ class BaguaChannel(Channel):
         return self._key_value_store
 
 
-_label_counts: Counter[Tuple[int, ...]] = Counter()
+_label_counts: Counter[Tuple[int, ...]] = Counter()  # by ranks: as many entries as groups of different ranks
+_bagua_channels: weakref.WeakKeyDictionary[Any, Dict[torch.device, BaguaChannel]] = weakref.WeakKeyDictionary()
 
 
 def _next_label(ranks: Sequence[int]) -> str:
@@ -178,7 +187,7 @@ def _next_label(ranks: Sequence[int]) -> str:
 def bagua_channel(
     group: Any, streams: Any, device: torch.device, timeout: Optional[float] = None, check: str = "none"
 ) -> BaguaChannel:
-    """Returns a channel over a Bagua process group that is only for statistics.
+    """Returns the channel over a Bagua process group that is only for statistics; the same one for all models.
 
     Args:
         group: the process group.
@@ -187,7 +196,12 @@ def bagua_channel(
         timeout: the timeout of the group in seconds; ``None`` for that of the default group.
         check: ``"nonfinite"`` to refuse statistics that are not finite.
     """
+    channels = _bagua_channels.setdefault(group, {})
+    if device in channels:
+        channels[device].checks_finite = check == "nonfinite"
+        return channels[device]
     channel = BaguaChannel(group.get_global_communicator(), streams, device, default_store(), group.ranks)
+    channels[device] = channel
     channel.label, channel.checks_finite = _next_label(group.ranks), check == "nonfinite"
     seconds = timeout_of(default_group()).total_seconds() if timeout is None else timeout
     if channel.world_size > 1:
@@ -195,6 +209,12 @@ def bagua_channel(
     if device.type == "cuda":
         channel.watch(seconds)
     return channel
+
+
+def state_of_channels(group: Any) -> Tuple[bool, int]:
+    """Returns whether a channel over a Bagua process group has failed, and the number of its messages so far."""
+    channels = _bagua_channels.get(group, {}).values()
+    return any(channel.failed for channel in channels), sum(channel.frames for channel in channels)
 
 
 class _StreamWork:
@@ -254,7 +274,10 @@ def channel_of(process_group: Optional[Any], device: Optional[torch.device] = No
     if source.size() == 1:
         return SINGLE_PROCESS
     for key in [key for key, (held, _) in list(_channels.items()) if held() is None]:
-        _channels.pop(key, None)
+        # Without the other ranks: a group is freed after destroy_process_group, and no layer can use it any more.
+        _, channel = _channels.pop(key, (None, None))
+        if isinstance(channel, TorchChannel):
+            release_group(channel._group())
     on_host = device is not None and device.type != "cuda" and is_nccl(source)
     key = (id(source), on_host)
     if key not in _channels:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "HeaderCache",
     "JOIN",
     "MESSAGE_VERSION",
+    "JOINED",
     "PHASES",
     "Header",
     "Roster",
@@ -38,8 +39,13 @@ __all__ = [
     "digest",
     "is_capturing",
     "phase_name",
+    "put_bounded",
     "sync_point",
 ]
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+_MOST_ENTRIES = 16384
 
 FORWARD, BACKWARD, JOIN = 0, 1, 2
 PHASES = ("forward", "backward", "first use")
@@ -54,6 +60,7 @@ HEADER_BYTES = 32
 FAULT = 1  # flag: the payload is the text of an error of the sending rank
 FUSED = 2  # flag: the payload has the statistics of the fused kernels: 1/√(variance + eps) instead of variances
 TRITON = 4  # flag: the payload is for the Triton kernel
+JOINED = 8  # flag: an empty shard of any round, from a rank whose data have ended; see `finished`
 FRAME_SHIFT = 8  # the bits of the flags from this one on: index of the frame, for payloads of several frames
 
 DEFAULT_CAPACITY = 8192  # bytes per message for an empty roster: up to 1,019 float32 channels
@@ -159,6 +166,7 @@ class HeaderCache:
 
     def __init__(self) -> None:
         self._headers: Dict[Tuple[Any, ...], Header] = {}
+        self.keeps_all = False  # whether a captured CUDA graph may read any of them
 
     def get(self, point: SyncPoint, phase: int, flags: int, length: int, device: torch.device) -> Header:
         """Returns the header of a message on ``device``."""
@@ -169,7 +177,7 @@ class HeaderCache:
                 words = [point.key, phase, flags, length]
                 header = Header(words, torch.tensor(words).view(torch.uint8).to(device))
             if not flags & FAULT:
-                self._headers[key] = header
+                put_bounded(self._headers, key, header, self.keeps_all)
         return header
 
 
@@ -181,3 +189,10 @@ def phase_name(phase: int) -> str:
 def is_capturing(tensor: Tensor) -> bool:
     """Returns whether the current CUDA stream captures a graph, in which the host cannot read headers."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def put_bounded(entries: Dict[_K, _V], key: _K, value: _V, keeps_all: bool = False) -> None:
+    """Adds an entry; removes the oldest one if there are too many: many models use one channel, one after the other."""
+    entries[key] = value
+    if len(entries) > _MOST_ENTRIES and not keeps_all:
+        del entries[next(iter(entries))]

@@ -16,7 +16,7 @@ import inspect
 import itertools
 import warnings
 import weakref
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from .compiled import CHOICE, train_captured
 from .guards import Guard, has_global_hooks
 from .levels import SplitCandidate, levels_of, split_candidates_of
 from .module_state import UntraceableError
-from .plan import SyncPlan
+from .plan import PlannedRound, SyncPlan
 from .replaced import check_replaced
 from .shapes import has_fake_tensors, shapes_of
 from .tracing import Trace, may_need_shapes, trace
@@ -205,7 +205,11 @@ class CoalescedForward:
         agreement, channel = SyncPlan(self.model, tuple(variant.rounds)).agreement(), layer._bound_channel()
         text = "\n".join(words for words, _ in agreement)
         # A rank without a graph for its shapes has no rounds to compare; see `check_failure`.
-        codes = channel.agree(self._subject, "", 4 * (digest(text) >> 2) + verdict)
+        capacity = 0
+        if layer.tag is not None:  # the rounds of this graph may be larger than the planned ones
+            capacity = Roster(layer.tag.roster.layers, agreement).capacity(layer.tag.roster.itemsize)
+        code = 4 * (digest(text) >> 2) + verdict
+        codes = channel.agree(self._subject, "", code, capacity, may_replay=not self._is_agreed)
         verdicts = [code % 4 for code in codes]
         differs = len({code // 4 for code in codes}) > 1
         if differs and FAILED not in verdicts and not variant.needed_shapes:
@@ -216,8 +220,6 @@ class CoalescedForward:
                 what = f"rank {channel.ranks[verdicts.index(FAILED)]} reports the difference"
             self._disable(variant, f"its regrouped forward differs ({what})")
             return False
-        if layer.tag is not None:  # all ranks have these rounds, which may be larger than the planned ones
-            channel.grow(Roster(layer.tag.roster.layers, agreement).capacity(layer.tag.roster.itemsize))
         variant.trials += 1
         variant.verified = PASSED in verdicts
         if not variant.verified and variant.trials == _MAX_TRIALS:
@@ -245,7 +247,18 @@ class CoalescedForward:
             layer._bound_channel().fail(layer._point, FORWARD, error)
             raise error
         if self.calls == 1:
-            layer._bound_channel().agree(self._subject, "", FAILED)
+            layer._bound_channel().agree(self._subject, "", FAILED, may_replay=True)
+
+    @property
+    def _is_agreed(self) -> bool:
+        return any(each.verified for each in self._variants)
+
+    @property
+    def rounds(self) -> List[Tuple[PlannedRound, List[SyncBatchNorm]]]:
+        """The rounds of all graphs, also of those that have not run, with their layers."""
+        module, prefix = self.module, len(self.name) + 1
+        planned = [each for variant in self._variants for each in variant.rounds]
+        return [(each, [module.get_submodule(name[prefix:]) for name in each.layers]) for each in planned]  # type: ignore[misc]
 
     @property
     def _subject(self) -> str:

@@ -102,7 +102,9 @@ def sync_batch_norm(
     communicates = torch.is_grad_enabled() and any(member.input.requires_grad for member in members)
     owners = [] if cache is None else recomputation_owners()
     eps = [member.eps for member in members]
-    fuses = buffers is not None and not channel.trial and can_fuse(inputs, eps, channel.world_size)
+    # A rank whose data have ended sends zeros, which the fused kernels would not take as an empty shard.
+    may_fuse = buffers is not None and not channel.trial and not channel.joining
+    fuses = may_fuse and can_fuse(inputs, eps, channel.world_size)
 
     def defer(recomputed: bool) -> Optional[DeferredGrad]:
         if overlap_with is None or not communicates:

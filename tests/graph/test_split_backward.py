@@ -61,7 +61,7 @@ class Alone(type(TWO_RANK_STUB)):  # type: ignore[misc]
         note("launch")
         return wait
 
-    def agree(self, occasion: str, text: str, value: int) -> List[int]:
+    def agree(self, occasion: str, text: str, value: int, *unused: Any, **options: Any) -> List[int]:
         return [value]
 
 
