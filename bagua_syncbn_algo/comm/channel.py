@@ -143,8 +143,12 @@ class Channel:
             return self._rosters[roster]
         # The comparison is an ordinary message: lengths never differ, and a rank at another sync point raises an error.
         self.capacity = max(self.capacity, _FIRST_CAPACITY)
-        self.agree("the first use of a model's layers", roster.text().decode(), capacity=roster.capacity(itemsize))
-        ordinal = self._rosters[roster] = self._joins
+        self._rosters[roster] = ordinal = self._joins  # before the comparison: its remarks explain a difference
+        try:
+            self.agree("the first use of a model's layers", roster.text().decode(), capacity=roster.capacity(itemsize))
+        except BaseException:
+            del self._rosters[roster]
+            raise
         self._joins += 1
         for name, _ in roster.layers:
             self.register(sync_point(name, ordinal))
@@ -179,16 +183,13 @@ class Channel:
         rows = [row if row[0] else own for row in rows]  # zeros: a rank whose data have ended
         self.capacity = max(self.capacity, *(row[2] for row in rows))
         if any(row[0] != own[0] for row in rows):
-            remarks = "\n".join(self._remarks())
-            encoded = f"{text}\0{remarks}".encode()
-            own_length = torch.tensor([len(encoded)], device=self.device)
-            lengths = self.exchange(point, JOIN, [own_length])[0].view(-1).tolist()
+            encoded = "\0".join([text, "\n".join(self._remarks())]).encode()
+            length = torch.tensor([len(encoded)], device=self.device)
+            lengths = self.exchange(point, JOIN, [length])[0].flatten().tolist()
             padded = torch.frombuffer(bytearray(encoded.ljust(max(lengths))), dtype=torch.uint8).to(self.device)
             texts = self.exchange(point, JOIN, [padded])[0].cpu()
             decoded = [bytes(t[:n].tolist()).decode().partition("\0") for t, n in zip(texts, lengths)]
-            raise SyncBatchNormError(
-                first_difference([each[0] for each in decoded], self.ranks, [each[2] for each in decoded])
-            )
+            raise SyncBatchNormError(first_difference([d[0] for d in decoded], self.ranks, [d[2] for d in decoded]))
         return [row[1] for row in rows]
 
     def register(self, point: SyncPoint) -> None:
@@ -334,9 +335,8 @@ class Channel:
         self.rounds += phase != JOIN
         self.frames += 1
         record = None if phase == JOIN else active()
-        entry = None
-        if record is not None:
-            entry = record.launch(point.layers or (point.name,), PHASES[phase], message.numel())
+        layers = point.layers or (point.name,)
+        entry = None if record is None else record.launch(layers, PHASES[phase], message.numel())
         self._slot, self._waits_at_once = slot, phase != BACKWARD
         self._in_flight = pending = PendingGather(self, header, point, phase, entry, slot is not None)
         if message.is_cuda:  # not on the CPU: gloo's Work keeps the saved-tensor hooks of its thread
@@ -381,8 +381,8 @@ class Channel:
     def _ask(self, position: str) -> Dict[int, Told]:
         """Tells the other ranks the position of this rank and what is special about its models."""
         own = Told(position, "\n".join(self._remarks()))
-        members = self.ranks[self.rank], self.ranks
-        found = exchange_positions(own.text(), *members, f"{self.label}/told", self.frames, self._store())
+        place = self.ranks[self.rank], self.ranks, f"{self.label}/told", self.frames
+        found = exchange_positions(own.text(), *place, self._store())
         return {rank: Told.of(text) for rank, text in found.known.items()}
 
     def _remarks(self) -> List[str]:
