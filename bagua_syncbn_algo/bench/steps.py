@@ -160,7 +160,8 @@ def _run_rank(rank: int, options: Options) -> Dict[str, Any]:
                 step()
         rounds = (channels[name].rounds - before) // _RECORDED
         variants[name] = {"rounds": rounds, **spreads[name]._asdict(), "phases": _phases(record)}
-    plan = next((plan_of(built[name]) for name in built if name.endswith(("overlapped", "coalesced"))), None)
+    planned = [name for kind in ("overlapped", "coalesced") for name in built if name.endswith(kind)]
+    plan = plan_of(built[planned[0]]) if planned else None
     summary = None if plan is None else f"{plan.summary()}, overlapped {plan.rounds_overlapped}"
     return {"options": asdict(options), "plan": summary, "variants": variants}
 
