@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
 import models
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from ranks import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from bagua_syncbn_algo import SyncBatchNorm, SyncBatchNormAlgorithm, bagua, convert_sync_batchnorm, record_rounds
 from bagua_syncbn_algo.compat import CAPTURES_ROUNDS
@@ -71,16 +72,24 @@ class Flagged(nn.Module):
         return y * 2 if self.twice else y
 
 
+def keep_rounds(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keeps the results of rounds, for selective activation checkpointing."""
+    kept = operator in (torch.ops.bagua_syncbn.launch.default, torch.ops.bagua_syncbn.wait.default)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Checkpointed(nn.Module):
     """Layers inside of activation checkpointing."""
 
-    def __init__(self) -> None:
+    def __init__(self, selective: bool) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 1)
         self.body = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        policy = partial(create_selective_checkpoint_contexts, keep_rounds)
+        self.options: Dict[str, Any] = {"context_fn": policy} if selective else {}
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.body, self.stem(x), use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(self.body, self.stem(x), use_reentrant=False, **self.options)  # type: ignore[no-any-return]
 
 
 class Keywords(nn.Module):
@@ -345,3 +354,34 @@ def _inductor(rank: int) -> None:
 def test_inductor_computes_what_eager_steps_compute() -> None:
     """Catches a round whose message Inductor reuses, or that it moves."""
     run_processes(2, _inductor, limit=300.0)
+
+
+def _checkpointed(rank: int) -> List[int]:
+    dist.init_process_group("gloo")
+    counts = []
+    torch.manual_seed(0)
+    plain_model = nn.Sequential(nn.Conv2d(3, 4, 1), Checkpointed(False).body).double()
+    for selective in (False, True):
+        torch._dynamo.reset()
+        model = Checkpointed(selective).double()
+        model.load_state_dict(dict(zip(model.state_dict(), plain_model.state_dict().values())))
+        reference = convert_sync_batchnorm(copy.deepcopy(plain_model))
+        expected = Run(reference, lambda step: reference(images(rank, step)).square().sum())  # noqa: B023
+        model = convert_sync_batchnorm(model)
+        compiled = compile_fully(model, "aot_eager")
+        found = Run(model, lambda step: compiled(images(rank, step)).square().sum())  # noqa: B023
+        counts.append(len(found.rounds))
+        found.rounds = expected.rounds  # whose names differ
+        found.compare(expected, "checkpointed")
+    dist.destroy_process_group()
+    return counts
+
+
+@pytest.mark.multirank
+def test_activation_checkpointing() -> None:
+    """Catches a recomputation that updates running statistics, and a policy that cannot keep the rounds.
+
+    Without Inductor's pass or a policy, backward repeats the two forward rounds of each of the three steps.
+    """
+    for counts in run_processes(2, _checkpointed, limit=100.0):
+        assert counts == [3 * 6, 3 * 4]
