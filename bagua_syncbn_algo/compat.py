@@ -155,14 +155,9 @@ def trace_time(callback: Callable[[Any], None], values: List[Any]) -> None:
     comptime(callback)
 
 
-def uncompiled(function: _F, reason: str = "") -> _F:
-    """Excludes a function from the graphs of ``torch.compile``.
-
-    Args:
-        function: the function.
-        reason: the reason, for Dynamo's messages.
-    """
-    reason = reason or (
+def uncompiled(function: _F) -> _F:
+    """Excludes a function from the graphs of ``torch.compile``, with a reason for Dynamo's messages."""
+    reason = (
         "this call of a SyncBatchNorm layer cannot be part of a graph; a warning of bagua_syncbn_algo says why"
         if CAPTURES_ROUNDS
         else "a round of SyncBatchNorm can be part of a graph from torch 2.6 on"

@@ -19,7 +19,7 @@ from .graph.coalesce import plan_of, uncoalesce
 from .graph.plan import text_table
 from .graph.remarks import Remarks
 from .graph.replaced import shortened, warn_replaced
-from .layer import SyncBatchNorm, SyncTag
+from .layer import PROCESS_LOCAL, SyncBatchNorm, SyncTag
 from .trial import is_act_style
 from .variants import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
@@ -212,16 +212,7 @@ def revert_sync_batchnorm(module: _M) -> _M:
             original = layer.__dict__.get("_converted_from", plain)
             reverted = original.__new__(original)
             reverted.__dict__.update(layer.__dict__)
-            removed = [
-                "_channel",
-                "_channel_source",
-                "_point",
-                "_recompute_cache",
-                "_running",
-                "_empty_shards",
-                "_sites",
-            ]
-            removed += ["_converted_from", "_dimensions", "tag"]
+            removed = [*PROCESS_LOCAL, "_converted_from", "_dimensions", "tag"]
             for attribute in removed if issubclass(original, nn.SyncBatchNorm) else [*removed, "process_group"]:
                 reverted.__dict__.pop(attribute, None)
             replacements[id(layer)] = reverted

@@ -25,9 +25,12 @@ from .ops.moments import GlobalMoments, LocalMoments, has_fused_kernels, statist
 from .ops.recompute import RecomputeCache, inside_backward
 from .ops.running_stats import RunningPool, Slot, fusible_buffers, move_running_statistics, record_moments
 
-__all__ = ["SyncBatchNorm", "SyncTag", "batch_norm_coalesced"]
+__all__ = ["PROCESS_LOCAL", "SyncBatchNorm", "SyncTag", "batch_norm_coalesced"]
 
 _M = TypeVar("_M", bound=nn.Module)
+
+# The attributes of a binding, which copies do not get.
+PROCESS_LOCAL = ("_channel", "_channel_source", "_point", "_recompute_cache", "_running", "_empty_shards", "_sites")
 
 _NO_ROSTER = Roster()  # for untagged layers, for which the ranks agree only on the length of messages
 
@@ -281,16 +284,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> Dict[str, Any]:
         state = self.__dict__.copy()
-        for process_local in (
-            "_channel",
-            "_channel_source",
-            "_point",
-            "_recompute_cache",
-            "_running",
-            "_empty_shards",
-            "_sites",
-        ):
-            state.pop(process_local, None)
+        for attribute in PROCESS_LOCAL:
+            state.pop(attribute, None)
         if self.process_group is not None:
             state["process_group"] = GroupReference(self.process_group, self.sync_name)
         return state

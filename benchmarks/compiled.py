@@ -12,10 +12,11 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List
 
 import models
 import torch
+from coalescing import Case
 from torch import nn
 
 from bagua_syncbn_algo import bagua
@@ -23,15 +24,6 @@ from bagua_syncbn_algo.bench.measure import RANKS, interleave, run_ranks, write
 from bagua_syncbn_algo.bench.schemes import build_variant, channel_of_model
 
 VARIANTS = ("local", "coalesced", "overlapped", "compiled local", "compiled coalesced", "compiled overlapped")
-
-
-class Case(NamedTuple):
-    """A model and its input."""
-
-    model: str
-    arguments: Dict[str, Any]
-    shape: Tuple[int, int, int, int]
-    steps: int
 
 
 CASES = (

@@ -44,7 +44,7 @@ from .wire import (
 
 __all__ = ["Channel"]
 
-_FIRST_CAPACITY = 64  # bytes of the first message, with which the ranks agree on the length: a header and 4 numbers
+_FIRST_CAPACITY = 64  # bytes of the first message, with which the ranks agree on the length: a header and 3 numbers
 _NOTICE_SECONDS = 10.0  # how long a failing rank waits until the other ranks have received its error
 
 
