@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .checks import observe
 from .comm.wire import SyncPoint, sync_point
-from .compat import CAPTURES_ROUNDS, traced_as_constant
+from .compat import CAPTURES_ROUNDS, current_trace, traced_as_constant
+from .config import SyncBatchNormConfig
 
 if CAPTURES_ROUNDS:
     from .ops.in_graph import in_graph_round, move_running_statistics_in_graph
-    from .ops.operators import Site, add_site
+    from .ops.operators import Site
 
 __all__ = ["normalize_captured"]
 
@@ -106,13 +107,15 @@ def _prepare(
 
     install()
     kept = first._sites
-    identity = (name, tuple(map(id, layers)))
+    settings = {layer._overlap for layer in layers}
+    overlap = SyncBatchNormConfig.from_env().overlap if None in settings else False not in settings
+    identity = (name, overlap, tuple(map(id, layers)))
+    names = [layer._shown_name for layer in layers]
     if identity not in kept:
-        names = [layer._shown_name for layer in layers]
         references = [weakref.ref(layer) for layer in layers]
-        site = Site(names, partial(_bind, references, name), partial(_observe, references[0]))
-        kept[identity] = site, add_site(names[0] if name is None else name, site)
-    return _Prepared(kept[identity][1], channel.world_size, False, True)
+        kept[identity] = Site(names, partial(_bind, references, name), partial(_observe, references[0]), overlap)
+    key = kept[identity].next_key(names[0] if name is None else name, current_trace())
+    return _Prepared(key, channel.world_size, False, True)
 
 
 def _why_not(layers: Sequence[Any], found: Sequence[Tuple[int, int, bool, str]], channel: Any) -> Optional[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from typing import Any, Callable, List, Optional, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "autocast_dtype",
     "batch_norm_into",
     "current_node",
+    "current_trace",
     "graph_task",
     "hand_over_divisor",
     "inside_compiled",
@@ -134,6 +136,11 @@ def traced_as_constant(function: _F) -> _F:
     return function
 
 
+def current_trace() -> Any:
+    """Returns the context of the graph that Dynamo traces: one object for each graph."""
+    return torch._guards.TracingContext.get()
+
+
 def inside_compiled(module: Any) -> Any:
     """Returns the model that ``torch.compile`` has wrapped; any other module unchanged."""
     wrapper = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
@@ -155,6 +162,25 @@ def trace_time(callback: Callable[[Any], None], values: List[Any]) -> None:
     comptime(callback)
 
 
+@traced_as_constant
+def _is_compiled() -> bool:
+    """Returns whether Dynamo follows the caller, or has set its callback for the frames of a compiled call."""
+    callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)()
+    context = torch._guards.TracingContext
+    trace = getattr(context, "try_get", context.get)()  # torch 2.0 has no `try_get`
+    return trace is not None or callback not in (None, False)
+
+
+@traced_as_constant
+@functools.lru_cache(maxsize=1)  # once
+def _warn_of_version() -> None:
+    warnings.warn(
+        f"expected torch 2.6 or later for rounds of statistics in graphs of torch.compile (got {torch.__version__}); "
+        "training forwards with SyncBatchNorm layers run eagerly, with graph breaks",
+        stacklevel=3,
+    )
+
+
 def uncompiled(function: _F) -> _F:
     """Excludes a function from the graphs of ``torch.compile``, with a reason for Dynamo's messages."""
     reason = (
@@ -172,6 +198,8 @@ def uncompiled(function: _F) -> _F:
             if disable is None:  # torch.compile is not in use; importing it would take seconds
                 return function(*args, **kwargs)
             disabled = disable(function)
+        if not CAPTURES_ROUNDS and _is_compiled():
+            _warn_of_version()
         return disabled(*args, **kwargs)
 
     outer._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -177,11 +177,13 @@ def convert_sync_batchnorm(
         key: _transform(layer, target, process_group) for key, (layer, target) in targets.items()
     }
     module = _replace(module, replacements)
+    overlap = config.overlap if overlap is None else overlap
     if coalesce:
-        coalesce_rounds(module, example_inputs, overlap=config.overlap if overlap is None else overlap)
+        coalesce_rounds(module, example_inputs, overlap)
     else:
         uncoalesce(module)
-    tag_sync_batchnorm(module)
+    for layer in tag_sync_batchnorm(module):
+        layer._overlap = overlap  # for torch.compile
     return module
 
 
@@ -212,7 +214,7 @@ def revert_sync_batchnorm(module: _M) -> _M:
             original = layer.__dict__.get("_converted_from", plain)
             reverted = original.__new__(original)
             reverted.__dict__.update(layer.__dict__)
-            removed = [*PROCESS_LOCAL, "_converted_from", "_dimensions", "tag"]
+            removed = [*PROCESS_LOCAL, "_converted_from", "_dimensions", "_overlap", "tag"]
             for attribute in removed if issubclass(original, nn.SyncBatchNorm) else [*removed, "process_group"]:
                 reverted.__dict__.pop(attribute, None)
             replacements[id(layer)] = reverted

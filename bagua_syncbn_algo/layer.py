@@ -101,6 +101,7 @@ class SyncBatchNorm(_BatchNorm):
     # converter sets `_dimensions` to None on a layer whose original class has a check of its own.
     _plain: Type[_BatchNorm] = _BatchNorm
     _dimensions: Optional[Tuple[int, ...]] = None
+    _overlap: Optional[bool] = None  # whether compiled backward rounds overlap; None for BAGUA_SYNCBN_OVERLAP
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ VARIANTS = {
     "overlapped": "coalesced, the backward round overlapped with weight gradients",
     "compiled local": "local, under torch.compile",
     "compiled per layer": "per layer, under torch.compile",
+    "compiled coalesced": "coalesced, under torch.compile",
     "compiled overlapped": "overlapped, under torch.compile",
 }
 _COMPILED = "compiled "  # prefix
@@ -52,6 +53,7 @@ COLORS = {
     "overlapped": "#009E73",
     "compiled local": "#D0D0D0",
     "compiled per layer": "#A8D8F0",
+    "compiled coalesced": "#7FB8E0",
     "compiled overlapped": "#66C2A5",
 }
 

@@ -29,8 +29,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..comm.wire import FORWARD
-from ..config import SyncBatchNormConfig
-from ..ops.operators import LAUNCH, WAIT
+from ..ops.operators import LAUNCH, WAIT, site_of, sites_without_overlap
 
 __all__ = ["RoundsPass", "install"]
 
@@ -51,22 +50,11 @@ def install() -> None:
 
     The setting belongs to the current thread, like all settings of Inductor. Forward and backward are changed at once,
     when the forward is compiled, so that the thread that compiles the backward does not matter.
-
-    ``BAGUA_SYNCBN_OVERLAP=0`` disables the overlap with weight gradients, and nothing else.
-
-    Raises:
-        ValueError: if an environment variable is invalid, see :meth:`.SyncBatchNormConfig.from_env`.
     """
-    current = inductor_config.joint_custom_pre_pass
-    overlap = SyncBatchNormConfig.from_env().overlap
-    passes = _as_list(current)
-    if any(isinstance(each, RoundsPass) and each.overlap == overlap for each in passes):
-        return
-    others: List[Any] = []
-    for each in passes:
-        others.extend(each.others if isinstance(each, RoundsPass) else [each])
-    # One pass and not a list, which the configuration does not accept in all versions.
-    inductor_config.joint_custom_pre_pass = RoundsPass(others, overlap)
+    passes = _as_list(inductor_config.joint_custom_pre_pass)
+    if not any(isinstance(each, RoundsPass) for each in passes):
+        # One pass and not a list, which the configuration does not accept in all versions.
+        inductor_config.joint_custom_pre_pass = RoundsPass(passes)
 
 
 def _as_list(setting: Any) -> List[Any]:
@@ -80,11 +68,10 @@ class RoundsPass(CustomGraphPass):
 
     Args:
         others: passes that run before.
-        overlap: whether backward rounds overlap with weight gradients.
     """
 
-    def __init__(self, others: Sequence[Callable[[fx.Graph], None]] = (), overlap: bool = True) -> None:
-        self.others, self.overlap = list(others), overlap
+    def __init__(self, others: Sequence[Callable[[fx.Graph], None]] = ()) -> None:
+        self.others = list(others)
 
     def __call__(self, graph: fx.Graph) -> None:
         """Changes a graph in place. A graph without rounds is left as it is."""
@@ -97,13 +84,13 @@ class RoundsPass(CustomGraphPass):
         # A backward round cannot come after a forward round by an argument, which would be kept for the backward.
         for rounds in _rounds_by_phase(graph, bool(tangents)):
             _chain(graph, rounds)
-        if self.overlap and tangents:
+        if tangents:
             _overlap(graph, _reached_from(graph, tangents))
         graph.lint()
 
     def uuid(self) -> Optional[Any]:
         """Returns an identifier for Inductor's cache; ``None``, which disables the cache, if another pass has none."""
-        found: List[Any] = [hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), self.overlap]
+        found: List[Any] = [hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), *sites_without_overlap()]
         for other in self.others:
             identifier = other.uuid() if isinstance(other, CustomGraphPass) else None
             if not identifier:
@@ -203,7 +190,8 @@ def _overlap(graph: fx.Graph, backward: Set[fx.Node]) -> None:
 
     Only those of the layers next to the round: each one that is delayed keeps the activations that it reads.
     """
-    launches = [node for node in graph.nodes if node.target is LAUNCH and node in backward]
+    rounds = [node for node in graph.nodes if node.target is LAUNCH and node in backward]
+    launches = [launch for launch in rounds if site_of(_argument(launch, "key")).overlap]
     layers = {launch: _layers_before(launch, backward) for launch in launches}
     products = [node for node in graph.nodes if node.target in _PRODUCTS and node in backward]
     gradients: Dict[fx.Node, List[fx.Node]] = {}
@@ -212,7 +200,7 @@ def _overlap(graph: fx.Graph, backward: Set[fx.Node]) -> None:
         sources = {_without_views(layer.args[0]) for layer in layers[launch] if layer.target in _PRODUCTS}
         found += [node for node in products if _without_views(node.args[0]) in sources]
         gradients[launch] = [node for node in found if node is not None]
-    needed, position = _needed_for(launches), _positions(graph)
+    needed, position = _needed_for(rounds), _positions(graph)
     taken: Set[fx.Node] = set()
     for launch in launches:
         wait = _wait_of(launch)

@@ -21,7 +21,7 @@ from ..comm.wire import FORWARD, SyncPoint
 from ..compat import keep_operator
 from .exact import constant, require_two_values
 
-__all__ = ["LAUNCH", "WAIT", "Site", "add_site", "operators_for", "site_of"]
+__all__ = ["LAUNCH", "WAIT", "Site", "add_site", "operators_for", "site_of", "sites_without_overlap"]
 
 
 class Site:
@@ -31,6 +31,7 @@ class Site:
         layers: the names of the layers, for errors.
         bind: returns the channel and the sync point of the round; it may create a group, as in an eager forward.
         after_launch: called after each forward round with the channel, the sync point and the rounds before it.
+        overlap: whether the backward round overlaps with weight gradients.
     """
 
     def __init__(
@@ -38,9 +39,30 @@ class Site:
         layers: Sequence[str],
         bind: Callable[[torch.device], Tuple[Any, SyncPoint]],
         after_launch: Callable[[Any, SyncPoint, int], None],
+        overlap: bool = True,
     ) -> None:
-        self.layers, self.bind, self.after_launch = layers, bind, after_launch
+        self.layers, self.bind, self.after_launch, self.overlap = layers, bind, after_launch, overlap
         self.pending: Dict[int, Deque[_Pending]] = defaultdict(deque)  # by phase
+        self._keys: List[str] = []
+        self._trace: Callable[[], Any] = lambda: None
+        self._uses = 0
+
+    def next_key(self, name: str, trace: Any) -> str:
+        """Returns a key for a round in a graph.
+
+        The rounds of one graph have different keys. A compiler merges operators with equal arguments, such as the two
+        rounds of a layer that is applied twice to one input, for which an eager rank would wait.
+
+        Args:
+            name: the beginning of the key.
+            trace: the context of the current trace.
+        """
+        if self._trace() is not trace:
+            self._trace, self._uses = weakref.ref(trace), 0
+        if self._uses == len(self._keys):
+            self._keys.append(add_site(name, self))
+        self._uses += 1
+        return self._keys[self._uses - 1]
 
 
 class _Pending(NamedTuple):
@@ -76,6 +98,11 @@ def site_of(key: str) -> Site:
             "model again"
         )
     return site
+
+
+def sites_without_overlap() -> List[str]:
+    """Returns the keys of the sites whose backward rounds do not overlap."""
+    return sorted(key for key, site in list(_sites.items()) if not site.overlap)
 
 
 def _launch(payload: Tensor, elements: Sequence[int], after: Sequence[Tensor], key: str, phase: int) -> Tensor:
