@@ -13,7 +13,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from ranks import run_processes
-from test_compiled import Run, images
+from test_compiled import Options, Run, images
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -133,6 +133,29 @@ def _compared(rank: int) -> None:
     found.rounds = expected.rounds
     found.compare(expected, "small buckets")
     dist.destroy_process_group()
+
+
+def _sizes(rank: int) -> None:
+    dist.init_process_group("gloo")
+
+    def step_of(call: Any) -> Callable[[int], Tensor]:
+        return lambda step: call(images(rank, step, count=4)[: 3 - step if rank == 1 else None]).square().sum()
+
+    for options in ({}, {"dynamic": True}):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        base = Options().double()
+        eager, model = convert_sync_batchnorm(copy.deepcopy(base)), convert_sync_batchnorm(copy.deepcopy(base))
+        expected = Run(eager, step_of(eager), steps=4)
+        compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True, **options)
+        Run(model, step_of(compiled), steps=4).compare(expected, f"3, 2, 1 and 0 images, {options}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.multirank
+def test_batches_of_changing_size() -> None:
+    """Catches the number of elements of the first batch as a constant of the graph, and ranks that recompile alone."""
+    run_processes(2, _sizes, limit=200.0)
 
 
 @pytest.mark.multirank
