@@ -223,7 +223,6 @@ def _worker(rank: int, world: int, port: int, mutation: Optional[str], tasks: An
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     from bagua_syncbn_algo import bagua
     from bagua_syncbn_algo.comm import channel
 
@@ -232,6 +231,7 @@ def _worker(rank: int, world: int, port: int, mutation: Optional[str], tasks: An
     if mutation is not None:
         MUTATIONS[mutation]()
     for seed in iter(tasks.get, None):
+        warnings.simplefilter("ignore")  # again: the import of the compiler resets the filters
         try:
             results.put((seed, rank, run_rank(Case.of(seed), rank), None))
         except BaseException:
