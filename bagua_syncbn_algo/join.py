@@ -189,7 +189,7 @@ class _SyncBatchNormJoinable(Joinable):
                 )
             return partial(_update, table[key])
 
-        return FinishedRank(channel, find)
+        return FinishedRank(channel, {layer.tag.roster for layer in self._layers if layer.tag is not None}, find)
 
     def _rounds(self) -> Dict[int, List[SyncBatchNorm]]:
         """Returns the layers of each round of the model, by the key of its sync point."""

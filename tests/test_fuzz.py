@@ -17,6 +17,15 @@ def test_random_models_and_loops(first: int) -> None:
     assert done == CHUNK and not wrong, wrong
 
 
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_every_kind_is_among_these_cases(kind: str) -> None:
+    """Catches a feature that is drawn too seldom, or only together with an option that makes it meaningless."""
+    cases = [fuzz.Case.of(seed) for seed in fuzz.seeds_of(kind, 0, 5)]
+    assert max(case.seed for case in cases) < 200 and all(kind in case.kinds for case in cases)
+    if kind == "join":
+        assert any(len(set(counts)) > 1 for case in cases for counts in case.epochs)
+
+
 @pytest.mark.multirank
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mutation", sorted(fuzz.MUTATIONS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
@@ -131,6 +132,42 @@ def test_a_rank_without_batches(convert: Dict[str, Any]) -> None:
     The other ranks check their regrouped forward in the first epoch, which this rank must not repeat in the second one.
     """
     check([(2, 0), (1, 2)], convert)
+
+
+def train_again(rank: int, path: Optional[str]) -> Dict[str, Tensor]:
+    """Trains two models, or one model in two worlds; the second rank has no batch for the first one."""
+    model = None
+    for number, counts in enumerate([(2, 0), (1, 2)]):
+        if path is not None:
+            store = dist.FileStore(f"{path}-{number}", 2)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        elif number == 0:
+            dist.init_process_group("gloo")
+        if model is None or path is None:
+            model = convert_sync_batchnorm(fresh_model())
+        ddp = DistributedDataParallel(model, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with Join([sync_batch_norm_joinable(model), ddp]):
+            for step in range(counts[rank]):
+                optimizer.zero_grad()
+                loss_of(ddp(batch(rank, step))).backward()
+                optimizer.step()
+        if path is not None:
+            del ddp
+            dist.barrier()
+            dist.destroy_process_group()
+    assert model is not None
+    return state_of(model)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("in_two_worlds", [False, True])
+def test_another_model_or_world_after_an_epoch_without_batches(in_two_worlds: bool, tmp_path: Path) -> None:
+    """Catches a rank that replays an agreement on another model of the same class, or has none in another world."""
+    wanted = reference([(2, 0), (1, 2)] if in_two_worlds else [(1, 2)])
+    for found in run_processes(2, train_again, str(tmp_path / "store") if in_two_worlds else None):
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.multirank

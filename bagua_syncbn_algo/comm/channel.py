@@ -83,7 +83,7 @@ class Channel:
         self._names: Dict[int, str] = {}
         self._rosters: weakref.WeakKeyDictionary[Roster, int] = weakref.WeakKeyDictionary()
         self._anonymous = self._joins = 0  # counted: the rosters that still exist differ between ranks
-        self._witnessed: Dict[int, List[List[int]]] = {}  # agreements of the other ranks after this rank had finished
+        self._witnessed: weakref.WeakKeyDictionary[Roster, Any] = weakref.WeakKeyDictionary()  # see `FinishedRank`
         self._headers = HeaderCache()
         self._in_flight: Optional[PendingGather] = None
         self._latest: Optional[PendingGather] = None
@@ -154,7 +154,7 @@ class Channel:
             self.register(sync_point(name, ordinal))
         return ordinal
 
-    def agree(self, occasion: str, text: str, value: int = 0, capacity: int = 0, may_replay: bool = False) -> List[int]:
+    def agree(self, occasion: str, text: str, value: int = 0, capacity: int = 0, replays: Any = None) -> List[int]:
         """Compares a text over all ranks, gathers a number from each rank, and makes messages long enough.
 
         Args:
@@ -162,7 +162,7 @@ class Channel:
             text: lines that must be equal on all ranks.
             value: the number of this rank.
             capacity: the bytes that messages need from now on. The ranks use the largest value.
-            may_replay: whether to use the agreement that the other ranks reached after this rank's data had ended.
+            replays: the roster whose agreement the other ranks may have reached after this rank's data had ended.
 
         Returns:
             The numbers of all ranks, in rank order. A rank whose data have ended counts as this rank.
@@ -177,7 +177,7 @@ class Channel:
             text += "\nthe check for statistics that are not finite (BAGUA_SYNCBN_CHECK=nonfinite)"
         own, point = [digest(text), value, capacity], sync_point(occasion)
         self.register(point)
-        rows = self._witnessed.pop(point.key, None) if may_replay else None
+        rows = None if replays is None else self._witnessed.get(replays, {}).pop(point.key, None)
         if rows is None:
             rows = self.exchange(point, JOIN, [torch.tensor(own, device=self.device)])[0].tolist()
         rows = [row if row[0] else own for row in rows]  # zeros: a rank whose data have ended

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, ContextManager, Iterable, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from .wire import (
     JOIN,
     JOINED,
     TRITON,
+    Roster,
     SyncBatchNormError,
     SyncPoint,
     sync_point,
@@ -67,6 +68,8 @@ class FinishedRank:
 
     Args:
         channel: the channel. No other thread may use it until the end.
+        rosters: those of the model that the other ranks train. Their agreements are noted for them: a model of the same
+            name, which this rank trains later, must not replay them.
         find: returns, for the key of a sync point, the function that updates the running statistics with the payloads
             of its forward round. It raises an error for an unknown key. It is called on the thread of the messages.
 
@@ -74,10 +77,12 @@ class FinishedRank:
         One all-gather for each message of the other ranks.
     """
 
-    def __init__(self, channel: Channel, find: Callable[[int], Callable[[Tensor], None]]) -> None:
+    def __init__(
+        self, channel: Channel, rosters: Iterable[Roster], find: Callable[[int], Callable[[Tensor], None]]
+    ) -> None:
         channel.flush()
         channel.register(_EMPTY)
-        self._channel, self._find = channel, find
+        self._channel, self._rosters, self._find = channel, list(rosters), find
         self._events: queue.SimpleQueue[Union[_Update, SyncPoint, BaseException]] = queue.SimpleQueue()
         self._ended = False
         self._zeros = torch.empty(0)
@@ -180,7 +185,8 @@ class FinishedRank:
                 "data have not ended); read the error on those ranks"
             )
         rows: List[List[int]] = body[:, :_SUMMARY_BYTES].contiguous().view(torch.int64).tolist()
-        self._channel._witnessed[key] = rows
+        for roster in self._rosters:
+            self._channel._witnessed.setdefault(roster, {})[key] = rows
         self._channel.capacity = max(self._channel.capacity, *(row[2] for row in rows))
         digests = {row[0] for row in rows if row[0]}
         self._differing, self._has_lengths = key if len(digests) > 1 else None, False

@@ -38,6 +38,7 @@ _creation_counts: Counter[Tuple[int, ...]] = Counter()  # by ranks: as many entr
 # is destroyed later.
 _live_groups: List[Any] = []
 _world: Optional[weakref.ref[Any]] = None
+_closing: Optional[weakref.finalize[..., Any]] = None  # closes the groups when the world is freed
 atexit.register(_live_groups.clear)  # without shutdown, which may wait for ranks that have terminated
 
 
@@ -93,12 +94,15 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
     Collectives:
         Every rank of ``ranks`` must call, and no other.
     """
-    global _world
+    global _closing, _world
     world = default_group()
     if _world is None or _world() is not world:
         _close_groups()
+        if _closing is not None:  # an earlier world that something, such as a wrapper of a model, still references
+            _closing.detach()
         _world = weakref.ref(world)
-        weakref.finalize(world, _close_groups).atexit = False  # at exit, atexit does it
+        _closing = weakref.finalize(world, _close_groups)
+        _closing.atexit = False  # at exit, atexit does it
         _creation_counts.clear()
     members = tuple(sorted(ranks))
     _creation_counts[members] += 1

@@ -21,6 +21,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..comm.channel import Channel
 from ..comm.report import CHECK
 from ..comm.wire import FORWARD, Roster, SyncBatchNormError, digest
 from ..compat import inside_transform, is_tracing, saved_tensors_hooks, uncompiled
@@ -66,6 +67,7 @@ class CoalescedForward:
         self.calls = 0  # training calls on several ranks
         self.latest = 0  # number of the latest one among those of all modules
         self._variants: List[Variant] = []
+        self._channel: Optional[weakref.ref[Channel]] = None  # on which the ranks have agreed on the graphs
         self._warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +186,19 @@ class CoalescedForward:
         verdict, difference = check_equivalence(self.module, variant.run, variant.pattern, tensors, self.name)
         if verdict == FAILED:
             self._disable(variant, f"its regrouped forward differs ({difference})")
-        variant.verified = verdict == PASSED
+        variant.verified = variant.verified_here = verdict == PASSED
+
+    def follow(self, channel: Channel) -> None:
+        """Forgets all graphs that the ranks of another channel have agreed on.
+
+        After another ``init_process_group``, some of the ranks may be new processes, which have agreed on nothing.
+        """
+        former = None if self._channel is None else self._channel()
+        if former is channel:
+            return
+        if self._channel is not None:
+            self._variants, self.calls = [each for each in self._variants if each.verified_here], 0
+        self._channel = weakref.ref(channel)
 
     def agree(self, variant: Variant, layer: SyncBatchNorm, tensors: Sequence[Tensor]) -> bool:
         """Compares the regrouped forward with the original on the first training batch of every rank.
@@ -209,7 +223,7 @@ class CoalescedForward:
         if layer.tag is not None:  # the rounds of this graph may be larger than the planned ones
             capacity = Roster(layer.tag.roster.layers, agreement).capacity(layer.tag.roster.itemsize)
         code = 4 * (digest(text) >> 2) + verdict
-        codes = channel.agree(self._subject, "", code, capacity, may_replay=not self._is_agreed)
+        codes = channel.agree(self._subject, "", code, capacity, None if self._is_agreed else _roster_of(layer))
         verdicts = [code % 4 for code in codes]
         differs = len({code // 4 for code in codes}) > 1
         if differs and FAILED not in verdicts and not variant.needed_shapes:
@@ -247,7 +261,7 @@ class CoalescedForward:
             layer._bound_channel().fail(layer._point, FORWARD, error)
             raise error
         if self.calls == 1:
-            layer._bound_channel().agree(self._subject, "", FAILED, may_replay=True)
+            layer._bound_channel().agree(self._subject, "", FAILED, replays=_roster_of(layer))
 
     @property
     def _is_agreed(self) -> bool:
@@ -315,7 +329,7 @@ class CoalescedForward:
 
     def __getstate__(self) -> Dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if not name.startswith(CHOICE)}
-        return {**kept, "_variants": [], "_module": self.module}
+        return {**kept, "_variants": [], "_channel": None, "_module": self.module}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.__dict__.update(state, _module=weakref.ref(state["_module"]))
@@ -335,6 +349,7 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
         check_replaced(module, forward.name)
     if layer is None or inside_transform() or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
+    forward.follow(layer._bound_channel())
     forward.count_call()
     if not forward.path and layer.tag is not None:
         layer.tag.roster.observer.start()
@@ -350,6 +365,10 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     may_change = torch.is_grad_enabled() and saved_tensors_hooks() is None and not inside_backward()
     run = variant.without_small_candidates(module) if may_change else variant.run
     return original(module, *args, **kwargs) if run is None else run(module, *tensors)
+
+
+def _roster_of(layer: SyncBatchNorm) -> Optional[Roster]:
+    return None if layer.tag is None else layer.tag.roster
 
 
 def has_layers(module: nn.Module, path: str = "") -> bool:

@@ -158,6 +158,9 @@ def local_moments(input: Tensor) -> LocalMoments:
     return LocalMoments(count, shift + error, variance, centred, shift)
 
 
+_LARGEST_CACHED = 4096  # weights of a round in the cache, of at most 64 KiB: 1,024 rounds of other shapes fill it
+
+
 def weights_of(counts: Tensor, features: Tuple[int, ...]) -> Weights:
     """Returns the weights of the ranks' moments. On the CPU the latest results are cached: most steps repeat them.
 
@@ -165,7 +168,7 @@ def weights_of(counts: Tensor, features: Tuple[int, ...]) -> Weights:
         counts: elements per channel, shape ``(W, L)``, int64.
         features: channels of each of the L layers.
     """
-    if counts.is_cuda:
+    if counts.is_cuda or counts.shape[0] * sum(features) > _LARGEST_CACHED:
         return _weights(counts, features)
     return _cached_weights(tuple(map(tuple, counts.tolist())), features)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,30 @@ def test_groups_are_closed_with_their_world(tmp_path: Path) -> None:
     for counts in run_processes(2, _closed_with_the_world, str(tmp_path / "store")):
         assert [live for _, live in counts] == [0, 0, 0]
         assert counts[2][0] <= counts[0][0]
+
+
+def _frees_an_earlier_world(rank: int, path: str) -> Any:
+    """Creates a group in a second world, frees the first one, and uses the group."""
+    worlds = []
+    for number in range(2):
+        store = dist.FileStore(f"{path}-{number}", 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        group = weakref.ref(groups.member_group(range(2)))
+        worlds.append(groups.default_group())
+        if number == 0:
+            dist.barrier()
+            dist.destroy_process_group()
+    worlds.clear()
+    gc.collect()
+    alive = group() is not None
+    dist.barrier()
+    return alive
+
+
+@pytest.mark.multirank
+def test_an_earlier_world_closes_no_groups_of_the_current_one(tmp_path: Path) -> None:
+    """Catches groups that are closed when an earlier world is freed, which a wrapper of a model has referenced."""
+    assert run_processes(2, _frees_an_earlier_world, str(tmp_path / "store")) == [True, True]
 
 
 def _host_channel(rank: int) -> Any:

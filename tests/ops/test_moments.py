@@ -229,3 +229,13 @@ def test_the_fused_merge_skips_empty_shards(
             expected = reference(torch.cat(x))[start : start + samples[rank]]
             torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(variance, reference.running_var, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("features", "kept"), [(2048, 1), (2049, 0)])
+def test_weights_of_wide_rounds_are_not_kept(features: int, kept: int) -> None:
+    """Catches a cache whose size is that of all ranks' channels, for each of 1,024 batch sizes."""
+    moments._cached_weights.cache_clear()
+    counts = torch.tensor([[3], [5]])
+    weights = moments.weights_of(counts, (features,))
+    assert moments._cached_weights.cache_info().currsize == kept
+    assert weights.shares.flatten().tolist() == [3 / 8, 5 / 8] and float(weights.elements) == 8
