@@ -10,13 +10,14 @@ from torch import Tensor
 from .comm.channel import Channel
 from .comm.transport import source_group
 from .comm.wire import Roster, SyncPoint
-from .compat import lone_join
+from .compat import later_in_join, lone_join
 
 __all__ = [
     "can_share",
     "check_channels",
     "check_dimensions",
     "check_join",
+    "check_joined",
     "observe",
     "refuse_transform",
     "scripting_error",
@@ -60,6 +61,24 @@ def check_join(name: str) -> None:
             f"expected the joinable of the SyncBatchNorm layers as the first one in Join (got {name} with "
             "DistributedDataParallel as the first one); use Join([sync_batch_norm_joinable(model), ddp]), or "
             "throw_on_early_termination=True"
+        )
+
+
+def check_joined(layer: Any, channel: Channel) -> None:
+    """Checks that a model in the list of ``Join`` is that of the joinable: other rounds get no answer without data.
+
+    Args:
+        layer: the layer, or the first one of a round.
+        channel: its channel.
+
+    Raises:
+        ValueError: if the layer belongs to another ``DistributedDataParallel`` of the list.
+    """
+    if channel.joining and layer not in channel.joining and later_in_join():
+        raise ValueError(
+            f"expected layers of the joinable's model in training inside of Join (got {layer._shown_name} of another "
+            "model in the list); put the models in one module, wrap it in one DistributedDataParallel, call it for "
+            "every forward, and use its joinable"
         )
 
 

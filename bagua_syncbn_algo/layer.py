@@ -12,7 +12,16 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .capture import normalize_captured
-from .checks import can_share, check_channels, check_dimensions, check_join, observe, refuse_transform, scripting_error
+from .checks import (
+    can_share,
+    check_channels,
+    check_dimensions,
+    check_join,
+    check_joined,
+    observe,
+    refuse_transform,
+    scripting_error,
+)
 from .comm.channel import Channel
 from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
@@ -371,6 +380,7 @@ def _batch_norm_eager(
     if name is not None:
         point = sync_point(name, point.ordinal, tuple(layer.sync_name for layer in layers))
     try:
+        check_joined(first, channel)
         for layer, input in zip(layers, inputs):
             layer._check_input(input)
     except ValueError as error:

@@ -21,6 +21,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..comm.channel import Channel
 from ..comm.report import CHECK
 from ..comm.wire import FORWARD, Roster, SyncBatchNormError, digest
 from ..compat import inside_transform, is_tracing, saved_tensors_hooks, uncompiled
@@ -66,6 +67,7 @@ class CoalescedForward:
         self.calls = 0  # training calls on several ranks
         self.latest = 0  # number of the latest one among those of all modules
         self._variants: List[Variant] = []
+        self._channel: Optional[weakref.ref[Channel]] = None  # on which the ranks have agreed on the graphs
         self._warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +186,19 @@ class CoalescedForward:
         verdict, difference = check_equivalence(self.module, variant.run, variant.pattern, tensors, self.name)
         if verdict == FAILED:
             self._disable(variant, f"its regrouped forward differs ({difference})")
-        variant.verified = verdict == PASSED
+        variant.verified = variant.verified_here = verdict == PASSED
+
+    def follow(self, channel: Channel) -> None:
+        """Forgets all graphs that the ranks of another channel have agreed on.
+
+        After another ``init_process_group``, some of the ranks may be new processes, which have agreed on nothing.
+        """
+        former = None if self._channel is None else self._channel()
+        if former is channel:
+            return
+        if self._channel is not None:
+            self._variants, self.calls = [each for each in self._variants if each.verified_here], 0
+        self._channel = weakref.ref(channel)
 
     def agree(self, variant: Variant, layer: SyncBatchNorm, tensors: Sequence[Tensor]) -> bool:
         """Compares the regrouped forward with the original on the first training batch of every rank.
@@ -315,7 +329,7 @@ class CoalescedForward:
 
     def __getstate__(self) -> Dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if not name.startswith(CHOICE)}
-        return {**kept, "_variants": [], "_module": self.module}
+        return {**kept, "_variants": [], "_channel": None, "_module": self.module}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.__dict__.update(state, _module=weakref.ref(state["_module"]))
@@ -335,6 +349,7 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
         check_replaced(module, forward.name)
     if layer is None or inside_transform() or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
+    forward.follow(layer._bound_channel())
     forward.count_call()
     if not forward.path and layer.tag is not None:
         layer.tag.roster.observer.start()

@@ -95,7 +95,7 @@ class Variant:
         self.needed_shapes = False  # whether the forward could not be traced without the shapes of a real call
         self.wants_shapes = False  # whether a trace with the shapes of a real call may succeed
         self.number = next(_numbers)
-        self.verified = False
+        self.verified = self.verified_here = False  # by the ranks of the channel; by this process during the conversion
         self.trials = 0
         self.rounds: List[PlannedRound] = []
         self.opaque: Dict[str, str] = {}  # paths of submodules that are one step in the graph, with the reason
