@@ -52,9 +52,8 @@ def launch(folder: Path, *arguments: str, limit: float = 80.0) -> List[Dict[str,
     log = folder / "log"
     with log.open("w") as output:
         streams: Any = {"stdout": output, "stderr": output}
-        done = subprocess.run(
-            [*command, str(folder), *arguments], env=environment, timeout=limit, check=False, **streams
-        )
+        command += [str(folder), *arguments]
+        done = subprocess.run(command, env=environment, timeout=limit, check=False, **streams)
     assert done.returncode == 0, log.read_text()[-3000:]
     return [torch.load(folder / f"result{rank}", weights_only=True) for rank in range(2)]
 
@@ -205,6 +204,7 @@ def keep_a_group(rank: int, path: str) -> Tuple[str, Dict[str, Tensor]]:
         job.train_step(called, optimizer, job.shard(0, step, rank, 2))
     del called
     dist.destroy_process_group()
+    gc.collect()  # the world is freed, and the groups of the layers with it
     enter(1, 2, path, "ddp")
     called = job.wrap(model, optimizer, "ddp")
     with pytest.raises(RuntimeError) as caught:

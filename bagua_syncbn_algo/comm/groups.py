@@ -38,8 +38,8 @@ __all__ = [
 _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # of the groups of `member_group`
 _counts: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()  # of other groups, by the world
 # Keeps the groups of the current world alive until exit and releases them before the interpreter shuts down: gloo
-# aborts the process if a group is destroyed later. Each world has its own list: a destroyed world may be freed after the
-# next one has created groups, for example because a DistributedDataParallel still refers to it.
+# aborts the process if a group is destroyed later. Each world has its own list: a destroyed world may be freed after
+# the next one has created groups, for example because a DistributedDataParallel still refers to it.
 _live_groups: List[Any] = []
 _world: Optional[weakref.ref[Any]] = None
 
