@@ -204,7 +204,6 @@ def keep_a_group(rank: int, path: str) -> Tuple[str, Dict[str, Tensor]]:
         job.train_step(called, optimizer, job.shard(0, step, rank, 2))
     del called
     dist.destroy_process_group()
-    gc.collect()  # the world is freed, and the groups of the layers with it
     enter(1, 2, path, "ddp")
     called = job.wrap(model, optimizer, "ddp")
     with pytest.raises(RuntimeError) as caught:

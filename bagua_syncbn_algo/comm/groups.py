@@ -27,6 +27,7 @@ __all__ = [
     "default_group",
     "default_store",
     "group_of",
+    "is_destroyed",
     "is_nccl",
     "label_of",
     "member_group",
@@ -146,6 +147,14 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
     _names[group] = name
     _live_groups.append(group)
     return group
+
+
+def is_destroyed(group: Any) -> bool:
+    """Returns whether a group has been freed, or is one of :func:`member_group` whose world has been destroyed.
+
+    Such a group may exist until the next call of :func:`member_group`: other groups of that world keep the world alive.
+    """
+    return group is None or (_world is not None and _world() is not default_group() and group in _names)
 
 
 def _creation_error(ranks: Sequence[int], own: int, limit: timedelta, error: BaseException) -> str:

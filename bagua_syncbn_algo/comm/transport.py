@@ -13,7 +13,16 @@ from torch import Tensor
 from ..compat import ALLGATHER_ON_CURRENT_STREAM
 from ..config import SyncBatchNormConfig
 from .channel import Channel
-from .groups import default_group, default_store, is_nccl, label_of, member_group, release_group, timeout_of
+from .groups import (
+    default_group,
+    default_store,
+    is_destroyed,
+    is_nccl,
+    label_of,
+    member_group,
+    release_group,
+    timeout_of,
+)
 from .local import SINGLE_PROCESS
 from .pending import OnStream
 from .wire import SyncPoint
@@ -71,8 +80,8 @@ class TorchChannel(Channel):
             gathered = self._receive_buffer(message)
         # Methods of the group: the functional API rejects bare backends and costs 40 µs more per call. gloo has no
         # flat all-gather before torch 2.4. On NCCL, an all-gather into a list adds a copy for each rank.
-        group = self._group()
-        if group is None:
+        group: Any = self._group()
+        if is_destroyed(group):
             raise RuntimeError(
                 "expected the process group of the layers to exist (got a destroyed one); set process_group of each of "
                 "sync_batchnorm_layers(model) to a group of the current world, and call tag_sync_batchnorm(model)"

@@ -13,6 +13,7 @@ from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
 
 import torch
 
+from ..comm.groups import is_destroyed
 from ..comm.wire import digest
 
 __all__ = ["Agreement", "Report"]
@@ -69,8 +70,8 @@ class Agreement:
         explaining = self._communicator.explaining(f"the end of step {self._steps} of {self._name}", "end the step")
         failure = None
         try:
-            group = self._group()
-            if group is None:
+            group: Any = self._group()
+            if is_destroyed(group):
                 raise RuntimeError(
                     "expected the process group of the model to exist (got a destroyed one); call with_bagua again "
                     "after init_process_group"

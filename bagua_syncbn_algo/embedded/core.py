@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..comm.errors import explaining
-from ..comm.groups import default_store, is_nccl, label_of
+from ..comm.groups import default_store, is_destroyed, is_nccl, label_of
 from .streams import CpuStreams
 
 __all__ = ["BaguaBucketPy", "BaguaCommBackendPy", "BaguaSingleCommunicatorPy", "BaguaTensorPy"]
@@ -110,7 +110,7 @@ class BaguaSingleCommunicatorPy:
     @property
     def exists(self) -> bool:
         """Whether the process group exists. It ends with the world that it belongs to. Not in upstream."""
-        return self._group_reference() is not None
+        return not is_destroyed(self._group_reference())
 
     @property
     def torch_group(self) -> Any:
@@ -120,7 +120,7 @@ class BaguaSingleCommunicatorPy:
     @property
     def _group(self) -> Any:
         group = self._group_reference()
-        if group is None:
+        if is_destroyed(group):
             raise RuntimeError(
                 "expected the communicator's process group to exist (got a destroyed one); call with_bagua again after "
                 "init_process_group"

@@ -12,18 +12,18 @@ import torch.distributed as dist
 
 from bagua_syncbn_algo.comm.names import MissingRanksError, agree_on_name
 
+ALL = [2, 5, 6]
 
-def agree(
-    store: Any, ranks: List[int], all_ranks: List[int], seconds: float = 5.0, delay: float = 0.0
-) -> Dict[int, Any]:
-    """Runs the agreement of ``all_ranks`` on ``ranks`` only; returns the name or the error of each."""
+
+def agree(store: Any, ranks: List[int], seconds: float = 5.0, delay: float = 0.0) -> Dict[int, Any]:
+    """Runs the agreement of ``ALL`` on ``ranks`` only; returns the name or the error of each."""
     found: Dict[int, Any] = {}
 
     def run(rank: int) -> None:
-        time.sleep(delay * all_ranks.index(rank))
+        time.sleep(delay * ALL.index(rank))
         client = dist.TCPStore("127.0.0.1", store.port, None, False, timedelta(seconds=20), wait_for_workers=False)
         try:
-            found[rank] = agree_on_name(client, "test", rank, all_ranks, seconds)
+            found[rank] = agree_on_name(client, "test", rank, ALL, seconds)
         except RuntimeError as error:
             found[rank] = error
 
@@ -44,7 +44,7 @@ def test_names_are_equal_on_all_ranks_and_new(delay: float) -> None:
     """Catches a rank that takes the name of an earlier group, or an offer that another rank does not accept."""
     store, names = new_store(), set()
     for _ in range(4):
-        found = agree(store, [2, 5, 6], [2, 5, 6], delay=abs(delay)) if delay >= 0 else late_leader(store)
+        found = agree(store, ALL, delay=abs(delay)) if delay >= 0 else late_leader(store)
         assert len(set(found.values())) == 1, found
         names.update(found.values())
     assert len(names) == 4
@@ -53,23 +53,23 @@ def test_names_are_equal_on_all_ranks_and_new(delay: float) -> None:
 def late_leader(store: Any) -> Dict[int, Any]:
     """The rank that offers the name comes last."""
     found: Dict[int, Any] = {}
-    others = threading.Thread(target=lambda: found.update(agree(store, [5, 6], [2, 5, 6])), daemon=True)
+    others = threading.Thread(target=lambda: found.update(agree(store, [5, 6])), daemon=True)
     others.start()
     time.sleep(0.05)
-    found.update(agree(store, [2], [2, 5, 6]))
+    found.update(agree(store, [2]))
     others.join(30)
     return found
 
 
 @pytest.mark.parametrize("present", [[2], [5], [2, 5], [5, 6]], ids=str)
 def test_an_attempt_after_one_that_failed(present: List[int]) -> None:
-    """Catches a count of groups in the store: the ranks that were there would wait for another number than the others."""
+    """Catches a count of groups in the store: ranks that were there would wait for another number than the others."""
     store = new_store()
-    missing = [rank for rank in (2, 5, 6) if rank not in present]
-    for error in agree(store, present, [2, 5, 6], seconds=0.3).values():
+    missing = [rank for rank in ALL if rank not in present]
+    for error in agree(store, present, seconds=0.3).values():
         assert isinstance(error, MissingRanksError)
         assert set(error.ranks) <= set(missing) and str(error).endswith("did not arrive")
-    found = agree(store, [2, 5, 6], [2, 5, 6])
+    found = agree(store, ALL)
     assert len(set(found.values())) == 1 and all(isinstance(name, str) for name in found.values()), found
 
 
