@@ -10,7 +10,7 @@ from torch import Tensor
 from .comm.channel import Channel
 from .comm.transport import source_group
 from .comm.wire import Roster, SyncPoint
-from .compat import later_in_join, lone_join
+from .compat import inside_transform, later_in_join, lone_join
 
 __all__ = [
     "can_share",
@@ -115,8 +115,10 @@ def refuse_transform(name: str, process_group: Optional[Any], channel: Optional[
         channel: the channel that the layer is bound to.
 
     Raises:
-        RuntimeError: if the layer normalizes over several ranks.
+        RuntimeError: inside a transform, if the layer normalizes over several ranks.
     """
+    if not inside_transform():
+        return
     source = source_group(process_group)
     if source is not None and source.size() > 1 and not (channel is not None and channel.local):
         raise RuntimeError(
