@@ -161,6 +161,7 @@ def _choose(forward: Any, template: Any, grad_enabled: bool) -> Optional[str]:
     layer = next((part for part in module.modules() if isinstance(part, SyncBatchNorm)), None)
     if layer is None or inside_transform() or has_global_hooks() or layer._bound_channel().local:
         return None
+    forward.follow(layer._bound_channel())
     forward.count_call()
     try:
         args, kwargs = _filled(template, [_example(value) for value in values])
