@@ -397,7 +397,7 @@ def test_a_context_without_the_joinable_names_the_remedy(by_method: bool) -> Non
 @pytest.mark.multirank
 def test_a_rank_without_any_batch_ends_without_the_joinable() -> None:
     """Catches a rank without a forward, whose error only the backend can raise, that waits longer than the timeout."""
-    bare, message = run_processes(2, train_without_the_joinable, (0, 2), False, True)
+    message, bare = run_processes(2, train_without_the_joinable, (2, 0), False, True)
     assert "use Join([sync_batch_norm_joinable(model), ddp])" in message
     assert bare
 
