@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any, Sequence, Tuple
+import contextlib
+from typing import Any, Sequence
 
-from .comm.errors import SyncBatchNormError, explaining, first_line
-from .comm.groups import default_store
+from .comm.errors import SyncBatchNormError, first_line
 from .host import bagua
 
 __all__ = ["broadcast_buffers", "message_bucket", "running_error"]
-
-_broadcasts: Counter[Tuple[int, ...]] = Counter()  # by the ranks of the group
 
 
 def broadcast_buffers(layers: Sequence[Any], group: Any) -> None:
@@ -27,16 +24,13 @@ def broadcast_buffers(layers: Sequence[Any], group: Any) -> None:
     Collectives:
         One broadcast for each buffer. Every rank of ``group`` must call.
     """
-    members, communicator = tuple(group.ranks), group.get_global_communicator()
-    label = f"bagua_syncbn/buffers/{'_'.join(map(str, members))}"
+    communicator = group.get_global_communicator()
+    explaining = getattr(communicator, "explaining", None)  # not in upstream, whose broadcast does not raise
     for layer in layers:
         for name, buffer in layer._buffers.items():
             if buffer is not None:
-                _broadcasts[members] += 1
-                where, sequence = f"{layer.sync_name}.{name}", _broadcasts[members]
-                with explaining(
-                    where, "broadcast buffers", bagua.get_rank(), members, label, sequence, default_store()
-                ):
+                where = f"{layer.sync_name}.{name}"
+                with contextlib.nullcontext() if explaining is None else explaining(where, "broadcast buffers"):
                     bagua.communication.broadcast(buffer, src=0, comm=communicator)
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 from .comm.channel import Channel
 from .comm.transport import source_group
 from .comm.wire import Roster, SyncPoint
-from .compat import lone_join
+from .compat import inside_transform, later_in_join, lone_join
 
 __all__ = [
     "can_share",
     "check_channels",
     "check_dimensions",
     "check_join",
+    "check_joined",
     "observe",
     "refuse_transform",
     "scripting_error",
@@ -63,6 +64,24 @@ def check_join(name: str) -> None:
         )
 
 
+def check_joined(layer: Any, channel: Channel) -> None:
+    """Checks that a model in the list of ``Join`` is that of the joinable: other rounds get no answer without data.
+
+    Args:
+        layer: the layer, or the first one of a round.
+        channel: its channel.
+
+    Raises:
+        ValueError: if the layer belongs to another ``DistributedDataParallel`` of the list.
+    """
+    if channel.joining and layer not in channel.joining and later_in_join():
+        raise ValueError(
+            f"expected layers of the joinable's model in training inside of Join (got {layer._shown_name} of another "
+            "model in the list); put the models in one module, wrap it in one DistributedDataParallel, call it for "
+            "every forward, and use its joinable"
+        )
+
+
 def check_channels(name: str, input: Tensor, features: int) -> None:
     """Checks the number of channels and the dtype of an input.
 
@@ -96,8 +115,10 @@ def refuse_transform(name: str, process_group: Optional[Any], channel: Optional[
         channel: the channel that the layer is bound to.
 
     Raises:
-        RuntimeError: if the layer normalizes over several ranks.
+        RuntimeError: inside a transform, if the layer normalizes over several ranks.
     """
+    if not inside_transform():
+        return
     source = source_group(process_group)
     if source is not None and source.size() > 1 and not (channel is not None and channel.local):
         raise RuntimeError(

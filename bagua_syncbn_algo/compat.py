@@ -30,6 +30,7 @@ __all__ = [
     "is_tracing",
     "keep_operator",
     "lerp_each_",
+    "later_in_join",
     "lone_join",
     "own_client",
     "saved_tensors_hooks",
@@ -250,11 +251,23 @@ def lone_join() -> bool:
 
     ``False`` with ``throw_on_early_termination``, and before torch 2.0.
     """
+    return _join_position(first=True)
+
+
+def later_in_join() -> bool:
+    """Returns whether a forward of ``DistributedDataParallel`` runs inside of ``Join``, not as the first joinable.
+
+    ``False`` with ``throw_on_early_termination``, and before torch 2.0.
+    """
+    return _join_position(first=False)
+
+
+def _join_position(first: bool) -> bool:
     ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if ddp is None:
         return False
     config = ddp._join_config
-    return bool(config.enable and config.is_first_joinable and not config.throw_on_early_termination)
+    return bool(config.enable and config.is_first_joinable == first and not config.throw_on_early_termination)
 
 
 def own_client(store: Any) -> Any:

@@ -45,8 +45,9 @@ def sync_batch_norm_joinable(model: nn.Module) -> Joinable:
 
     Raises:
         ValueError: if ``model`` has no tagged layers. The constructor of ``Join`` raises it if the joinable is not the
-            first one, if the model's ``DistributedDataParallel`` is not in the list, or after ``with_bagua``, whose
-            gradients are not part of ``Join``.
+            first one, if there is another one of this kind, if the model's ``DistributedDataParallel`` is not in the
+            list, or after ``with_bagua``, whose gradients are not part of ``Join``. In training, the layers of another
+            model in the list raise it.
 
     Collectives:
         None. The constructor of ``Join`` has those of the first training forward, which bind the layers. Inside of the
@@ -132,25 +133,40 @@ class _SyncBatchNormJoinable(Joinable):
 
     def _enter(self) -> None:
         ddp = None if self._ddp is None else self._ddp()
-        found = None
-        if not self._join_config.is_first_joinable:
-            found = "another joinable before it"
-        elif ddp is not None and not ddp._join_config.enable:
-            found = "a list without the model's DistributedDataParallel"
-        if found is not None:
-            for joinable in (self, ddp):
-                if joinable is not None:
-                    _disable(joinable)
-            raise ValueError(
-                f"expected sync_batch_norm_joinable(model) as the first joinable (got {found}); {_ARRANGEMENT}"
+        # The configurations of all joinables are set before the first process group is read.
+        others = [each for each in _joinables.values() if each._entering and each._join_config.enable]
+        error = None
+        if others:
+            # PyTorch's Join has one order of collectives in an iteration: all of one model, then all of the next one.
+            names = ", ".join(type(each._model()).__name__ for each in (self, *others))
+            error = (
+                f"expected one sync_batch_norm_joinable in Join (got those of {names}); put the models in one module, "
+                "wrap it in one DistributedDataParallel, call it for every forward, and use its joinable"
             )
+        elif not self._join_config.is_first_joinable:
+            error = "another joinable before it"
+        elif ddp is not None and not ddp._join_config.enable:
+            error = "a list without the model's DistributedDataParallel"
+        if error is not None:
+            for each in (self, *others):
+                each._leave()
+            if not others:
+                error = f"expected sync_batch_norm_joinable(model) as the first joinable (got {error}); {_ARRANGEMENT}"
+            raise ValueError(error)
         # Now, not in the first forward, which a rank without data does not run.
         channels = {id(channel): channel for channel in (layer._bound_channel() for layer in self._layers)}
         self._channels = [channel for channel in channels.values() if not channel.local]
         for channel in self._channels:
-            channel.joining = True
+            channel.joining = weakref.WeakSet(self._layers)
         called: Any = self._model() if ddp is None else ddp
         self._hook = called.register_forward_pre_hook(self._before_forward)
+
+    def _leave(self) -> None:
+        """Disables a context whose constructor raises an error."""
+        self._entering = False
+        for joinable in (self, None if self._ddp is None else self._ddp()):
+            if joinable is not None:
+                _disable(joinable)
 
     @uncompiled
     def _before_forward(self, module: nn.Module, arguments: Any) -> None:
@@ -171,7 +187,7 @@ class _SyncBatchNormJoinable(Joinable):
             self._hook.remove()
         self._hook = None
         for channel in self._channels:
-            channel.joining = False
+            channel.joining = ()
         self._channels = []
 
     def finished_rank(self, channel: Channel) -> FinishedRank:

@@ -12,13 +12,22 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .capture import normalize_captured
-from .checks import can_share, check_channels, check_dimensions, check_join, observe, refuse_transform, scripting_error
+from .checks import (
+    can_share,
+    check_channels,
+    check_dimensions,
+    check_join,
+    check_joined,
+    observe,
+    refuse_transform,
+    scripting_error,
+)
 from .comm.channel import Channel
 from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
 from .comm.transport import channel_of, source_group
 from .comm.wire import FORWARD, Roster, SyncPoint, SyncTag, sync_point
-from .compat import inside_transform, is_tracing, uncompiled
+from .compat import is_tracing, uncompiled
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
 from .ops.moments import GlobalMoments, LocalMoments, has_fused_kernels, statistics_dtype
@@ -361,8 +370,7 @@ def _batch_norm_eager(
     overlap_with: Optional[OverlapCandidates],
 ) -> Tuple[Tensor, ...]:
     first = layers[0]
-    if inside_transform():
-        refuse_transform(first._shown_name, first.process_group, first._channel)
+    refuse_transform(first._shown_name, first.process_group, first._channel)
     check_join(first._shown_name)
     channel = first._bound_channel(inputs[0].device)
     if len(layers) > 1 and not can_share(layers, inputs, channel):
@@ -372,6 +380,7 @@ def _batch_norm_eager(
     if name is not None:
         point = sync_point(name, point.ordinal, tuple(layer.sync_name for layer in layers))
     try:
+        check_joined(first, channel)
         for layer, input in zip(layers, inputs):
             layer._check_input(input)
     except ValueError as error:
@@ -382,8 +391,7 @@ def _batch_norm_eager(
     if name is not None:
         channel.register(point)
     members = [Member(x, layer.weight, layer.bias, layer.eps, layer.sync_name) for layer, x in zip(layers, inputs)]
-    cache = first._recompute_cache if cache is None else cache
-    cache = None if channel.trial else cache
+    cache = None if channel.trial else (first._recompute_cache if cache is None else cache)
     buffers = fusible_buffers(layers) if has_fused_kernels(inputs[0]) else None
     update = partial(record_moments, layers)
     before = channel.rounds

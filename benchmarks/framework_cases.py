@@ -303,11 +303,15 @@ def hugging_face_trainer(job: Job, model: nn.Module) -> None:
     job.observe(model)
     images, target = (torch.cat([batch[i] for batch in job.all_batches()]) for i in (0, 1))
     # The sampler gives consecutive images to the ranks in turn; the same images on every rank would repeat.
-    data = [{"pixel_values": image, "labels": label} for image, label in zip(images, target)]
-    everyone: List[Any] = [None, None]
     start(job.shards[0])
-    torch.distributed.all_gather_object(everyone, data)
-    chunks = [rank[i : i + job.case.images] for i in range(0, len(data), job.case.images) for rank in everyone]
+    gathered = []
+    for own in (images, target):
+        everyone = [torch.empty_like(own) for _ in range(2)]
+        torch.distributed.all_gather(everyone, own.contiguous())
+        gathered.append([rank.split(job.case.images) for rank in everyone])
+    # One step after the other, and in each step one rank after the other.
+    steps = [torch.cat([chunk for step in zip(*ranks) for chunk in step]) for ranks in gathered]
+    data = [{"pixel_values": image, "labels": label} for image, label in zip(*steps)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
@@ -331,7 +335,7 @@ def hugging_face_trainer(job: Job, model: nn.Module) -> None:
         trainer = transformers.Trainer(
             model,
             arguments,
-            train_dataset=[each for chunk in chunks for each in chunk],
+            train_dataset=data,
             optimizers=(job.optimizer(model), None),
         )
         trainer.train()

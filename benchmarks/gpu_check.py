@@ -9,6 +9,7 @@ GPU, as a test of itself; the parts that need CUDA are left out.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -54,13 +55,19 @@ _GROUPS: List[Any] = []
 
 def _in_group(rank: int, body: Callable[..., Any], backend: str, arguments: Sequence[Any]) -> List[Any]:
     dist.init_process_group(backend, timeout=timedelta(seconds=300))
-    results: List[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(results, body(rank, *arguments))
-    return results
+    text = json.dumps(body(rank, *arguments)).encode()
+    device = "cuda" if backend == "nccl" else "cpu"
+    length = torch.tensor([len(text)], device=device)
+    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length)
+    own = torch.tensor(list(text.ljust(max(map(int, lengths)))), dtype=torch.uint8, device=device)
+    texts = [torch.empty_like(own) for _ in lengths]
+    dist.all_gather(texts, own)
+    return [json.loads(bytes(each.tolist())) for each in texts]
 
 
 def run_in_group(body: Callable[..., Any], world: int, backend: str, *arguments: Any) -> List[Any]:
-    """Returns the results of ``body(rank, *arguments)`` on all ranks of a new group."""
+    """Returns the results of ``body(rank, *arguments)`` on all ranks of a new group, as JSON keeps them."""
     found: List[Any] = run_ranks(_in_group, body, backend, arguments, ranks=world)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -319,6 +320,123 @@ def test_wrong_arrangements_raise() -> None:
         assert "without the model's DistributedDataParallel" in found[1]
         assert "DistributedDataParallel as the first one" in found[2]
         assert "after with_bagua" in found[3]
+
+
+def train_several_models(rank: int) -> List[Any]:
+    dist.init_process_group("gloo")
+    models = [convert_sync_batchnorm(fresh_model()) for _ in range(2)]
+    first, second = (DistributedDataParallel(model) for model in models)
+    joinables = [sync_batch_norm_joinable(model) for model in models]
+    messages: List[Any] = []
+    for listed in (
+        [joinables[0], first, joinables[1], second],
+        [joinables[1], joinables[0], first, second],
+        [joinables[0], first, second],
+    ):
+        with pytest.raises(ValueError) as caught, Join(listed):
+            loss_of(first(batch(rank, 0))).backward()
+            loss_of(second(batch(rank, 0))).backward()
+        messages.append(str(caught.value))
+    for ddp, joinable in zip((second, first), reversed(joinables)):  # training can continue, one model after the other
+        with Join([joinable, ddp]):
+            for index in range(1 + rank):
+                loss_of(ddp(batch(rank, index))).backward()
+    loss_of(first(batch(rank, 5))).backward()
+    return [messages, *map(state_of, models)]
+
+
+@pytest.mark.multirank
+def test_several_models_in_one_context_are_refused() -> None:
+    """Catches rounds of a second model that nobody answers, and a context that stays open after an error."""
+    for messages, *states in run_processes(2, train_several_models):
+        for message in messages[:2]:
+            assert message.startswith("expected one sync_batch_norm_joinable in Join (got those of Branches, Branches)")
+        assert "got Branches.left.1 of another model in the list" in messages[2]
+        assert all("put the models in one module" in message for message in messages)
+        assert [int(state["head.1.num_batches_tracked"]) for state in states] == [4, 2]
+
+
+class Pair(nn.Module):
+    """Two models in one module, as the generator and the discriminator of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Branches(), Branches()
+
+    def forward(self, x: Tensor, which: str) -> Tensor:
+        return self.one(x) if which == "one" else self.two(x)  # type: ignore[no-any-return]
+
+
+def fresh_pair() -> nn.Module:
+    torch.manual_seed(7)
+    return Pair().double()
+
+
+def train_pair(rank: int, counts: Tuple[int, ...]) -> Dict[str, Tensor]:
+    dist.init_process_group("gloo")
+    model = convert_sync_batchnorm(fresh_pair())
+    ddp = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with Join([sync_batch_norm_joinable(model), ddp]):
+        for step in range(counts[rank]):
+            for which in ("one", "two"):
+                optimizer.zero_grad()
+                loss_of(ddp(batch(rank, step), which)).backward()
+                optimizer.step()
+    return state_of(model)
+
+
+@pytest.mark.multirank
+def test_two_models_in_one_module() -> None:
+    """Catches the remedy of the error above if it does not work: the ranks would hang or differ from one process."""
+    counts = (1, 3)
+    model = fresh_pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(max(counts)):
+        active = [rank for rank, count in enumerate(counts) if step < count]
+        for which in ("one", "two"):
+            optimizer.zero_grad()
+            data = torch.cat([batch(rank, step) for rank in active])
+            (loss_of(model(data, which)) / len(counts)).backward()
+            optimizer.step()
+    for found in run_processes(2, train_pair, counts):
+        for name, value in state_of(model).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def train_without_the_joinable(rank: int, counts: Tuple[int, ...], by_method: bool, stays: bool) -> str:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=10))
+    store: Any = dist.distributed_c10d._get_default_store()
+    ddp = DistributedDataParallel(convert_sync_batchnorm(fresh_model()))
+    dist.barrier()
+    message = ""
+    try:
+        with ddp.join() if by_method else Join([ddp]):
+            for index in range(counts[rank]):
+                loss_of(ddp(batch(rank, index))).backward()
+    except RuntimeError as error:
+        message = str(error)
+    if not counts[rank]:
+        store.set("ended", "")
+    elif stays:  # until the other rank has ended, whose wait only the timeout ends
+        store.wait(["ended"], timedelta(seconds=60))
+    return message
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("by_method", [False, True], ids=["Join([ddp])", "ddp.join()"])
+def test_a_context_without_the_joinable_names_the_remedy(by_method: bool) -> None:
+    """Catches a rank with data that waits for rounds which a finished rank never answers."""
+    for message in run_processes(2, train_without_the_joinable, (1, 2), by_method, False):
+        assert "use Join([sync_batch_norm_joinable(model), ddp])" in message
+
+
+@pytest.mark.multirank
+def test_a_rank_without_any_batch_ends_without_the_joinable() -> None:
+    """Catches a rank without a forward, whose error only the backend can raise, that waits longer than the timeout."""
+    message, bare = run_processes(2, train_without_the_joinable, (2, 0), False, True)
+    assert "use Join([sync_batch_norm_joinable(model), ddp])" in message
+    assert bare
 
 
 def test_models_without_layers_are_refused() -> None:

@@ -22,6 +22,7 @@ ORDER = [
     "comm",
     "comm.errors",
     "comm.recorder",
+    "comm.names",
     "comm.groups",
     "comm.wire",
     "comm.report",

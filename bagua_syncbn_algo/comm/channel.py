@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Collection, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Channel:
         capacity: the bytes per message, set by :meth:`join`.
         failed: whether the last exchange ended with an error.
         checks_finite: whether statistics that are not finite are an error; see :mod:`.nonfinite`.
-        joining: whether ranks may finish before the others, so that no round may depend on the kind of an empty shard.
+        joining: the layers whose ranks may finish before the others, so that no round depends on an empty shard's kind.
     """
 
     rank: int = 0
@@ -78,8 +78,8 @@ class Channel:
 
     def __init__(self) -> None:
         self.rounds = self.frames = self.capacity = 0
-        self.failed = self.joining = False
-        self.checks_finite = False
+        self.failed = self.checks_finite = False
+        self.joining: Collection[Any] = ()
         self._names: Dict[int, str] = {}
         self._rosters: weakref.WeakKeyDictionary[Roster, int] = weakref.WeakKeyDictionary()
         self._anonymous = self._joins = 0  # counted: the rosters that still exist differ between ranks

@@ -14,32 +14,44 @@ import sys
 import weakref
 from collections import Counter
 from datetime import timedelta
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 
 from .errors import SyncBatchNormError, first_line
+from .names import MissingRanksError, agree_on_name
 
 __all__ = [
     "GroupReference",
     "default_group",
     "default_store",
     "group_of",
+    "is_destroyed",
     "is_nccl",
+    "label_of",
     "member_group",
     "release_group",
     "timeout_of",
     "yield_core",
 ]
 
-_creation_counts: Counter[Tuple[int, ...]] = Counter()  # by ranks: as many entries as groups of different ranks
-# Keeps groups alive until exit and releases them before the interpreter shuts down: gloo aborts the process if a group
-# is destroyed later.
+_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # of the groups of `member_group`
+_counts: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()  # of other groups, by the world
+# Keeps the groups of the current world alive until exit and releases them before the interpreter shuts down: gloo
+# aborts the process if a group is destroyed later. Each world has its own list: a destroyed world may be freed after
+# the next one has created groups, for example because a DistributedDataParallel still refers to it.
 _live_groups: List[Any] = []
 _world: Optional[weakref.ref[Any]] = None
-_closing: Optional[weakref.finalize[..., Any]] = None  # closes the groups when the world is freed
-atexit.register(_live_groups.clear)  # without shutdown, which may wait for ranks that have terminated
+
+
+class _NoWorld:
+    """The key of groups without a world."""
+
+
+@atexit.register
+def _release_all() -> None:
+    _live_groups.clear()  # without shutdown, which may wait for ranks that have terminated
 
 
 def default_group() -> Any:
@@ -76,6 +88,24 @@ def group_of(process_group: Optional[Any]) -> Optional[Any]:
     return mesh.get_group()
 
 
+def label_of(group: Any, ranks: Sequence[int], purpose: str) -> str:
+    """Returns a prefix for keys in the key-value store: equal on all ranks of a group, different between groups.
+
+    Args:
+        group: the group. If it is not one of :func:`member_group`, the calls in this world are counted instead: all
+            ranks must make the same ones.
+        ranks: the global ranks of the group.
+        purpose: distinguishes the keys of different callers for one group.
+    """
+    name = None if group is None else _names.get(group)
+    if name is not None:
+        return f"{name}/{purpose}"
+    label, world = f"bagua_syncbn/{'_'.join(map(str, ranks))}/{purpose}", default_group()
+    counts = _counts.setdefault(_NoWorld if world is None else world, Counter())
+    counts[label] += 1
+    return f"{label}/{counts[label]}"
+
+
 def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_host: bool = False) -> Any:
     """Creates a communicator over ``ranks``: NCCL if the world's group communicates CUDA tensors, else gloo.
 
@@ -94,45 +124,51 @@ def member_group(ranks: Sequence[int], timeout: Optional[timedelta] = None, on_h
     Collectives:
         Every rank of ``ranks`` must call, and no other.
     """
-    global _closing, _world
+    global _world, _live_groups
     world = default_group()
     if _world is None or _world() is not world:
-        _close_groups()
-        if _closing is not None:  # an earlier world that something, such as a wrapper of a model, still references
-            _closing.detach()
-        _world = weakref.ref(world)
-        _closing = weakref.finalize(world, _close_groups)
-        _closing.atexit = False  # at exit, atexit does it
-        _creation_counts.clear()
-    members = tuple(sorted(ranks))
-    _creation_counts[members] += 1
-    name = f"bagua_syncbn/{'_'.join(map(str, members))}/{_creation_counts[members]}"
-    store = dist.distributed_c10d.PrefixStore(name, default_store())
-    limit = timeout_of(world) if timeout is None else timeout
-    rank = members.index(dist.get_rank())
+        _close_groups(_live_groups)
+        _world, _live_groups = weakref.ref(world), []
+        weakref.finalize(world, _close_groups, _live_groups).atexit = False  # at exit, atexit does it
+    members, rank = sorted(ranks), dist.get_rank()
+    prefix, limit = f"bagua_syncbn/{'_'.join(map(str, members))}", timeout_of(world) if timeout is None else timeout
+    number = members.index(rank)
     group: Any
     try:
-        store.set(f"arrived/{members[rank]}", "")  # the ranks without this key are named in the error
+        name = agree_on_name(default_store(), prefix, rank, members, limit.total_seconds())
+        store = dist.distributed_c10d.PrefixStore(name, default_store())
         if is_nccl(world) and not on_host:
-            group = dist.ProcessGroupNCCL(store, rank, len(members), _nccl_options(limit, name, members))
+            group = dist.ProcessGroupNCCL(store, number, len(members), _nccl_options(limit, name, members))
         else:
             with _yielding_threads():
-                group = dist.ProcessGroupGloo(store, rank, len(members), limit)
+                group = dist.ProcessGroupGloo(store, number, len(members), limit)
     except RuntimeError as error:
-        raise SyncBatchNormError(_creation_error(store, members, members[rank], limit, error)) from error
+        raise SyncBatchNormError(_creation_error(members, rank, limit, error)) from error
+    _names[group] = name
     _live_groups.append(group)
     return group
 
 
-def _creation_error(store: Any, ranks: Sequence[int], own: int, limit: timedelta, error: BaseException) -> str:
+def is_destroyed(group: Any) -> bool:
+    """Returns whether a group has been freed, or is one of :func:`member_group` whose world has been destroyed.
+
+    Such a group may exist until the next call of :func:`member_group`: other groups of that world keep the world alive.
+    """
+    return group is None or (_world is not None and _world() is not default_group() and group in _names)
+
+
+def _creation_error(ranks: Sequence[int], own: int, limit: timedelta, error: BaseException) -> str:
     """Returns the error message for a communicator that could not be created."""
-    try:
-        missing = [str(rank) for rank in ranks if rank != own and not store.check([f"arrived/{rank}"])]
-        found = f"rank {', '.join(missing)} did not arrive in {limit.total_seconds():.0f} s" if missing else "an error"
-        which = f"that of rank {', '.join(missing)}" if missing else "that of each rank"
-    except RuntimeError as unreachable:
-        found = f"no answer of the key-value store: {first_line(unreachable)}"
-        which = "that of the rank that hosts the store, usually rank 0"
+    found, which = "an error", "that of each rank"
+    if isinstance(error, MissingRanksError):
+        which = f"that of rank {', '.join(map(str, error.ranks))}"
+        found = f"{error} in {limit.total_seconds():.0f} s"
+    else:
+        try:
+            default_store().check([f"bagua_syncbn/{own}"])
+        except RuntimeError as unreachable:
+            found = f"no answer of the key-value store: {first_line(unreachable)}"
+            which = "that of the rank that hosts the store, usually rank 0"
     return (
         f"expected ranks {', '.join(map(str, ranks))} to create a communicator together (got {found}); read the output "
         f"of the other ranks first, beginning with {which}. Error on rank {own}: {first_line(error)}"
@@ -166,11 +202,11 @@ def _nccl_options(timeout: timedelta, name: str, ranks: Sequence[int]) -> Any:
     return options
 
 
-def _close_groups() -> None:
-    """Closes the communicators of a world that has been destroyed."""
-    groups = list(_live_groups)
-    _live_groups.clear()
-    for group in groups:
+def _close_groups(groups: List[Any]) -> None:
+    """Closes the communicators of a world that has been destroyed, and empties their list."""
+    closed = list(groups)
+    groups.clear()
+    for group in closed:
         if isinstance(group, getattr(dist, "ProcessGroupNCCL", ())) and hasattr(group, "shutdown"):
             with contextlib.suppress(RuntimeError):  # the communicator has failed before
                 group.shutdown()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from datetime import timedelta
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,16 @@ from torch import Tensor
 from ..compat import ALLGATHER_ON_CURRENT_STREAM
 from ..config import SyncBatchNormConfig
 from .channel import Channel
-from .groups import default_group, default_store, is_nccl, member_group, release_group, timeout_of
+from .groups import (
+    default_group,
+    default_store,
+    is_destroyed,
+    is_nccl,
+    label_of,
+    member_group,
+    release_group,
+    timeout_of,
+)
 from .local import SINGLE_PROCESS
 from .pending import OnStream
 from .wire import SyncPoint
@@ -39,8 +47,9 @@ class TorchChannel(Channel):
         super().__init__()
         self.rank, self.world_size = group.rank(), group.size()
         self.ranks = range(self.world_size) if ranks is None else list(ranks)
-        # A weak reference: a group that outlives destroy_process_group aborts the process at exit.
-        self._group, self._key_value_store = weakref.ref(group), store
+        # Weak references: a group that outlives destroy_process_group aborts the process at exit. A store that outlives
+        # it keeps its server, and the next world on the same port would find the keys of this one.
+        self._group, self._key_value_store = weakref.ref(group), _weak(store)
         self._messages: Dict[torch.device, Tensor] = {}
         self._all_messages: List[Tensor] = []  # also shorter ones: a captured graph may use their memory
         self._is_nccl = is_nccl(group)
@@ -71,9 +80,12 @@ class TorchChannel(Channel):
             gathered = self._receive_buffer(message)
         # Methods of the group: the functional API rejects bare backends and costs 40 µs more per call. gloo has no
         # flat all-gather before torch 2.4. On NCCL, an all-gather into a list adds a copy for each rank.
-        group = self._group()
-        if group is None:
-            raise RuntimeError("the process group was destroyed")
+        group: Any = self._group()
+        if is_destroyed(group):
+            raise RuntimeError(
+                "expected the process group of the layers to exist (got a destroyed one); set process_group of each of "
+                "sync_batchnorm_layers(model) to a group of the current world, and call tag_sync_batchnorm(model)"
+            )
         if self._is_nccl:
             on_current_stream = ALLGATHER_ON_CURRENT_STREAM if self._waits_at_once else None
             options = [] if on_current_stream is None else [on_current_stream]
@@ -82,7 +94,7 @@ class TorchChannel(Channel):
         return gathered, group.allgather([list(gathered.unbind(0))], [message])
 
     def _store(self) -> Optional[Any]:
-        return self._key_value_store
+        return self._key_value_store()
 
 
 class BaguaChannel(Channel):
@@ -107,7 +119,8 @@ class BaguaChannel(Channel):
         super().__init__()
         self.rank, self.world_size = communicator.rank(), communicator.nranks()
         self.ranks = range(self.world_size) if ranks is None else list(ranks)
-        self._communicator, self._streams, self._device, self._key_value_store = communicator, streams, device, store
+        self.communicator, self._streams, self._device = communicator, streams, device
+        self._key_value_store = _weak(store)
         # Weak: the channel is that of all models. The algorithm of a model holds the buckets.
         self._buckets: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._unregistered: Optional[Tensor] = None  # for sync points without a bucket, as in `RunningPool.merge`
@@ -160,7 +173,7 @@ class BaguaChannel(Channel):
                 self._receive[key] = buffer.to_bagua_tensor()
         self._slot = None
         receive = self._receive[key]
-        stream = self._communicator.cuda_stream
+        stream = self.communicator.cuda_stream
         with self._streams.after(stream, [self._streams.record_event()]):
             work = self._start_allgather(send.bagua_backend_tensor(), receive.bagua_backend_tensor())
         return receive, _StreamWork(work, self._streams, self._streams.record_event_on(stream))
@@ -170,18 +183,15 @@ class BaguaChannel(Channel):
             del self._receive[key]
 
     def _store(self) -> Optional[Any]:
-        return self._key_value_store
+        return self._key_value_store()
 
 
-_label_counts: Counter[Tuple[int, ...]] = Counter()  # by ranks: as many entries as groups of different ranks
 _bagua_channels: weakref.WeakKeyDictionary[Any, Dict[torch.device, BaguaChannel]] = weakref.WeakKeyDictionary()
 
 
-def _next_label(ranks: Sequence[int]) -> str:
-    """Returns a name for the next channel over ``ranks``: channels of other ranks, or of other models, differ."""
-    members = tuple(sorted(ranks))
-    _label_counts[members] += 1
-    return f"bagua_syncbn/{'_'.join(map(str, members))}/{_label_counts[members]}"
+def _weak(store: Optional[Any]) -> Callable[[], Optional[Any]]:
+    """Returns a weak reference to a store; a function that returns ``None`` without one."""
+    return (lambda: None) if store is None else weakref.ref(store)
 
 
 def bagua_channel(
@@ -202,7 +212,8 @@ def bagua_channel(
         return channels[device]
     channel = BaguaChannel(group.get_global_communicator(), streams, device, default_store(), group.ranks)
     channels[device] = channel
-    channel.label, channel.checks_finite = _next_label(group.ranks), check == "nonfinite"
+    channel.checks_finite = check == "nonfinite"
+    channel.label = label_of(getattr(channel.communicator, "torch_group", None), group.ranks, "channel")
     seconds = timeout_of(default_group()).total_seconds() if timeout is None else timeout
     if channel.world_size > 1:
         channel.check_versions(min(seconds, _VERSION_SECONDS))
@@ -302,7 +313,7 @@ def _channel_over(source: Any, on_host: bool) -> TorchChannel:
     limit = timeout_of(source) if seconds is None else timedelta(seconds=seconds)
     group = member_group(ranks, limit, on_host)
     channel = TorchChannel(group, default_store(), sorted(ranks))
-    channel.label, channel.checks_finite = _next_label(ranks), config.check == "nonfinite"
+    channel.label, channel.checks_finite = label_of(group, ranks, "channel"), config.check == "nonfinite"
     # The constructor of a gloo group has waited for all ranks. That of an NCCL group has not: the first message does.
     seconds = limit.total_seconds()
     channel.check_versions(seconds if is_nccl(group) else min(seconds, _VERSION_SECONDS))

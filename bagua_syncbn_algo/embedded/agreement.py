@@ -8,10 +8,12 @@ next forward. Every rank then detects the failed step, and which messages the ot
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
 
 import torch
 
+from ..comm.groups import is_destroyed
 from ..comm.wire import digest
 
 __all__ = ["Agreement", "Report"]
@@ -38,7 +40,9 @@ class Agreement:
     """
 
     def __init__(self, group: Any, model: str, communicator: Any) -> None:
-        self._group, self._communicator, self._name = group, communicator, model
+        # A weak reference: after destroy_process_group, a model would keep the threads and the store of the group.
+        self._group, self._size = weakref.ref(group), group.size()
+        self._communicator, self._name = communicator, model
         self._model = digest(model)
         self._steps = self._completed = 0
 
@@ -61,12 +65,18 @@ class Agreement:
         """
         self._steps += 1
         own = torch.tensor([self._model, self._steps, self._completed, participates, interrupted, *counts])
-        rows = own.new_empty((self._group.size(), own.numel()))
+        rows = own.new_empty((self._size, own.numel()))
         # The place is taken before the wait, on all ranks in the same order.
         explaining = self._communicator.explaining(f"the end of step {self._steps} of {self._name}", "end the step")
         failure = None
         try:
-            work = self._group.allgather([list(rows.unbind(0))], [own])
+            group: Any = self._group()
+            if is_destroyed(group):
+                raise RuntimeError(
+                    "expected the process group of the model to exist (got a destroyed one); call with_bagua again "
+                    "after init_process_group"
+                )
+            work = group.allgather([list(rows.unbind(0))], [own])
         except RuntimeError as error:
             failure = error
 

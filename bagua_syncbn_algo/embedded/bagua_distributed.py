@@ -68,8 +68,7 @@ class BaguaDistributedDataParallel:
         self._optimizer_hooks: List[Any] = []
         previous = module.__dict__.get("bagua_ddp")
         if isinstance(previous, BaguaDistributedDataParallel) and previous.module is module:
-            previous._recover_if_interrupted()
-            previous._remove_hooks()
+            previous._retire()
         communicator = process_group.get_global_communicator()
         self._agreement = (
             Agreement(process_group.host_group(), bagua_module_name, communicator)
@@ -194,7 +193,16 @@ class BaguaDistributedDataParallel:
             self._optimizer_hooks.append(optimizer.register_step_post_hook(hook))
             self._optimizer_hooks.append(optimizer.register_step_pre_hook(self._before_optimizer_step))
 
-    def _remove_hooks(self) -> None:
+    def _retire(self) -> None:
+        """Ends an interrupted step and removes all hooks, because the module is wrapped again.
+
+        Collectives:
+            Those of :meth:`_recover_if_interrupted`; none after ``destroy_process_group``, when no rank can recover.
+        """
+        if self.process_group.get_global_communicator().exists:
+            self._recover_if_interrupted()
+        else:
+            _open_backwards[:] = [ddp for ddp in _open_backwards if ddp.process_group.get_global_communicator().exists]
         _remove_all(self._module_hooks)
         _remove_all(self._parameter_hooks)
         _remove_all(self._optimizer_hooks)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.groups import is_nccl, member_group
+from ..comm.groups import default_group, is_nccl, member_group
 from .core import BaguaCommBackendPy, BaguaSingleCommunicatorPy
 from .env import get_local_rank, get_rank, get_world_size
 from .objects import pack, unpack
@@ -62,6 +62,7 @@ class _NonMember:
 
     cuda_stream = None
     streams = CpuStreams()
+    exists = True
 
     def rank(self) -> int:
         return -1
@@ -220,11 +221,17 @@ _backends: weakref.WeakValueDictionary[str, BaguaCommBackendPy] = weakref.WeakVa
 
 
 def get_backend(model_name: str) -> BaguaCommBackendPy:
-    """Returns the backend that schedules the buckets of the model ``model_name``; the same one at every call."""
-    backend = _backends.get(model_name)
-    if backend is None:
+    """Returns the backend that schedules the buckets of the model ``model_name``; the same one at every call.
+
+    After ``destroy_process_group`` and another ``init_process_group`` it is a new one: buckets of the former world may
+    have failed, and the former backend would raise their errors.
+    """
+    backend, world = _backends.get(model_name), default_group()
+    if backend is None or backend.world() is not world:
         backend = _backends[model_name] = BaguaCommBackendPy(100, device_id=get_local_rank())
         backend.model_name = model_name
+        if world is not None:
+            backend.world = weakref.ref(world)
     return backend
 
 

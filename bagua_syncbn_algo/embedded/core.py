@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..comm.errors import explaining
-from ..comm.groups import default_store, is_nccl
+from ..comm.groups import default_store, is_destroyed, is_nccl, label_of
 from .streams import CpuStreams
 
 __all__ = ["BaguaBucketPy", "BaguaCommBackendPy", "BaguaSingleCommunicatorPy", "BaguaTensorPy"]
@@ -38,7 +38,6 @@ _REDUCE_OPS = {
     9: dist.ReduceOp.BXOR,
 }
 SUM, AVG = 0, 10
-_communicators: Counter[Tuple[int, ...]] = Counter()  # by their ranks
 
 
 class BaguaTensorPy:
@@ -94,9 +93,7 @@ class BaguaSingleCommunicatorPy:
         self._group_reference = weakref.ref(group)
         self.cuda_stream, self.streams = stream, streams
         self._ranks = tuple(range(group.size())) if ranks is None else tuple(ranks)
-        # Equal on all ranks, for the keys in the store: members create their communicators in one order.
-        _communicators[self._ranks] += 1
-        self._label = f"bagua_syncbn/host/{'_'.join(map(str, self._ranks))}/{_communicators[self._ranks]}"
+        self._label = label_of(group, self._ranks, "host")  # members create their communicators in one order
         self._explained: Counter[str] = Counter()  # by purpose: buckets are sent by a thread of their own
 
     def explaining(self, where: str, purpose: str) -> ContextManager[None]:
@@ -111,9 +108,19 @@ class BaguaSingleCommunicatorPy:
         return explaining(where, purpose, own, self._ranks, label, self._explained[purpose], default_store())
 
     @property
+    def exists(self) -> bool:
+        """Whether the process group exists. It ends with the world that it belongs to. Not in upstream."""
+        return not is_destroyed(self._group_reference())
+
+    @property
+    def torch_group(self) -> Any:
+        """The process group, as a ``torch.distributed`` group or a bare backend. Not in upstream."""
+        return self._group
+
+    @property
     def _group(self) -> Any:
         group = self._group_reference()
-        if group is None:
+        if is_destroyed(group):
             raise RuntimeError(
                 "expected the communicator's process group to exist (got a destroyed one); call with_bagua again after "
                 "init_process_group"
@@ -361,6 +368,7 @@ class BaguaCommBackendPy:
 
     def __init__(self, schedule_channel_cap: int = 100, device_id: int = 0) -> None:
         self.model_name = ""
+        self.world: Callable[[], Any] = lambda: None  # the world's process group of the buckets
         self._buckets: List[BaguaBucketPy] = []
         self._bucket_of: Dict[int, int] = {}  # index of the bucket, by the id of the tensor
         self._required: List[Set[int]] = []  # for each bucket, the ids of the tensors that must be ready

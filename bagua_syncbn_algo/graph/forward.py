@@ -21,6 +21,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_join
 from ..comm.channel import Channel
 from ..comm.report import CHECK
 from ..comm.wire import FORWARD, Roster, SyncBatchNormError, digest
@@ -347,6 +348,8 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     layer = next((part for part in module.modules() if isinstance(part, SyncBatchNorm)), None)
     if layer is None:
         check_replaced(module, forward.name)
+    if layer is not None:
+        check_join(layer._shown_name)  # before a rank without data would have to create the channel, too
     if layer is None or inside_transform() or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
     forward.follow(layer._bound_channel())
