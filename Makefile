@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz lint docs launches gpu-check bench conformance contract frameworks clean
+.PHONY: demo test fuzz faults lint docs launches gpu-check bench conformance contract frameworks clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.made:
@@ -35,6 +35,12 @@ SEED ?= 0
 
 fuzz: $(VENV)/.test ## random models and training loops against one process; 15 minutes at most
 	$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
+
+# Some faults only: make faults ONLY=SIGKILL
+ONLY ?=
+
+faults: $(VENV)/.test ## injected faults on both hosts, 10 minutes at most; writes docs/fault_table.md
+	$(BIN)/python -m tests.faults --only "$(ONLY)"
 
 $(VENV)/.docs: $(VENV)/.made setup.cfg
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

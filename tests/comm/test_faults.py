@@ -81,6 +81,12 @@ def test_a_store_that_never_answers_ends_the_wait(mocker: Any) -> None:
     assert "cannot be reached (no answer)" in text
 
 
+def test_a_description_ends_within_the_documented_time() -> None:
+    """Catches a rank that ends more than 3 seconds after its timeout, because it waits for positions, then for readers."""
+    assert errors._DESCRIBE_SECONDS + max(errors._READ_SECONDS, errors._STORE_SECONDS) < 3.0
+    assert errors._READ_SECONDS < errors._STORE_SECONDS  # a store that answers is not given up while ranks read
+
+
 @pytest.mark.multirank
 def test_a_second_failure_does_not_quote_the_first() -> None:
     """Catches keys in the store without the number of the message, in a channel that fails twice."""
