@@ -7,7 +7,7 @@ from typing import Tuple
 
 import pytest
 
-from tests.faults.cases import EXACT, FAULTS, HOSTS, Fault
+from tests.faults.cases import BARE, EXACT, FAULTS, HOSTS, NAMED, Fault
 from tests.faults.check import run
 from tests.faults.model import PLACES
 from tests.faults.__main__ import cases
@@ -31,12 +31,14 @@ def test_the_table_has_each_fault() -> None:
         shown = {"ddp": "DDP", "bagua": "Bagua"}[host]
         found = [line for line in lines if line.startswith(f"| {fault.name} | {shown} |")]
         assert len(found) == 1, (fault.name, host)
-        assert found[0].endswith(f"| {fault.expected(host)} |"), found
+        # Errors of PyTorch's own collectives depend on which of its threads ends first.
+        allowed = [fault.expected(host)] + [NAMED] * (fault.expected(host) == BARE)
+        assert any(found[0].endswith(f"| {result} |") for result in allowed), found
 
 
 CHEAP = [
-    ("skips a layer in the second step", "ddp"),
-    ("freezes a weight in the second step", "bagua"),
+    ("skips a layer in the third step", "ddp"),
+    ("freezes a weight in the third step", "bagua"),
     ("SIGKILL: forward, between two rounds", "bagua"),
     ("exception: loss", "ddp"),
     ("has images of another size", "ddp"),

@@ -18,7 +18,7 @@ HEADING = f"""# Injected faults
 
 `make faults` injects {{faults}} faults into training jobs of 2 or 3 real processes, on two hosts: `DistributedDataParallel` (DDP)
 and `with_bagua` on the embedded host (Bagua). It writes this page. The model has five synchronized layers in four rounds.
-The timeout of the process groups is {TIMEOUT:.0f} s. Unless the name of a fault says otherwise, rank 1 is at fault, in the second step.
+The timeout of the process groups is {TIMEOUT:.0f} s. Unless the name of a fault says otherwise, rank 1 is at fault, in the third step.
 
 Each run is checked for three things:
 
@@ -32,8 +32,8 @@ Each run is checked for three things:
 | recovers | exceptions are caught and steps are repeated: all ranks complete the job |
 | named | every rank ends with an error that names the place and the rank |
 | refused | every rank ends with an error that names the remedy |
-| not compared | the parameters of the ranks differ, and nothing compares them |
-| error of PyTorch | every rank ends in time, but an error of PyTorch's own collective names neither place nor rank |
+| parameters differ | PyTorch's own reducer or optimizer steps with other values on one rank; this package does not see it |
+| error of PyTorch | every rank ends in time, but an error of a collective of PyTorch itself names neither place nor rank |
 
 *Seconds* are those from the fault to the end of the last of the other ranks, or until they have caught their error.
 """

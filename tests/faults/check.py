@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.faults import job
-from tests.faults.cases import BARE, DIVERGES, EXACT, MARGIN, NAMED, RECOVERS, REFUSED, TIMEOUT, Fault
+from tests.faults.cases import BARE, DIVERGES, EXACT, MARGIN, NAMED, RECOVERS, REFUSED, Fault
 from tests.faults.model import STEPS, reference
 from tests.ranks import Outcome, free_port, observe_processes
 
@@ -22,8 +22,11 @@ OWN = "InjectedError"  # the exception of the fault itself
 # A layer, or a place outside of rounds.
 PLACE = re.compile(
     r"Net\.\w+|the check of Net's first training batch|bucket \d+|end of step \d+|comparison of parameters|parameter \w+"
-    r"|create a communicator|message version|first use of a model's layers|in the step of rank|steps without an error"
+    r"|agreement on process groups|number of optimizer steps|the same synchronized layers and rounds|create a communicator|message version|first use of a model's layers|in the step of rank|steps without an error"
 )
+
+# Errors of PyTorch's own collectives.
+PYTORCH = re.compile(r"gloo|[Cc]onnection|[Tt]imed out|DDP|Expected to have finished reduction|param in process 0")
 
 
 class Row(NamedTuple):
@@ -60,8 +63,8 @@ def judge(fault: Fault, host: str, outcomes: List[Outcome]) -> Row:
         seconds = max([value for rank, value in times.items() if rank != fault.rank] or times.values())
         for rank, value in times.items():
             # A rank that pauses, or goes on after its exception, meets the end of the other ranks afterwards.
-            extra = (fault.seconds or 0.0) + (TIMEOUT + MARGIN) * (fault.catch == "one") if rank == fault.rank else 0.0
-            if value > TIMEOUT + MARGIN + extra:
+            extra = (fault.seconds or 0.0) + (fault.timeout + MARGIN) * (fault.catch == "one") if rank == fault.rank else 0.0
+            if value > fault.timeout + MARGIN + extra:
                 problems.append(f"rank {rank} ends {value:.1f} s after the fault")
     problems += [f"rank {rank} hangs" for rank in remaining if outcomes[rank].exit_code is None]
     expected = fault.expected(host)
@@ -76,7 +79,13 @@ def judge(fault: Fault, host: str, outcomes: List[Outcome]) -> Row:
         # The rank with fewer batches does not fail.
         failing = [rank for rank in remaining if fault.batches is None or fault.joins or rank != fault.rank]
         problems += [f"rank {rank} does not fail" for rank in failing if not outcomes[rank].failure]
-    return Row(fault, host, _told(messages), seconds, expected, problems)
+    named = all(_is_named(text, fault) for texts in messages.values() for text in texts)
+    result = NAMED if expected == BARE and named else expected
+    return Row(fault, host, _told(messages), seconds, result, problems)
+
+
+def _is_named(text: str, fault: Fault) -> bool:
+    return OWN in text[:60] or bool(PLACE.search(text) and re.search(rf"rank {fault.rank}\b", text))
 
 
 def _messages(outcome: Outcome) -> List[str]:
@@ -94,7 +103,10 @@ def _time_of_error(outcome: Outcome) -> float:
 def _check_messages(fault: Fault, expected: str, messages: Dict[int, List[str]]) -> List[str]:
     problems = []
     for rank, texts in messages.items():
-        others = [text for text in texts if OWN not in text.split("\n")[0][:60]]
+        # The rank at fault may raise an error of its own, about its input for example.
+        others = [text for text in texts if OWN not in text[:60]]
+        if rank == fault.rank and fault.change == "wrong input":
+            continue
         if rank == fault.rank and fault.catch == "one":
             continue  # the other ranks have ended because of it
         if expected in (NAMED, RECOVERS):
@@ -106,6 +118,8 @@ def _check_messages(fault: Fault, expected: str, messages: Dict[int, List[str]])
         first = others[0] if others else ""
         if fault.says and expected != BARE and others and not re.search(fault.says, first):
             problems.append(f"rank {rank} does not say {fault.says!r}: {first[:300]}")
+        if expected == BARE and first and not PLACE.search(first) and not PYTORCH.search(first):
+            problems.append(f"rank {rank} has another error than one of a collective: {first[:300]}")
         if expected == REFUSED and not re.search(r"\(got .*\); ", first):
             problems.append(f"rank {rank} names no remedy: {first[:300]}")
     return problems
@@ -164,7 +178,7 @@ def _differences(rank: int, states: List[_State], fault: Fault, buffers: bool, e
     """
     steps = list(range(STEPS)) if early else [step for step, _, _ in states if step < STEPS]
     counts = [STEPS if r != fault.rank else fault.batches or STEPS for r in range(fault.world)] if fault.joins else None
-    wanted = reference(steps, fault.world, fault.data, counts)
+    wanted = reference(steps, fault.world, fault.data, counts, fault.change == "unused branch")
     problems = []
     for index, (step, *found) in enumerate(states):
         if not wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from datetime import timedelta
@@ -22,7 +23,7 @@ from bagua_syncbn_algo import (
     sync_batch_norm_joinable,
 )
 from bagua_syncbn_algo.comm import version
-from tests.faults.cases import TIMEOUT, Fault
+from tests.faults.cases import Fault
 from tests.faults.model import ACTIONS, STEPS, Net, fresh_model, in_thread, loss_of, optimizer_of
 from tests.faults.model import shard, state_of, trigger
 
@@ -58,12 +59,13 @@ class Job:
         self.rank, self.world, self.note, self.fault, self.host = rank, world, note, fault, host
         self.second_port, self.faulty = second_port, rank == fault.rank
         # What this rank does differently; empty on all other ranks.
-        self.change = fault.change if faulty else ""
-        self.catches = fault.catch == "all" or (fault.catch == "one" and faulty)
+        self.change = fault.change if self.faulty else ""
+        self.catches = fault.catch == "all" or (fault.catch == "one" and self.faulty)
 
     def run(self) -> None:
         trigger.now = self.fault.step  # for the places before the first step
         self.start()
+        failure = ""
         try:
             self.prepare()
             with self.join():
@@ -71,7 +73,9 @@ class Job:
         except Exception as error:
             if not self.fault.restart:
                 raise
-            self.note("lost", (-1, f"{type(error).__name__}: {error}"))
+            failure = f"{type(error).__name__}: {error}"
+        if failure:
+            self.note("lost", (-1, failure))
             self.start_again()
         else:
             self.note("state", (STEPS, *state_of(self.net)))
@@ -81,13 +85,17 @@ class Job:
         if self.change == "message version":
             self.note("fault")
             version.MESSAGE_VERSION = 99  # type: ignore[misc]
-        dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=self.fault.timeout))
         trigger.reached("before the wrapper")
         if self.host == "bagua":
             bagua.init_process_group()
 
     def start_again(self) -> None:
         """Trains from the start with the ranks that are left, which also destroy their process group first."""
+        # Connections are closed with the last reference to the group, which DistributedDataParallel holds, too. Until
+        # then the other ranks wait for their timeout.
+        del self.model, self.net, self.optimizer
+        gc.collect()
         dist.destroy_process_group()
         left = [rank for rank in range(self.world) if self.fault.action == "raise" or rank != self.fault.rank]
         os.environ.update(
@@ -210,6 +218,8 @@ class Job:
             with torch.no_grad():
                 self.model.eval()(x)
             self.model.train()
+        if self.change == "no_sync" and step == self.fault.step:
+            self._accumulate(x)
         y = self.forward(x)
         trigger.reached("loss")
         loss = loss_of(y)
@@ -224,17 +234,19 @@ class Job:
             return in_thread(lambda: self.model(x))  # type: ignore[no-any-return]
         if self.change == "checkpoint":
             return checkpoint(self.model, x, use_reentrant=False)  # type: ignore[no-any-return]
-        if self.change == "no_sync":
-            return self._unsynchronized(x)
         return self.model(x)  # type: ignore[no-any-return]
 
-    def _unsynchronized(self, x: Tensor) -> Tensor:
+    def _accumulate(self, x: Tensor) -> None:
+        """Runs a forward and a backward without the reduction of gradients."""
         self.note("fault")
         if self.host == "ddp":
             with self.model.no_sync():
-                return self.model(x)  # type: ignore[no-any-return]
-        self.net.bagua_ddp.require_backward_grad_sync = False  # type: ignore[union-attr]
-        return self.model(x)  # type: ignore[no-any-return]
+                loss_of(self.model(x)).backward()
+            return
+        ddp: Any = self.net.bagua_ddp
+        ddp.require_backward_grad_sync = False
+        loss_of(self.model(x)).backward()
+        ddp.require_backward_grad_sync = True
 
 
 def log_shape(module: nn.Module, args: Any, output: Tensor) -> None:

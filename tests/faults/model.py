@@ -120,7 +120,7 @@ def shard(step: int, rank: int, data: str = "") -> Tensor:
     other = data if rank == 1 else ""
     shape = (0 if other == "empty" else 3 + rank, 2, 9 if other == "sizes" else 7, 7)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) * (1 + rank)
-    if other == "nan" and step > 0:
+    if other == "nan" and step > 1:
         x[0, 0, 0, 0] = float("nan")
     return x
 
@@ -139,6 +139,9 @@ def state_of(model: nn.Module) -> Tuple[Tensor, Tensor]:
     for named in (model.named_parameters(), model.named_buffers()):
         found.append(torch.cat([value.detach().double().flatten() for _, value in sorted(named)]))
     return found[0], found[1]
+
+
+_random = threading.Lock()  # the random number generator is that of all threads
 
 
 # -- the reference -----------------------------------------------------------------------------------------------------
@@ -163,18 +166,20 @@ def _normalized(layer: nn.BatchNorm2d, shards: Sequence[Tensor]) -> List[Tensor]
     return [p.reshape(h.transpose(0, 1).shape).transpose(0, 1) for p, h in zip(parts, shards)]
 
 
-def _outputs(net: Any, shards: Sequence[Tensor]) -> List[Tensor]:
+def _outputs(net: Any, shards: Sequence[Tensor], unused: bool) -> List[Tensor]:
     """Computes the forward of the model, written a second time: every convolution by shard, every layer over all."""
     h = [y.tanh() for y in _normalized(net.stem[1], [net.stem[0](x) for x in shards])]
     left = _normalized(net.left[1], [net.left[0](x) for x in h])
     right = _normalized(net.right[1], [net.right[0](x) for x in h])
+    if unused:
+        right[1] = right[1].detach()
     h = _normalized(net.one, [a.tanh() + b for a, b in zip(left, right)])
     h = _normalized(net.two, [net.mix(x.tanh()) for x in h])
     return [net.fc(x.tanh().mean((2, 3))) for x in h]
 
 
 def reference(
-    steps: Sequence[int], world: int, data: str = "", counts: Optional[Sequence[int]] = None
+    steps: Sequence[int], world: int, data: str = "", counts: Optional[Sequence[int]] = None, unused: bool = False
 ) -> List[Tuple[Tensor, Tensor]]:
     """Trains plain BatchNorm in one process on the batches of all ranks.
 
@@ -183,17 +188,19 @@ def reference(
         world: the number of ranks.
         data: see :func:`shard`.
         counts: the number of batches of each rank, if they differ.
+        unused: whether the loss of rank 1 does not depend on a branch.
 
     Returns:
         Parameters and buffers after each step.
     """
-    model = fresh_model()
+    with _random:
+        model = fresh_model()
     optimizer = optimizer_of(model)
     found = []
     for step in steps:
         optimizer.zero_grad()
         active = [rank for rank in range(world) if counts is None or step < counts[rank]]
-        outputs = _outputs(model, [shard(step, rank, data) for rank in active])
+        outputs = _outputs(model, [shard(step, rank, data) for rank in active], unused)
         torch.stack([loss_of(output) / world for output in outputs]).sum().backward()
         optimizer.step()
         found.append(state_of(model))
