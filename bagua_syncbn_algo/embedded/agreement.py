@@ -8,6 +8,7 @@ next forward. Every rank then detects the failed step, and which messages the ot
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
 
 import torch
@@ -45,7 +46,7 @@ class Agreement:
 
     def report(
         self, optimizer_steps: int, participates: bool, interrupted: bool, counts: Sequence[int]
-    ) -> Callable[[], List[Report]]:
+    ) -> Callable[..., List[Report]]:
         """Starts the exchange of this rank's report.
 
         Args:
@@ -55,10 +56,12 @@ class Agreement:
             counts: number of messages sent on each communicator of the algorithm; of one length on all ranks.
 
         Returns:
-            A function that waits for the reports of all ranks and returns them in rank order.
+            A function that waits for the reports of all ranks and returns them in rank order. Its argument is whether
+            it describes a failure, which takes seconds; ``True`` by default.
 
         Raises:
-            SyncBatchNormError: from waiting, if a rank terminates or does not arrive.
+            SyncBatchNormError: from waiting, if a rank terminates or does not arrive. A ``RuntimeError`` of the
+                collective if it is not described.
 
         Collectives:
             One all-gather. Every rank of the group must call.
@@ -75,8 +78,8 @@ class Agreement:
         except RuntimeError as error:
             failure = error
 
-        def wait() -> List[Report]:
-            with explaining:
+        def wait(describes: bool = True) -> List[Report]:
+            with explaining if describes else contextlib.nullcontext():
                 if failure is not None:
                     raise failure
                 work.wait()

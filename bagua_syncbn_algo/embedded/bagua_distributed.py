@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 from torch import Tensor, nn
 
-from ..comm.wire import SyncBatchNormError, digest
+from ..comm.wire import digest
 from ..compat import graph_task, will_run
 from .agreement import Agreement, Report
 from .bucket import BaguaBucket
@@ -284,8 +284,8 @@ class BaguaDistributedDataParallel:
             except Exception:
                 # On CUDA an exception on another rank may surface here first. The reports identify that rank.
                 found: List[Report] = []
-                with contextlib.suppress(SyncBatchNormError):  # a rank is lost: the first error has the first place
-                    found = reports()
+                with contextlib.suppress(RuntimeError):  # a rank is lost: the first error has the first place
+                    found = reports(False)  # a second description would take as long as the first one
                 if any(report.interrupted for report in found):
                     self._finish_step(found)
                 raise
@@ -324,12 +324,12 @@ class BaguaDistributedDataParallel:
                 "incomplete gradients); skip optimizer.step after an exception in backward"
             )
 
-    def _report(self, participates: bool, interrupted: bool) -> Callable[[], List[Report]]:
+    def _report(self, participates: bool, interrupted: bool) -> Callable[..., List[Report]]:
         counts = self.bagua_algorithm.message_counts()
         if self._agreement is None:  # one rank
-            return lambda: [Report(0, 0, 0, 0, participates, interrupted, tuple(counts))]
+            return lambda *unused: [Report(0, 0, 0, 0, participates, interrupted, tuple(counts))]
         reports = self._agreement.report(self._optimizer_steps, participates, interrupted, counts)
-        return lambda: self._check_same_model(reports())
+        return lambda *describes: self._check_same_model(reports(*describes))
 
     def _check_same_model(self, reports: List[Report]) -> List[Report]:
         """Returns ``reports``; raises an error if a rank reports a step of another model."""

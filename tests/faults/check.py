@@ -195,7 +195,7 @@ def _differences(rank: int, states: List[_State], fault: Fault, buffers: bool, e
 
 # -- the text of the table ---------------------------------------------------------------------------------------------
 
-_LENGTH = 230  # characters of a message in the table
+_LENGTH = 260  # characters of a message in the table
 
 
 def _told(messages: Dict[int, List[str]]) -> str:
@@ -209,13 +209,26 @@ def _told(messages: Dict[int, List[str]]) -> str:
     return "<br>".join(f"rank {rank}: {text}" for rank, text in texts.items())
 
 
+def _end_of_value(line: str) -> int:
+    """Returns the index after the closing parenthesis of ``(got ...)``; the length of a line without one."""
+    depth = 0
+    for index in range(max(line.find("(got "), 0), len(line) if "(got " in line else 0):
+        depth += {"(": 1, ")": -1}.get(line[index], 0)
+        if depth == 0:
+            return index + 1
+    return len(line)
+
+
 def shorten(message: str) -> str:
     """Returns the expectation and the value of an error, without the remedy, addresses and numbers that vary."""
     if message.startswith(OWN):
         return "its exception"
-    text = re.sub(r"^SyncBatchNormError: ", "", message.split("\n")[0])
-    text = re.split(r"\); ", text)[0] + (")" if re.search(r"\); ", text) else "")
-    text = text.replace(": it terminated or runs other code", "")
+    line = re.sub(r"^SyncBatchNormError: |^RuntimeError: (?=expected)", "", message.split("\n")[0])
+    line = re.sub(r" This is typically caused by .*", "", line)
+    text = line[: _end_of_value(line)]
+    text = re.sub(r": it terminated or runs other code(?=\))", "", text)
+    remarks = re.search(r"Not the same on all ranks: .*", line)
+    text += f" … {remarks[0]}" if remarks else ""
     text = re.sub(r"\[?[\w.:]+\]?:\d{4,}", "address", re.sub(r"Net_\d+", "Net", text))
     text = re.sub(r"^\w*Error: |\[\S+\.cc:\d+\] ?|\(after [\d.]+ s\)", "", text) if "expected" not in text else text
     text = text.replace("|", "/").replace("`", "'").strip()
