@@ -7,10 +7,10 @@ from typing import Tuple
 
 import pytest
 
+from tests.faults.__main__ import cases
 from tests.faults.cases import BARE, EXACT, FAULTS, HOSTS, NAMED, Fault
 from tests.faults.check import run
 from tests.faults.model import PLACES
-from tests.faults.__main__ import cases
 
 PAGE = Path(__file__).parent.parent / "docs" / "fault_table.md"
 

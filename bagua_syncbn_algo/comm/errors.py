@@ -84,9 +84,7 @@ def exchange_positions(
     return Positions(dict(found.known), dict(found.earlier), reasons[0] if reasons else "")
 
 
-def await_readers(
-    store: Any, prefix: str, rank: int, others: Iterable[int], seconds: Optional[float] = None
-) -> None:
+def await_readers(store: Any, prefix: str, rank: int, others: Iterable[int], seconds: Optional[float] = None) -> None:
     """Waits, for a short time, until other ranks have read what this rank has published.
 
     The store may end with the process of this rank, which is about to raise an error.

@@ -110,6 +110,7 @@ class Roster:
         itemsize: the bytes per statistic: 4, or 8 if any layer has float64 parameters.
         observer: records the rounds of these layers on this rank.
         remarks: returns lines about the model on this rank that explain a difference to other ranks.
+        members: returns the layers on this rank that still exist.
     """
 
     layers: Tuple[Tuple[str, int], ...] = ()
@@ -117,6 +118,7 @@ class Roster:
     itemsize: int = 4
     observer: StepObserver = field(default_factory=StepObserver, repr=False)
     remarks: Callable[[], Sequence[str]] = field(default=tuple, repr=False)
+    members: Callable[[], Sequence[Any]] = field(default=tuple, repr=False)
 
     def capacity(self, itemsize: int) -> int:
         """Returns the bytes of a message for the largest round: header, counts, means and variances.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from .coalesce import plan_of
 from .module_state import HOOKS
 
-__all__ = ["Remarks"]
+__all__ = ["Members", "Remarks"]
 
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_hooks")
 
@@ -40,6 +40,23 @@ class Remarks:
         with contextlib.suppress(Exception):  # remarks must not replace the error that they explain
             lines += [f"{name} is not coalesced because it {reason}" for name, reason in plan_of(module).skipped]
         return lines
+
+
+class Members:
+    """A function that lists the layers of a roster that still exist.
+
+    Args:
+        layers: the layers. Weak references are kept, and none in a copy.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {"_layers": []}
+
+    def __call__(self) -> List[nn.Module]:
+        return [layer for layer in (reference() for reference in self._layers) if layer is not None]
 
 
 def _hooks(module: nn.Module) -> Iterator[str]:

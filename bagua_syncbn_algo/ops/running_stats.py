@@ -7,6 +7,9 @@ every rank applies the same update.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
 from typing import Any, List, NamedTuple, Optional, Sequence
 
 import torch
@@ -19,7 +22,14 @@ from .exact import ExactStatistics, constant, launch_moments
 from .fused import Buffers
 from .moments import LocalMoments, merge_moments, split_channels
 
-__all__ = ["RunningPool", "Slot", "fusible_buffers", "move_running_statistics", "record_moments"]
+__all__ = [
+    "RunningPool",
+    "Slot",
+    "digest_of_statistics",
+    "fusible_buffers",
+    "move_running_statistics",
+    "record_moments",
+]
 
 
 class _LocalSummands(NamedTuple):
@@ -296,3 +306,15 @@ def record_moments(layers: Sequence[Any], local: Sequence[Any], statistics: Exac
         else:
             assert isinstance(own, LocalMoments)
             pool.merge(layer, layer._point, own)
+
+
+def digest_of_statistics(layers: Sequence[Any]) -> int:
+    """Returns a 63-bit digest of the running statistics of all layers; 0 if there are none, or they have no values."""
+    hasher = hashlib.blake2b(digest_size=8)
+    buffers = [buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None]
+    with contextlib.suppress(RuntimeError):  # fake tensors, and those of the meta device
+        for buffer in buffers:
+            values = buffer.detach().cpu().contiguous()
+            hasher.update(ctypes.string_at(values.data_ptr(), values.numel() * values.element_size()))
+        return int.from_bytes(hasher.digest(), "little") >> 1 if buffers else 0
+    return 0

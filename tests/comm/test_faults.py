@@ -82,7 +82,7 @@ def test_a_store_that_never_answers_ends_the_wait(mocker: Any) -> None:
 
 
 def test_a_description_ends_within_the_documented_time() -> None:
-    """Catches a rank that ends more than 3 seconds after its timeout, because it waits for positions, then for readers."""
+    """Catches a rank that ends more than 3 seconds after its timeout: it waits for positions, then for readers."""
     assert errors._DESCRIBE_SECONDS + max(errors._READ_SECONDS, errors._STORE_SECONDS) < 3.0
     assert errors._READ_SECONDS < errors._STORE_SECONDS  # a store that answers is not given up while ranks read
 

@@ -16,9 +16,10 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "fault_table.md"
 
 HEADING = f"""# Injected faults
 
-`make faults` injects {{faults}} faults into training jobs of 2 or 3 real processes, on two hosts: `DistributedDataParallel` (DDP)
-and `with_bagua` on the embedded host (Bagua). It writes this page. The model has five synchronized layers in four rounds.
-The timeout of the process groups is {TIMEOUT:.0f} s. Unless the name of a fault says otherwise, rank 1 is at fault, in the third step.
+`make faults` injects {{faults}} faults into training jobs of 2 or 3 real processes, and writes this page. It uses two hosts:
+`DistributedDataParallel` (DDP), and `with_bagua` on the embedded host (Bagua). The model has five synchronized layers in
+four rounds. The timeout of the process groups is {TIMEOUT:.0f} s. Unless the name of a fault says otherwise, rank 1 is at
+fault, in the third step.
 
 Each run is checked for three things:
 
@@ -32,11 +33,12 @@ Each run is checked for three things:
 | recovers | exceptions are caught and steps are repeated: all ranks complete the job |
 | named | every rank ends with an error that names the place and the rank |
 | refused | every rank ends with an error that names the remedy |
-| parameters differ | PyTorch's own reducer or optimizer steps with other values on one rank; this package does not see it |
-| error of PyTorch | every rank ends in time, but an error of a collective of PyTorch itself names neither place nor rank |
+| error of PyTorch | every rank ends in time; an error of a collective of PyTorch itself does not name place and rank |
+| parameters differ | PyTorch's own reducer or optimizer steps with other values on one rank, unseen by this package |
 
 *Seconds* are those from the fault to the end of the last of the other ranks, or until they have caught their error.
 """
+
 
 def cases(only: str = "") -> List[Tuple[Fault, str]]:
     """Returns the faults and hosts whose name contains a text."""
@@ -48,7 +50,12 @@ def text_of(rows: Dict[Tuple[str, str], Row]) -> str:
     """Returns the text of the page."""
     lines = [HEADING.format(faults=len(FAULTS))]
     for section, faults in SECTIONS.items():
-        lines += [f"## {section}", "", "| fault | host | what the ranks say | seconds | result |", "|---|---|---|---|---|"]
+        lines += [
+            f"## {section}",
+            "",
+            "| fault | host | what the ranks say | seconds | result |",
+            "|---|---|---|---|---|",
+        ]
         for fault in faults:
             for host in HOSTS:
                 row = rows.get((fault.name, host))
@@ -63,7 +70,9 @@ def text_of(rows: Dict[Tuple[str, str], Row]) -> str:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--only", default="", help="run the faults whose name and host contain this text; write nothing")
+    parser.add_argument(
+        "--only", default="", help="run the faults whose name and host contain this text; write nothing"
+    )
     parser.add_argument("--jobs", type=int, default=3, help="jobs at a time; most of them wait (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="print what the ranks say")
     options = parser.parse_args(arguments)
@@ -79,8 +88,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     failed = [row for row in rows.values() if row.problems]
     if not options.only:
         PAGE.write_text(text_of(rows))
-    print(f"{len(rows)} runs of {len({name for name, _ in rows})} faults in {time.monotonic() - start:.0f} s, "
-          f"{len(failed)} failed")
+    print(
+        f"{len(rows)} runs of {len({name for name, _ in rows})} faults in {time.monotonic() - start:.0f} s, "
+        f"{len(failed)} failed"
+    )
     return 1 if failed or not rows else 0
 
 

@@ -75,7 +75,7 @@ ONE_RANK_DIFFERS = [
     Fault("has another width", ddp=BARE, change="other width", step=0),
     Fault("has modules in another order", change="other order", step=0),
     Fault("has other initial weights", EXACT, EXACT, change="other weights", step=0),
-    Fault("has other initial running statistics", EXACT, EXACT, change="other buffers", step=0),
+    Fault("has other initial running statistics", NAMED, EXACT, change="other buffers", step=0),
     Fault("has another optimizer state", "", EXACT, change="optimizer state", step=0),
     Fault("has a forward hook", change="hook", step=0, says="forward hook"),
     Fault("runs one more training forward", ddp=BARE, change="two forwards", says=r"Net\.\w+ \((forward|backward)\)"),
@@ -149,17 +149,30 @@ _CAUGHT = {
 EXCEPTIONS = [
     *_at("raise", _PLACES, "exception"),
     *_at("raise", _CAUGHT, "exception caught on all ranks", catch="all"),
-    *_at("raise", dict.fromkeys(["forward, between two rounds", "backward, between two rounds"], (NAMED, NAMED)),
-         "exception caught on one rank", catch="one"),
+    *_at(
+        "raise",
+        dict.fromkeys(["forward, between two rounds", "backward, between two rounds"], (NAMED, NAMED)),
+        "exception caught on one rank",
+        catch="one",
+    ),
 ]
 
 JOBS = [
     Fault("fewer batches, then the end of the process", batches=2),
     Fault("fewer batches, then other code", batches=2, seconds=8.0),
     Fault("fewer batches inside of Join", EXACT, REFUSED, batches=2, joins=True, says="after with_bagua"),
-    Fault("exception, then a new process group", RECOVERS, RECOVERS, "forward, between two rounds", "raise", restart=True),
-    Fault("SIGKILL of one of three ranks, then a new process group", RECOVERS, RECOVERS, "forward, between two rounds",
-          "kill", world=3, restart=True),
+    Fault(
+        "exception, then a new process group", RECOVERS, RECOVERS, "forward, between two rounds", "raise", restart=True
+    ),
+    Fault(
+        "SIGKILL of one of three ranks, then a new process group",
+        RECOVERS,
+        RECOVERS,
+        "forward, between two rounds",
+        "kill",
+        world=3,
+        restart=True,
+    ),
 ]
 
 SECTIONS = {

@@ -20,10 +20,13 @@ ENDING = ("kill", "terminate", "os._exit", "exit", "interrupt")  # the actions t
 OWN = "InjectedError"  # the exception of the fault itself
 
 # A layer, or a place outside of rounds.
-PLACE = re.compile(
-    r"Net\.\w+|the check of Net's first training batch|bucket \d+|end of step \d+|comparison of parameters|parameter \w+"
-    r"|agreement on process groups|number of optimizer steps|the same synchronized layers and rounds|create a communicator|message version|first use of a model's layers|in the step of rank|steps without an error"
-)
+PLACES = [
+    r"Net\.\w+|the check of Net's first training batch|the first use of a model's layers",
+    r"the same synchronized layers and rounds|message version|number of optimizer steps",
+    r"bucket \d+|end of step \d+|in the step of rank|steps without an error",
+    r"comparison of parameters|the same parameters|parameter \w+|create a communicator|agreement on process groups",
+]
+PLACE = re.compile("|".join(PLACES))
 
 # Errors of PyTorch's own collectives.
 PYTORCH = re.compile(r"gloo|[Cc]onnection|[Tt]imed out|DDP|Expected to have finished reduction|param in process 0")
@@ -63,7 +66,11 @@ def judge(fault: Fault, host: str, outcomes: List[Outcome]) -> Row:
         seconds = max([value for rank, value in times.items() if rank != fault.rank] or times.values())
         for rank, value in times.items():
             # A rank that pauses, or goes on after its exception, meets the end of the other ranks afterwards.
-            extra = (fault.seconds or 0.0) + (fault.timeout + MARGIN) * (fault.catch == "one") if rank == fault.rank else 0.0
+            extra = (
+                (fault.seconds or 0.0) + (fault.timeout + MARGIN) * (fault.catch == "one")
+                if rank == fault.rank
+                else 0.0
+            )
             if value > fault.timeout + MARGIN + extra:
                 problems.append(f"rank {rank} ends {value:.1f} s after the fault")
     problems += [f"rank {rank} hangs" for rank in remaining if outcomes[rank].exit_code is None]
@@ -233,4 +240,3 @@ def shorten(message: str) -> str:
     text = re.sub(r"^\w*Error: |\[\S+\.cc:\d+\] ?|\(after [\d.]+ s\)", "", text) if "expected" not in text else text
     text = text.replace("|", "/").replace("`", "'").strip()
     return f"`{text if len(text) <= _LENGTH else text[: _LENGTH - 1] + '…'}`"
-

@@ -7,7 +7,7 @@ import gc
 import os
 import time
 from datetime import timedelta
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,18 @@ from bagua_syncbn_algo import (
 )
 from bagua_syncbn_algo.comm import version
 from tests.faults.cases import Fault
-from tests.faults.model import ACTIONS, STEPS, Net, fresh_model, in_thread, loss_of, optimizer_of
-from tests.faults.model import shard, state_of, trigger
+from tests.faults.model import (
+    ACTIONS,
+    STEPS,
+    Net,
+    fresh_model,
+    in_thread,
+    loss_of,
+    optimizer_of,
+    shard,
+    state_of,
+    trigger,
+)
 
 Note = Callable[..., None]
 ATTEMPTS = 8  # steps that a rank begins, at most

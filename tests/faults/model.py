@@ -58,9 +58,9 @@ def place(name: str, h: Tensor) -> Tensor:
     """Runs the fault that is due at this place, or when backward reaches it."""
     trigger.reached(f"forward, {name}")
     backward = {"after the last round": "before the first round", "between two rounds": "between two rounds"}
-    if name in backward and trigger.place == f"backward, {backward[name]}" and trigger.now == trigger.step:
-        if h.requires_grad:
-            h.register_hook(lambda gradient: trigger.reached(trigger.place))
+    due = name in backward and trigger.place == f"backward, {backward[name]}" and trigger.now == trigger.step
+    if due and h.requires_grad:
+        h.register_hook(lambda gradient: trigger.reached(trigger.place))
     return h
 
 
