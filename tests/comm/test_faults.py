@@ -350,6 +350,36 @@ def test_a_hook_of_one_rank_is_named(when: str, hook: str) -> None:
             assert "The check compares the regrouped forward of a module with its own forward" in text, text
 
 
+# -- running statistics ------------------------------------------------------------------------------------------------
+
+
+def _other_statistics(rank: int, options: Any, counts: Any) -> str:
+    """Loads running statistics on rank 0 only; returns the error of the first training forward."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model: Any = convert_sync_batchnorm(Branches())
+    if rank == 0:
+        model.left[1].running_mean.fill_(3.0)
+    ddp = nn.parallel.DistributedDataParallel(model, **options)
+    try:
+        ddp(torch.randn(2, 2, 4, 4)).sum().backward()
+    except SyncBatchNormError as error:
+        return str(error)
+    dist.all_gather(counts, model.left[1].running_mean)
+    assert torch.equal(*counts)
+    return ""
+
+
+@pytest.mark.multirank
+def test_running_statistics_that_differ_are_an_error() -> None:
+    """Catches a checkpoint that is loaded on rank 0 only: DDP broadcasts no buffers with `broadcast_buffers=False`."""
+    counts = [torch.zeros(3), torch.zeros(3)]
+    for text in run_processes(2, _other_statistics, {"broadcast_buffers": False}, counts):
+        assert "expected the same running statistics on every rank at the first use of a model's layers" in text
+        assert "(got different ones on rank 0 and rank 1 in Branches.left.1 and 1 more layers)" in text
+    assert run_processes(2, _other_statistics, {}, counts) == ["", ""]
+
+
 # -- bare errors of collectives ----------------------------------------------------------------------------------------
 
 

@@ -16,10 +16,10 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "fault_table.md"
 
 HEADING = f"""# Injected faults
 
-`make faults` injects {{faults}} faults into training jobs of 2 or 3 real processes, and writes this page. It uses two hosts:
-`DistributedDataParallel` (DDP), and `with_bagua` on the embedded host (Bagua). The model has five synchronized layers in
-four rounds. The timeout of the process groups is {TIMEOUT:.0f} s. Unless the name of a fault says otherwise, rank 1 is at
-fault, in the third step.
+`make faults` injects {{faults}} faults into training jobs of 2 or 3 real processes, and writes this page. It uses two
+hosts: `DistributedDataParallel` (DDP), and `with_bagua` on the embedded host (Bagua). The model has five synchronized
+layers in four rounds. The timeout of the process groups is {TIMEOUT:.0f} s. Unless the name of a fault says otherwise,
+rank 1 is at fault, in the third step.
 
 Each run is checked for three things:
 
