@@ -173,8 +173,8 @@ def require_one_state(states: Sequence[int], ranks: Sequence[int], layers: Seque
         raise SyncBatchNormError(
             f"expected the same running statistics on every rank at {FIRST_USE} (got different ones on rank "
             f"{known[0][0]} and rank {differing[0]} in {layers[0][0]}{more}); load the same checkpoint on all ranks, "
-            "or let DistributedDataParallel broadcast the buffers of rank 0 (omit broadcast_buffers=False; new versions "
-            "of PyTorch broadcast them once with forward_sync_buffers=False)"
+            "or let DistributedDataParallel broadcast the buffers of rank 0 (omit broadcast_buffers=False; new "
+            "versions of PyTorch broadcast them once with forward_sync_buffers=False)"
         )
 
 

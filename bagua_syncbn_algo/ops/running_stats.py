@@ -7,7 +7,6 @@ every rank applies the same update.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 from typing import Any, List, NamedTuple, Optional, Sequence
@@ -309,12 +308,15 @@ def record_moments(layers: Sequence[Any], local: Sequence[Any], statistics: Exac
 
 
 def digest_of_statistics(layers: Sequence[Any]) -> int:
-    """Returns a 63-bit digest of the running statistics of all layers; 0 if there are none, or they have no values."""
-    hasher = hashlib.blake2b(digest_size=8)
+    """Returns a 63-bit digest of the running statistics of all layers; 0 if there are none.
+
+    It is 0 also for tensors without values or without all values in this process, such as fake tensors.
+    """
     buffers = [buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None]
-    with contextlib.suppress(RuntimeError):  # fake tensors, and those of the meta device
-        for buffer in buffers:
-            values = buffer.detach().cpu().contiguous()
-            hasher.update(ctypes.string_at(values.data_ptr(), values.numel() * values.element_size()))
-        return int.from_bytes(hasher.digest(), "little") >> 1 if buffers else 0
-    return 0
+    if not buffers or any(type(buffer) is not Tensor or buffer.is_meta for buffer in buffers):
+        return 0
+    hasher = hashlib.blake2b(digest_size=8)
+    for buffer in buffers:
+        values = buffer.detach().cpu().contiguous()
+        hasher.update(ctypes.string_at(values.data_ptr(), values.numel() * values.element_size()))
+    return int.from_bytes(hasher.digest(), "little") >> 1
