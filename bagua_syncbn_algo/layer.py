@@ -23,14 +23,7 @@ from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
 from .ops.moments import GlobalMoments, LocalMoments, has_fused_kernels, statistics_dtype
 from .ops.recompute import RecomputeCache, inside_backward
-from .ops.running_stats import (
-    RunningPool,
-    Slot,
-    digest_of_statistics,
-    fusible_buffers,
-    move_running_statistics,
-    record_moments,
-)
+from .ops.running_stats import RunningPool, Slot, fusible_buffers, move_running_statistics, record_moments
 
 __all__ = ["PROCESS_LOCAL", "SyncBatchNorm", "SyncTag", "batch_norm_coalesced"]
 
@@ -205,10 +198,8 @@ class SyncBatchNorm(_BatchNorm):
                 point = sync_point(channel.anonymous_name(self.num_features))
             else:
                 roster = self.tag.roster
-                # Layers of other groups may have had rounds already.
-                members = [each for each in roster.members() if each.process_group is self.process_group]
-                state = 0 if channel.local else digest_of_statistics(members)
-                point = sync_point(self.tag.name, channel.join(roster, self.itemsize, state))
+                ordinal = channel.join(roster, self.itemsize, roster.state(self.process_group))
+                point = sync_point(self.tag.name, ordinal)
             self.bind(channel, point)
         assert self._channel is not None
         return self._channel

@@ -1,4 +1,4 @@
-"""What is special about a model on this rank, for errors of ranks whose models run different rounds."""
+"""What is special about a model on this rank: hooks, for errors of ranks with different rounds, and its state."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 import torch
 from torch import nn
 
+from ..ops.running_stats import digest_of_statistics
 from .coalesce import plan_of
 from .module_state import HOOKS
 
-__all__ = ["Members", "Remarks"]
+__all__ = ["Remarks", "State"]
 
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_hooks")
 
@@ -42,21 +43,23 @@ class Remarks:
         return lines
 
 
-class Members:
-    """A function that lists the layers of a roster that still exist.
+class State:
+    """A function that returns the digest of the running statistics of layers, before their first round.
 
     Args:
-        layers: the layers. Weak references are kept, and none in a copy.
+        layers: the layers. Weak references are kept, and none in a copy, whose digest is unknown.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
 
     def __getstate__(self) -> Dict[str, Any]:
         return {"_layers": []}
 
-    def __call__(self) -> List[nn.Module]:
-        return [layer for layer in (reference() for reference in self._layers) if layer is not None]
+    def __call__(self, process_group: Any) -> int:
+        layers = [layer for layer in (reference() for reference in self._layers) if layer is not None]
+        # Layers of other groups may have had rounds already.
+        return digest_of_statistics([layer for layer in layers if layer.process_group is process_group])
 
 
 def _hooks(module: nn.Module) -> Iterator[str]:
