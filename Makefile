@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz soak lint docs launches gpu-check bench conformance contract frameworks clean
+.PHONY: demo test fuzz soak faults lint docs launches gpu-check bench conformance contract frameworks clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.made:
@@ -38,6 +38,12 @@ fuzz: $(VENV)/.test ## random models and training loops against one process; 15 
 
 soak: $(VENV)/.test ## 14,000 steps on 4 ranks: memory, descriptors, threads, two equal runs; 15 minutes at most
 	timeout 900 $(BIN)/python benchmarks/soak.py
+
+# Some faults only: make faults ONLY=SIGKILL
+ONLY ?=
+
+faults: $(VENV)/.test ## injected faults on both hosts, 10 minutes at most; writes docs/fault_table.md
+	$(BIN)/python -m tests.faults --only "$(ONLY)"
 
 $(VENV)/.docs: $(VENV)/.made setup.cfg
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

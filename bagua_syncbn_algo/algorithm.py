@@ -254,7 +254,7 @@ class SyncBatchNormAlgorithmImpl(AlgorithmImpl):  # type: ignore[misc, valid-typ
         warn_unconverted(module, layers)
         device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         if self._world_group is None:
-            agree_on_groups(self.process_group, device)
+            agree_on_groups(self.process_group, device, self._ranks_per_group)
             self._create_groups()
         roster = layers[0].tag.roster if layers and layers[0].tag is not None else Roster()
         itemsize = max((layer.itemsize for layer in layers), default=4)

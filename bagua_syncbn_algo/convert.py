@@ -17,7 +17,7 @@ from .config import SyncBatchNormConfig
 from .graph.coalesce import coalesce as coalesce_rounds
 from .graph.coalesce import plan_of, uncoalesce
 from .graph.plan import text_table
-from .graph.remarks import Remarks
+from .graph.remarks import Remarks, State
 from .graph.replaced import shortened, warn_replaced
 from .layer import PROCESS_LOCAL, SyncBatchNorm, SyncTag
 from .trial import is_act_style
@@ -247,6 +247,7 @@ def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
         plan.agreement(),
         max((layer.itemsize for _, layer in named), default=4),
         remarks=Remarks(module),
+        state=State([layer for _, layer in named]),
     )
     roster.observer.planned = plan if any(planned.level for planned in plan.rounds) else None
     for order, (name, (_, layer)) in enumerate(zip(names, named)):

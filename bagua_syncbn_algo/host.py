@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import weakref
@@ -10,6 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 
+from .comm.errors import SyncBatchNormError
 from .comm.groups import default_group
 from .comm.transport import state_of_channels
 from .config import SyncBatchNormConfig
@@ -68,12 +70,17 @@ def streams() -> CpuStreams:
 _groups: Dict[Tuple[str, Tuple[int, ...], Optional[float]], Tuple[Callable[[], Any], Any]] = {}
 
 
-def agree_on_groups(process_group: Any, device: torch.device) -> None:
+def agree_on_groups(process_group: Any, device: torch.device, ranks_per_group: int) -> None:
     """Makes the next calls of :func:`statistics_group` create groups if an exchange over one of them has failed.
 
     Args:
         process_group: the Bagua process group of the training.
         device: the device of its messages.
+        ranks_per_group: the number of ranks that normalize together, on this rank.
+
+    Raises:
+        SyncBatchNormError: on all ranks, if ``ranks_per_group`` differs: the ranks would create different groups. On
+            the embedded host also if a rank does not arrive. The message names the ranks.
 
     Collectives:
         One all-gather. Every rank of the training must call.
@@ -84,15 +91,24 @@ def agree_on_groups(process_group: Any, device: torch.device) -> None:
     for key in [key for key, (held, _) in _groups.items() if held() is not default_group()]:
         del _groups[key]
     # With different numbers of messages over the same ranks, the ranks are at different messages.
-    own = [0, 0]
+    own = [0, 0, ranks_per_group]
     for (_, members, _), (_, group) in _groups.items():
         failed, frames = state_of_channels(group)
         own[0] += failed
         own[1] += frames if members == ranks else 0
     rows = torch.empty(communicator.nranks() * len(own), dtype=torch.int64, device=device)
-    bagua.communication.allgather(torch.tensor(own, dtype=torch.int64, device=device), rows, communicator)
+    # Upstream's communicator explains no errors.
+    explaining = getattr(communicator, "explaining", lambda *unused: contextlib.nullcontext())
+    with explaining("the agreement on process groups", "agree on process groups for statistics"):
+        bagua.communication.allgather(torch.tensor(own, dtype=torch.int64, device=device), rows, communicator)
     found = rows.view(-1, len(own)).tolist()
-    if any(failed or frames != found[0][1] for failed, frames in found):
+    if any(size != ranks_per_group for _, _, size in found):
+        sizes = ", ".join(f"{row[2]} on rank {rank}" for rank, row in zip(ranks, found))
+        raise SyncBatchNormError(
+            f"expected one number of ranks that normalize together at the agreement on process groups (got {sizes}); "
+            "use the same normalize_over (BAGUA_SYNCBN_NORMALIZE_OVER) on all ranks"
+        )
+    if any(failed or frames != found[0][1] for failed, frames, _ in found):
         for key in [key for key in _groups if set(key[1]) <= set(ranks)]:
             del _groups[key]
 

@@ -11,17 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import checks
 from .capture import normalize_captured
-from .checks import (
-    can_share,
-    check_channels,
-    check_dimensions,
-    check_join,
-    check_joined,
-    observe,
-    refuse_transform,
-    scripting_error,
-)
 from .comm.channel import Channel
 from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
@@ -207,7 +198,8 @@ class SyncBatchNorm(_BatchNorm):
                 channel.join(_NO_ROSTER)
                 point = sync_point(channel.anonymous_name(self.num_features))
             else:
-                point = sync_point(self.tag.name, channel.join(self.tag.roster, self.itemsize))
+                roster, state = self.tag.roster, partial(self.tag.roster.state, self.process_group)
+                point = sync_point(self.tag.name, channel.join(roster, self.itemsize, state))
             self.bind(channel, point)
         assert self._channel is not None
         return self._channel
@@ -215,11 +207,11 @@ class SyncBatchNorm(_BatchNorm):
     # -- forward --------------------------------------------------------------------------------------------------
 
     def _check_input_dim(self, input: Tensor) -> None:
-        check_dimensions(self._shown_name, input, self._dimensions)
+        checks.check_dimensions(self._shown_name, input, self._dimensions)
 
     def _check_input(self, input: Tensor) -> None:
         self._check_input_dim(input)
-        check_channels(self._shown_name, input, self.num_features)
+        checks.check_channels(self._shown_name, input, self.num_features)
 
     def forward(self, input: Tensor) -> Tensor:
         if issubclass(type(input), fx.Proxy):
@@ -307,7 +299,7 @@ class SyncBatchNorm(_BatchNorm):
         self._unbind()
 
     def __prepare_scriptable__(self) -> SyncBatchNorm:
-        raise scripting_error(self._shown_name)  # torch.jit.script calls this method of every submodule first
+        raise checks.scripting_error(self._shown_name)  # torch.jit.script calls this method of every submodule first
 
     @classmethod
     def convert_sync_batchnorm(cls, module: _M, process_group: Optional[Any] = None) -> _M:
@@ -370,17 +362,17 @@ def _batch_norm_eager(
     overlap_with: Optional[OverlapCandidates],
 ) -> Tuple[Tensor, ...]:
     first = layers[0]
-    refuse_transform(first._shown_name, first.process_group, first._channel)
-    check_join(first._shown_name)
+    checks.refuse_transform(first._shown_name, first.process_group, first._channel)
+    checks.check_join(first._shown_name)
     channel = first._bound_channel(inputs[0].device)
-    if len(layers) > 1 and not can_share(layers, inputs, channel):
+    if len(layers) > 1 and not checks.can_share(layers, inputs, channel):
         # Not `layer(input)`: the caller runs the hooks, and the operations that a subclass adds to the normalization.
         return tuple(SyncBatchNorm.forward(layer, input) for layer, input in zip(layers, inputs))
     point = first._point
     if name is not None:
         point = sync_point(name, point.ordinal, tuple(layer.sync_name for layer in layers))
     try:
-        check_joined(first, channel)
+        checks.check_joined(first, channel)
         for layer, input in zip(layers, inputs):
             layer._check_input(input)
     except ValueError as error:
@@ -397,5 +389,5 @@ def _batch_norm_eager(
     before = channel.rounds
     outputs = sync_batch_norm(members, channel, point, cache, overlap_with, update, buffers)
     if first.tag is not None and channel.rounds > before:  # not a recomputation
-        observe(first.tag.roster, point, before, channel.rounds)
+        checks.observe(first.tag.roster, point, before, channel.rounds)
     return outputs

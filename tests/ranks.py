@@ -1,6 +1,7 @@
 """Runs a test function on several ranks: as threads (0.1 s, no default process group) or as processes (seconds).
 
-Both functions return within a time limit and raise the error of the lowest rank that failed.
+All functions return within a time limit. `run_threads` and `run_processes` raise the error of the lowest rank that
+failed. `observe_processes` returns how each process ended, for processes that are killed or stopped on purpose.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import socket
 import threading
 import time
 import traceback
 from datetime import timedelta
-from typing import Any, Callable, Dict, List, Optional
+from multiprocessing.connection import wait as wait_for_any
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -131,9 +134,8 @@ def run_processes(
     return [outcomes[rank][0] for rank in range(world)]
 
 
-def _process_main(
-    rank: int, world: int, port: int, env: Dict[str, str], results: Any, body: Callable[..., Any], args: Any
-) -> None:
+def _set_environment(rank: int, world: int, port: int) -> None:
+    """Sets the variables that a launcher sets."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -142,6 +144,12 @@ def _process_main(
         LOCAL_RANK=str(rank),
         LOCAL_WORLD_SIZE=str(world),
     )
+
+
+def _process_main(
+    rank: int, world: int, port: int, env: Dict[str, str], results: Any, body: Callable[..., Any], args: Any
+) -> None:
+    _set_environment(rank, world, port)
     os.environ.update(env)
     torch.set_num_threads(1)
     value, failure = None, None
@@ -151,5 +159,110 @@ def _process_main(
         failure = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
     # Pickled to bytes: a queue would pass tensors as shared memory of a process that is about to exit.
     results.put((rank, pickle.dumps(value), failure))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Outcome(NamedTuple):
+    """How one process ended. Times are those of ``time.monotonic``, which all processes share."""
+
+    value: Any  # the result of the body; None without one
+    failure: str  # type and text of the exception; empty without one
+    notes: List[Tuple[str, Any, float]]  # what the body has noted, with the times
+    exit_code: Optional[int]  # None if it did not end by itself
+    ended: float
+
+
+def observe_processes(
+    world: int, body: Callable[..., Any], *args: Any, preload: Sequence[str] = (), limit: float = 60.0
+) -> List[Outcome]:
+    """Runs ``body(rank, note, *args)`` in ``world`` processes, which may end in any way.
+
+    ``note(name, value)`` sends a picklable value to this process at once. The name ``"stop"`` stops the process by
+    SIGSTOP, and this function continues it after ``value`` seconds. It kills a process with the value ``None`` when all
+    others have ended. An exception ends a process as it ends a script: without `destroy_process_group`.
+
+    Args:
+        world: the number of ranks.
+        body: the function that each rank runs, defined at module level.
+        *args: further arguments of ``body``.
+        preload: modules that the server of the processes imports.
+        limit: the seconds after which all ranks are killed.
+
+    Returns:
+        The outcomes of all ranks, in rank order.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.checkpoint", "pytest", *preload])
+    port, processes, pipes = free_port(), [], []
+    for rank in range(world):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_observed_main, args=(rank, world, port, sender, body, args), daemon=True)
+        process.start()
+        sender.close()  # otherwise the end of the process would not end the pipe
+        processes.append(process)
+        pipes.append(receiver)
+    notes: List[List[Tuple[str, Any, float]]] = [[] for _ in range(world)]
+    ended: Dict[int, float] = {}
+    continue_at: Dict[int, float] = {}  # by rank; infinity for a process that remains stopped
+    deadline = time.monotonic() + limit
+    while len(ended) < world and time.monotonic() < deadline:
+        open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in ended]
+        wait_for_any([*open_pipes, *(process.sentinel for process in processes if process.is_alive())], timeout=0.05)
+        for rank, (process, pipe) in enumerate(zip(processes, pipes)):
+            alive = rank not in ended and process.is_alive()  # before the pipe is read: nothing follows its end
+            _drain(pipe, notes[rank])
+            if rank not in ended and not alive:
+                ended[rank] = time.monotonic()
+            stops = [(value, at) for name, value, at in notes[rank] if name == "stop"]
+            if stops and rank not in continue_at:
+                seconds, at = stops[0]
+                continue_at[rank] = float("inf") if seconds is None else at + seconds
+            if alive and continue_at.get(rank, float("inf")) < time.monotonic():
+                os.kill(process.pid, signal.SIGCONT)
+                continue_at[rank] = float("inf")
+        stopped = [rank for rank, at in continue_at.items() if at == float("inf") and rank not in ended]
+        if stopped and len(ended) + len(stopped) == world and all(_is_stopped_for_good(notes[r]) for r in stopped):
+            break
+    outcomes = []
+    for rank, process in enumerate(processes):
+        by_itself = not process.is_alive()
+        if not by_itself:
+            process.kill()
+        process.join(5)
+        found = {name: value for name, value, _ in notes[rank] if name in ("value", "failure")}
+        code = process.exitcode if by_itself else None
+        end = ended.get(rank, time.monotonic())
+        outcomes.append(Outcome(found.get("value"), found.get("failure", ""), notes[rank], code, end))
+    return outcomes
+
+
+def _drain(pipe: Any, notes: List[Tuple[str, Any, float]]) -> None:
+    try:
+        while pipe.poll():
+            notes.append(pickle.loads(pipe.recv_bytes()))
+    except (EOFError, OSError):  # the process has ended
+        pass
+
+
+def _is_stopped_for_good(notes: List[Tuple[str, Any, float]]) -> bool:
+    return any(name == "stop" and value is None for name, value, _ in notes)
+
+
+def _observed_main(rank: int, world: int, port: int, pipe: Any, body: Callable[..., Any], args: Any) -> None:
+    _set_environment(rank, world, port)
+    torch.set_num_threads(1)
+
+    def note(name: str, value: Any = None) -> None:
+        # Pickled to bytes: a pipe would pass tensors as shared memory of a process that is about to end.
+        pipe.send_bytes(pickle.dumps((name, value, time.monotonic())))
+        if name == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    try:
+        note("value", body(rank, note, *args))
+    except BaseException as error:
+        note("failure", f"{type(error).__name__}: {error}")
+        raise SystemExit(1) from None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ from .errors import exchange_positions
 from .monitor import RoundMonitor
 from .pending import PendingGather
 from .recorder import active
-from .report import Told, first_difference, header_error
+from .report import FIRST_USE, Told, first_difference, header_error, require_one_state
 from .ring import HeaderRings
 from .turns import Turns
 from .version import VersionCheck
@@ -77,12 +77,11 @@ class Channel:
     label: str = "bagua_syncbn"
 
     def __init__(self) -> None:
-        self.rounds = self.frames = self.capacity = 0
+        self.rounds = self.frames = self.capacity = self._anonymous = self._joins = 0
         self.failed = self.checks_finite = False
         self.joining: Collection[Any] = ()
         self._names: Dict[int, str] = {}
         self._rosters: weakref.WeakKeyDictionary[Roster, int] = weakref.WeakKeyDictionary()
-        self._anonymous = self._joins = 0  # counted: the rosters that still exist differ between ranks
         self._witnessed: weakref.WeakKeyDictionary[Roster, Any] = weakref.WeakKeyDictionary()  # see `FinishedRank`
         self._headers = HeaderCache()
         self._in_flight: Optional[PendingGather] = None
@@ -123,33 +122,34 @@ class Channel:
     def use_device(self, device: torch.device) -> None:
         """Sets :attr:`device` of a CUDA communicator to ``device``, the device of the layers' statistics."""
 
-    def join(self, roster: Roster, itemsize: int = 4) -> int:
+    def join(self, roster: Roster, itemsize: int = 4, state: Callable[[], int] = int) -> int:
         """Compares the layers that use this channel over all ranks, and sets the length of messages.
 
         Args:
             roster: the layers of this rank.
             itemsize: the bytes per statistic: 4, or 8 for float64.
+            state: returns the digest of the running statistics, which must be equal; 0 if they may differ.
 
         Returns:
             The number of the roster in this channel, equal on all ranks. It is part of the layers' sync points.
 
         Raises:
-            SyncBatchNormError: on all ranks, if the layers differ. The message names the first difference.
+            SyncBatchNormError: on all ranks, if the layers or states differ. The message names the first difference.
 
         Collectives:
-            The first call for a roster: one all-gather, and further ones if the layers differ. Every rank must call.
+            The first call for a roster: one all-gather, more if the layers differ. Every rank must call.
         """
         if roster in self._rosters:
             return self._rosters[roster]
-        # The comparison is an ordinary message: lengths never differ, and a rank at another sync point raises an error.
-        self.capacity = max(self.capacity, _FIRST_CAPACITY)
+        self.capacity = max(self.capacity, _FIRST_CAPACITY)  # of the comparison, an ordinary message
         self._rosters[roster] = ordinal = self._joins  # before the comparison: its remarks explain a difference
         try:
-            self.agree("the first use of a model's layers", roster.text().decode(), capacity=roster.capacity(itemsize))
+            states = self.agree(FIRST_USE, roster.text().decode(), state(), roster.capacity(itemsize))
+            require_one_state(states, self.ranks, roster.layers)
         except BaseException:
             del self._rosters[roster]
             raise
-        self._joins += 1
+        self._joins += 1  # counted: the rosters that still exist differ between ranks
         for name, _ in roster.layers:
             self.register(sync_point(name, ordinal))
         return ordinal

@@ -18,9 +18,10 @@ __all__ = [
     "first_line",
 ]
 
-_DESCRIBE_SECONDS = 3.0  # how long a failing rank waits until the other ranks have published their positions
-_READ_SECONDS = 2.0  # how long a failing rank waits until the other ranks have read its position
-_STORE_SECONDS = 4.0  # how much longer than the first it waits for a store that does not answer
+# A rank ends at most 3 seconds after the timeout of a collective; the times below are parts of these seconds.
+_DESCRIBE_SECONDS = 1.8  # how long a failing rank waits until the other ranks have published their positions
+_READ_SECONDS = 0.6  # how long a failing rank waits until the other ranks have read its position
+_STORE_SECONDS = 0.8  # how much longer than the first it waits for a store that does not answer
 
 
 class SyncBatchNormError(RuntimeError):
@@ -52,6 +53,7 @@ def exchange_positions(
     if store is None:
         return found
     reasons: List[str] = []
+    has_answered = threading.Event()
 
     def ask() -> None:
         try:
@@ -67,6 +69,7 @@ def exchange_positions(
                 elif store.check([latest]):
                     number, text = store.get(latest).decode().split("\n", 1)
                     (found.known if int(number) > sequence else found.earlier)[other] = text
+            has_answered.set()
             await_readers(store, f"{label}/{sequence}", rank, found.known)
         except Exception as error:  # it must not replace the error of the collective
             reasons.append(f"{type(error).__name__}: {first_line(error)}")
@@ -75,13 +78,13 @@ def exchange_positions(
     thread = threading.Thread(target=ask, name="syncbn-positions", daemon=True)
     thread.start()
     thread.join(_DESCRIBE_SECONDS + _STORE_SECONDS)
-    if thread.is_alive():
+    if not has_answered.is_set() and not reasons:
         reasons.append("no answer")
     # Copies: the thread may go on.
     return Positions(dict(found.known), dict(found.earlier), reasons[0] if reasons else "")
 
 
-def await_readers(store: Any, prefix: str, rank: int, others: Iterable[int]) -> None:
+def await_readers(store: Any, prefix: str, rank: int, others: Iterable[int], seconds: Optional[float] = None) -> None:
     """Waits, for a short time, until other ranks have read what this rank has published.
 
     The store may end with the process of this rank, which is about to raise an error.
@@ -91,10 +94,12 @@ def await_readers(store: Any, prefix: str, rank: int, others: Iterable[int]) -> 
         prefix: the prefix of the keys that mark a rank as a reader.
         rank: the global rank of this process.
         others: the global ranks that read; this rank is ignored.
+        seconds: how long to wait; ``None`` for the time after a failed collective.
     """
+    limit = timedelta(seconds=_READ_SECONDS if seconds is None else seconds)
     store.set(f"{prefix}/read/{rank}", "")
     with contextlib.suppress(RuntimeError):
-        store.wait([f"{prefix}/read/{other}" for other in others if other != rank], timedelta(seconds=_READ_SECONDS))
+        store.wait([f"{prefix}/read/{other}" for other in others if other != rank], limit)
 
 
 def describe_failure(

@@ -22,7 +22,7 @@ class _SingleProcessChannel(Channel):
         super().__init__()
         self.capacity = DEFAULT_CAPACITY
 
-    def join(self, roster: Roster, itemsize: int = 4) -> int:
+    def join(self, roster: Roster, itemsize: int = 4, state: Callable[[], int] = int) -> int:
         return 0
 
     def launch(self, point: SyncPoint, phase: int, parts: Sequence[Any], flags: int = 0) -> Callable[[], List[Tensor]]:

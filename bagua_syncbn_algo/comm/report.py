@@ -8,10 +8,19 @@ from torch import Tensor
 
 from .wire import FAULT, FUSED, HEADER_BYTES, TRITON, SyncBatchNormError, SyncPoint, phase_name
 
-__all__ = ["CHECK", "Told", "first_difference", "header_error", "reporting_errors"]
+__all__ = [
+    "CHECK",
+    "FIRST_USE",
+    "Told",
+    "first_difference",
+    "header_error",
+    "reporting_errors",
+    "require_one_state",
+]
 
 _KINDS = {FUSED: "fused", TRITON: "fused by Triton"}
 CHECK = "the check of "  # how the names of the sync points begin at which ranks agree on a regrouped forward
+FIRST_USE = "the first use of a model's layers"  # the sync point at which the ranks compare their layers
 _EXPLANATION = (
     ". The check compares the regrouped forward of a module with its own forward, once, on its first training batch. A "
     "rank that is elsewhere runs the module's own forward, e.g. because of a hook that only this rank has"
@@ -142,6 +151,31 @@ def first_difference(texts: List[str], ranks: Sequence[int], remarks: Sequence[s
                     f"options{_differing({r: each.splitlines() for r, each in zip(ranks, remarks)})}"
                 )
     raise AssertionError("digests differ but texts do not")
+
+
+def require_one_state(states: Sequence[int], ranks: Sequence[int], layers: Sequence[Tuple[str, int]]) -> None:
+    """Raises an error if the running statistics of ranks differ before the first round.
+
+    The rounds move them by the same amounts, so a difference would remain: each rank would evaluate another model.
+
+    Args:
+        states: the digest of each rank; 0 if it is not known.
+        ranks: the global rank of each digest.
+        layers: names and widths of the layers.
+
+    Raises:
+        SyncBatchNormError: on all ranks, if two digests differ.
+    """
+    known = [(rank, state) for rank, state in zip(ranks, states) if state]
+    differing = [rank for rank, state in known if state != known[0][1]]
+    if differing:
+        more = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
+        raise SyncBatchNormError(
+            f"expected the same running statistics on every rank at {FIRST_USE} (got different ones on rank "
+            f"{known[0][0]} and rank {differing[0]} in {layers[0][0]}{more}); load the same checkpoint on all ranks, "
+            "or let DistributedDataParallel broadcast the buffers of rank 0 (omit broadcast_buffers=False; new "
+            "versions of PyTorch broadcast them once with forward_sync_buffers=False)"
+        )
 
 
 _MOST_REMARKS = 5  # of one rank in an error

@@ -15,6 +15,8 @@ from .wire import MESSAGE_VERSION
 
 __all__ = ["VersionCheck"]
 
+_READ_SECONDS = 2.0  # how long a rank that raises an error waits until the other ranks have read its version
+
 
 class VersionCheck:
     """The message versions of the ranks of one channel.
@@ -57,7 +59,7 @@ class VersionCheck:
                 else:
                     missing.append(rank)
             if any(version != str(self._version) for version in versions.values()):
-                await_readers(self._store, self._prefix, self._rank, versions)
+                await_readers(self._store, self._prefix, self._rank, versions, _READ_SECONDS)
         except RuntimeError as error:
             raise SyncBatchNormError(
                 f"expected the message versions of all ranks in the key-value store (got {first_line(error)} on rank "

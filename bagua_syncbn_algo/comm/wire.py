@@ -100,6 +100,10 @@ def sync_point(name: str, ordinal: int = 0, layers: Tuple[str, ...] = ()) -> Syn
     return SyncPoint(digest(f"{ordinal}/{name}"), name, ordinal, layers)
 
 
+def _no_state(process_group: Any) -> int:
+    return 0
+
+
 @dataclass(frozen=True, eq=False)
 class Roster:
     """The layers of a model, which are tagged together. Two models of one architecture have two rosters.
@@ -110,6 +114,7 @@ class Roster:
         itemsize: the bytes per statistic: 4, or 8 if any layer has float64 parameters.
         observer: records the rounds of these layers on this rank.
         remarks: returns lines about the model on this rank that explain a difference to other ranks.
+        state: returns the digest of the running statistics of the layers with a process group; 0 if it is unknown.
     """
 
     layers: Tuple[Tuple[str, int], ...] = ()
@@ -117,6 +122,7 @@ class Roster:
     itemsize: int = 4
     observer: StepObserver = field(default_factory=StepObserver, repr=False)
     remarks: Callable[[], Sequence[str]] = field(default=tuple, repr=False)
+    state: Callable[[Any], int] = field(default=_no_state, repr=False)
 
     def capacity(self, itemsize: int) -> int:
         """Returns the bytes of a message for the largest round: header, counts, means and variances.

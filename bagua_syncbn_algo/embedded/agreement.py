@@ -8,6 +8,7 @@ next forward. Every rank then detects the failed step, and which messages the ot
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
 
@@ -25,6 +26,7 @@ class Report(NamedTuple):
     model: int  # digest of the model's name
     steps: int  # number of reports so far, this one included
     completed: int  # number of earlier steps that ended without an error on this rank
+    optimizer_steps: int  # number of steps of the model's optimizers so far
     participates: bool  # whether this rank sends gradients in this step
     interrupted: bool  # whether an exception interrupted this step on this rank
     counts: Tuple[int, ...]  # number of messages sent on each communicator of the algorithm
@@ -46,25 +48,31 @@ class Agreement:
         self._model = digest(model)
         self._steps = self._completed = 0
 
-    def report(self, participates: bool, interrupted: bool, counts: Sequence[int]) -> Callable[[], List[Report]]:
+    def report(
+        self, optimizer_steps: int, participates: bool, interrupted: bool, counts: Sequence[int]
+    ) -> Callable[..., List[Report]]:
         """Starts the exchange of this rank's report.
 
         Args:
+            optimizer_steps: the number of steps of the model's optimizers so far.
             participates: whether this rank sends gradients in this step.
             interrupted: whether an exception interrupted this step on this rank.
             counts: number of messages sent on each communicator of the algorithm; of one length on all ranks.
 
         Returns:
-            A function that waits for the reports of all ranks and returns them in rank order.
+            A function that waits for the reports of all ranks and returns them in rank order. Its argument is whether
+            it describes a failure, which takes seconds; ``True`` by default.
 
         Raises:
-            SyncBatchNormError: from waiting, if a rank terminates or does not arrive.
+            SyncBatchNormError: from waiting, if a rank terminates or does not arrive. A ``RuntimeError`` of the
+                collective if it is not described.
 
         Collectives:
             One all-gather. Every rank of the group must call.
         """
         self._steps += 1
-        own = torch.tensor([self._model, self._steps, self._completed, participates, interrupted, *counts])
+        numbers = [self._model, self._steps, self._completed, optimizer_steps]
+        own = torch.tensor([*numbers, participates, interrupted, *counts])
         rows = own.new_empty((self._size, own.numel()))
         # The place is taken before the wait, on all ranks in the same order.
         explaining = self._communicator.explaining(f"the end of step {self._steps} of {self._name}", "end the step")
@@ -80,14 +88,14 @@ class Agreement:
         except RuntimeError as error:
             failure = error
 
-        def wait() -> List[Report]:
-            with explaining:
+        def wait(describes: bool = True) -> List[Report]:
+            with explaining if describes else contextlib.nullcontext():
                 if failure is not None:
                     raise failure
                 work.wait()
             return [
-                Report(model, steps, completed, bool(participates), bool(interrupted), tuple(counts))
-                for model, steps, completed, participates, interrupted, *counts in rows.tolist()
+                Report(model, steps, completed, stepped, bool(participates), bool(interrupted), tuple(counts))
+                for model, steps, completed, stepped, participates, interrupted, *counts in rows.tolist()
             ]
 
         return wait

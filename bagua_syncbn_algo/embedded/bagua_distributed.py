@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 from torch import Tensor, nn
 
-from ..comm.wire import SyncBatchNormError, digest
+from ..comm.wire import digest
 from ..compat import graph_task, will_run
 from .agreement import Agreement, Report
 from .bucket import BaguaBucket
@@ -66,6 +66,7 @@ class BaguaDistributedDataParallel:
         self._participates = False  # whether this backward computes parameters' gradients, now or later
         self._parameter_hooks: List[Any] = []
         self._optimizer_hooks: List[Any] = []
+        self._optimizer_steps = 0  # those that have ended, of all optimizers
         previous = module.__dict__.get("bagua_ddp")
         if isinstance(previous, BaguaDistributedDataParallel) and previous.module is module:
             previous._retire()
@@ -125,7 +126,9 @@ class BaguaDistributedDataParallel:
             One all-gather. Broadcasts of two ranks' lists if the parameters differ. Every rank must call.
         """
         communicator = self.process_group.get_global_communicator()
-        own = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self._parameters()]
+        # Frozen ones have no gradients: buckets would have other lengths, at which gloo aborts the process, too.
+        kinds = {True: "", False: " frozen"}
+        own = [f"{name} {tuple(p.shape)} {p.dtype}{kinds[p.requires_grad]}" for name, p in self._parameters()]
         device = next((p.device for _, p in self._parameters()), torch.device("cpu"))
         digests = torch.empty(communicator.nranks(), dtype=torch.int64, device=device)
         with communicator.explaining("the comparison of parameters", "compare parameters"):
@@ -188,6 +191,7 @@ class BaguaDistributedDataParallel:
         for optimizer in self.bagua_optimizers:
 
             def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+                self._optimizer_steps += 1
                 self.bagua_algorithm.init_post_optimizer_step_hook(self)(optimizer)
 
             self._optimizer_hooks.append(optimizer.register_step_post_hook(hook))
@@ -288,8 +292,8 @@ class BaguaDistributedDataParallel:
             except Exception:
                 # On CUDA an exception on another rank may surface here first. The reports identify that rank.
                 found: List[Report] = []
-                with contextlib.suppress(SyncBatchNormError):  # a rank is lost: the first error has the first place
-                    found = reports()
+                with contextlib.suppress(RuntimeError):  # a rank is lost: the first error has the first place
+                    found = reports(False)  # a second description would take as long as the first one
                 if any(report.interrupted for report in found):
                     self._finish_step(found)
                 raise
@@ -328,12 +332,12 @@ class BaguaDistributedDataParallel:
                 "incomplete gradients); skip optimizer.step after an exception in backward"
             )
 
-    def _report(self, participates: bool, interrupted: bool) -> Callable[[], List[Report]]:
+    def _report(self, participates: bool, interrupted: bool) -> Callable[..., List[Report]]:
         counts = self.bagua_algorithm.message_counts()
         if self._agreement is None:  # one rank
-            return lambda: [Report(0, 0, 0, participates, interrupted, tuple(counts))]
-        reports = self._agreement.report(participates, interrupted, counts)
-        return lambda: self._check_same_model(reports())
+            return lambda *unused: [Report(0, 0, 0, 0, participates, interrupted, tuple(counts))]
+        reports = self._agreement.report(self._optimizer_steps, participates, interrupted, counts)
+        return lambda *describes: self._check_same_model(reports(*describes))
 
     def _check_same_model(self, reports: List[Report]) -> List[Report]:
         """Returns ``reports``; raises an error if a rank reports a step of another model."""
@@ -349,7 +353,7 @@ class BaguaDistributedDataParallel:
 
         Raises:
             RuntimeError: if an exception interrupted the step on another rank, or if the ranks have completed different
-                numbers of steps.
+                numbers of backward passes or of optimizer steps.
         """
         ranks = self.process_group.ranks
         interrupted = [str(rank) for rank, report in zip(ranks, reports) if report.interrupted]
@@ -366,6 +370,14 @@ class BaguaDistributedDataParallel:
             raise RuntimeError(
                 f"expected the same number of steps without an error on every rank (got {steps}); call with_bagua "
                 "again on every rank, which broadcasts the parameters of rank 0"
+            )
+        if len({report.optimizer_steps for report in reports}) > 1:
+            # An exception in optimizer.step that one rank has caught: its parameters are those of an earlier step.
+            steps = ", ".join(f"{report.optimizer_steps} on rank {rank}" for rank, report in zip(ranks, reports))
+            raise RuntimeError(
+                f"expected the same number of optimizer steps on every rank (got {steps} at the end of a backward of "
+                f"{self.bagua_module_name}); call with_bagua again on every rank, which broadcasts the parameters of "
+                "rank 0, and step the optimizer on all ranks or on none"
             )
         if self._agreement is not None:
             self._agreement.count_completed()

@@ -1,18 +1,19 @@
-"""What is special about a model on this rank, for errors of ranks whose models run different rounds."""
+"""What is special about a model on this rank: hooks, for errors of ranks with different rounds, and its state."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from torch import nn
 
+from ..ops.running_stats import digest_of_statistics
 from .coalesce import plan_of
 from .module_state import HOOKS
 
-__all__ = ["Remarks"]
+__all__ = ["Remarks", "State"]
 
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_hooks")
 
@@ -40,6 +41,25 @@ class Remarks:
         with contextlib.suppress(Exception):  # remarks must not replace the error that they explain
             lines += [f"{name} is not coalesced because it {reason}" for name, reason in plan_of(module).skipped]
         return lines
+
+
+class State:
+    """A function that returns the digest of the running statistics of layers, before their first round.
+
+    Args:
+        layers: the layers. Weak references are kept, and none in a copy, whose digest is unknown.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {"_layers": []}
+
+    def __call__(self, process_group: Any) -> int:
+        layers = [layer for layer in (reference() for reference in self._layers) if layer is not None]
+        # Layers of other groups may have had rounds already.
+        return digest_of_statistics([layer for layer in layers if layer.process_group is process_group])
 
 
 def _hooks(module: nn.Module) -> Iterator[str]:

@@ -7,6 +7,8 @@ every rank applies the same update.
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 from typing import Any, List, NamedTuple, Optional, Sequence
 
 import torch
@@ -19,7 +21,14 @@ from .exact import ExactStatistics, constant, launch_moments
 from .fused import Buffers
 from .moments import LocalMoments, merge_moments, split_channels
 
-__all__ = ["RunningPool", "Slot", "fusible_buffers", "move_running_statistics", "record_moments"]
+__all__ = [
+    "RunningPool",
+    "Slot",
+    "digest_of_statistics",
+    "fusible_buffers",
+    "move_running_statistics",
+    "record_moments",
+]
 
 
 class _LocalSummands(NamedTuple):
@@ -296,3 +305,18 @@ def record_moments(layers: Sequence[Any], local: Sequence[Any], statistics: Exac
         else:
             assert isinstance(own, LocalMoments)
             pool.merge(layer, layer._point, own)
+
+
+def digest_of_statistics(layers: Sequence[Any]) -> int:
+    """Returns a 63-bit digest of the running statistics of all layers; 0 if there are none.
+
+    It is 0 also for tensors without values or without all values in this process, such as fake tensors.
+    """
+    buffers = [buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None]
+    if not buffers or any(type(buffer) is not Tensor or buffer.is_meta for buffer in buffers):
+        return 0
+    hasher = hashlib.blake2b(digest_size=8)
+    for buffer in buffers:
+        values = buffer.detach().cpu().contiguous()
+        hasher.update(ctypes.string_at(values.data_ptr(), values.numel() * values.element_size()))
+    return int.from_bytes(hasher.digest(), "little") >> 1

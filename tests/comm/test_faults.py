@@ -81,6 +81,12 @@ def test_a_store_that_never_answers_ends_the_wait(mocker: Any) -> None:
     assert "cannot be reached (no answer)" in text
 
 
+def test_a_description_ends_within_the_documented_time() -> None:
+    """Catches a rank that ends more than 3 seconds after its timeout: it waits for positions, then for readers."""
+    assert errors._DESCRIBE_SECONDS + max(errors._READ_SECONDS, errors._STORE_SECONDS) < 3.0
+    assert errors._READ_SECONDS < errors._STORE_SECONDS  # a store that answers is not given up while ranks read
+
+
 @pytest.mark.multirank
 def test_a_second_failure_does_not_quote_the_first() -> None:
     """Catches keys in the store without the number of the message, in a channel that fails twice."""
@@ -342,6 +348,36 @@ def test_a_hook_of_one_rank_is_named(when: str, hook: str) -> None:
         assert f"{hook} {__name__}.log_shape" in text, text
         if when != "before":
             assert "The check compares the regrouped forward of a module with its own forward" in text, text
+
+
+# -- running statistics ------------------------------------------------------------------------------------------------
+
+
+def _other_statistics(rank: int, options: Any, counts: Any) -> str:
+    """Loads running statistics on rank 0 only; returns the error of the first training forward."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model: Any = convert_sync_batchnorm(Branches())
+    if rank == 0:
+        model.left[1].running_mean.fill_(3.0)
+    ddp = nn.parallel.DistributedDataParallel(model, **options)
+    try:
+        ddp(torch.randn(2, 2, 4, 4)).sum().backward()
+    except SyncBatchNormError as error:
+        return str(error)
+    dist.all_gather(counts, model.left[1].running_mean)
+    assert torch.equal(*counts)
+    return ""
+
+
+@pytest.mark.multirank
+def test_running_statistics_that_differ_are_an_error() -> None:
+    """Catches a checkpoint that is loaded on rank 0 only: DDP broadcasts no buffers with `broadcast_buffers=False`."""
+    counts = [torch.zeros(3), torch.zeros(3)]
+    for text in run_processes(2, _other_statistics, {"broadcast_buffers": False}, counts):
+        assert "expected the same running statistics on every rank at the first use of a model's layers" in text
+        assert "(got different ones on rank 0 and rank 1 in Branches.left.1 and 1 more layers)" in text
+    assert run_processes(2, _other_statistics, {}, counts) == ["", ""]
 
 
 # -- bare errors of collectives ----------------------------------------------------------------------------------------

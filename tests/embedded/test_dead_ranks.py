@@ -111,3 +111,39 @@ def test_a_rank_that_timed_out_alone_is_quoted() -> None:
     assert (first[0], second[0]) == ("SyncBatchNormError",) * 2
     assert "rank 0 at bucket 0" in first[1] and "rank 1 at bucket 0" in first[1] and "on rank 0:" in first[1]
     assert "rank 1 at bucket 0" in second[1] and "rank 0 did not arrive" in second[1] and "on rank 1:" in second[1]
+
+
+def _differing(rank: int, what: str) -> str:
+    """Returns the error of a rank whose model or algorithm differs."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=4))
+    bagua.init_process_group()
+    model = model_of()
+    if what == "frozen" and rank == 1:
+        model[0].weight.requires_grad_(False)
+    mode = "rank" if what == "normalize_over" and rank == 1 else "world"
+    algorithm = SyncBatchNormAlgorithm(normalize_over=mode)
+    if what == "no algorithm" and rank == 1:
+        algorithm = bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm()
+    with pytest.raises(RuntimeError) as caught:
+        model.with_bagua([], algorithm)
+        model(torch.randn(2, 2, 4, 4)).pow(3).sum().backward()
+    return str(caught.value)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        # gloo ended the process without an error: the buckets had different lengths.
+        ("frozen", r"expected the same parameters on every rank .*0.weight.* on rank 0, .*0.weight.* frozen on rank 1"),
+        # Each rank waited for the other one to create a different group.
+        ("normalize_over", r"expected one number of ranks that normalize together .*\(got 2 on rank 0, 1 on rank 1\)"),
+        # A bare error of gloo.
+        ("no algorithm", r"to agree on process groups for statistics .*\(got rank 0 at .*; rank 1 did not arrive"),
+    ],
+)
+def test_a_rank_that_differs_is_named(what: str, expected: str) -> None:
+    """Catches ranks that end inside gloo, that wait until the timeout, or that say neither place nor rank."""
+    found = run_processes(2, _differing, what)
+    assert re.search(expected, found[0]), found[0]
+    assert what == "no algorithm" or found[0] == found[1]

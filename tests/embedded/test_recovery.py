@@ -211,6 +211,39 @@ def test_ranks_that_disagree_on_a_step_are_refused_until_wrapped_again() -> None
         assert "expected the same number of steps without an error on every rank (got 2 on rank 0, 1 on" in errors[2]
 
 
+def _error_in_the_optimizer(rank: int) -> List[str]:
+    """Raises an exception in rank 1's optimizer.step, catches it and continues; wraps again before the last step."""
+    bagua.init_process_group()
+    torch.manual_seed(0)
+    model: Any = Breaks()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    algorithm = bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm()
+    model.with_bagua([optimizer], algorithm)
+    fails = optimizer.register_step_pre_hook(lambda *unused: 1 / 0) if rank == 1 else None
+    errors = []
+    for step in range(3):
+        if step == 1 and fails is not None:
+            fails.remove()
+        if step == 2:
+            model.with_bagua([optimizer], algorithm)
+        try:
+            optimizer.zero_grad()
+            model(shard(step, rank).float()).sum().backward()
+            optimizer.step()
+            errors.append("")
+        except (RuntimeError, ZeroDivisionError) as error:
+            errors.append(str(error))
+    return errors
+
+
+@pytest.mark.multirank
+def test_ranks_with_different_optimizer_steps_are_refused_until_wrapped_again() -> None:
+    """Catches silently different parameters after an exception in optimizer.step that one rank has caught."""
+    for rank, errors in enumerate(run_processes(2, _error_in_the_optimizer)):
+        assert errors[0] == ("division by zero" if rank else "") and errors[2] == ""
+        assert "expected the same number of optimizer steps on every rank (got 1 on rank 0, 0 on rank 1" in errors[1]
+
+
 def _plain_autograd(rank: int) -> None:
     """Raises an exception in an unrelated torch.autograd.grad on rank 1, then trains on both ranks."""
     bagua.init_process_group()
