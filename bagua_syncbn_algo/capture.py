@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import observe
+from . import checks
 from .comm.wire import SyncPoint, sync_point
-from .compat import CAPTURES_ROUNDS, current_trace, traced_as_constant
+from .compat import CAPTURES_ROUNDS, current_trace, number_of_groups, traced_as_constant
 from .config import SyncBatchNormConfig
 
 if CAPTURES_ROUNDS:
@@ -38,18 +38,23 @@ def normalize_captured(
         name: the name of the round; ``None`` for a single layer.
         eager: runs the round outside of the graph.
     """
-    found = [(input.dim(), input.shape[1], input.is_floating_point(), str(input.device)) for input in inputs]
+    found = []
+    for layer, input in zip(layers, inputs):
+        # A branch, which Dynamo guards: the number of channels may be symbolic.
+        right = 1 if input.dim() >= 2 and input.shape[1] == layer.num_features else 0
+        found.append((input.dim(), right == 1, input.is_floating_point(), str(input.device)))
     key, ranks, local, fits = _prepare(name, str(inputs[0].device), tuple(found), *layers)
     if not fits:
         return eager()
     if local:
+        number_of_groups()  # a guard: the layers synchronize as soon as there is a process group of several ranks
         return tuple([_normalize_local(layer, input) for layer, input in zip(layers, inputs)])
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    outputs, means, variances = in_graph_round(
+    outputs, means, variances, counted = in_graph_round(
         key, ranks, list(inputs), weights, biases, [layer.eps for layer in layers]
     )
     for layer, mean, variance in zip(layers, means, variances):
-        move_running_statistics_in_graph(layer, mean, variance)
+        move_running_statistics_in_graph(layer, mean, variance, counted)
     return outputs
 
 
@@ -81,14 +86,15 @@ class _Prepared(NamedTuple):
 
 @traced_as_constant
 def _prepare(
-    name: Optional[str], device_name: str, found: Tuple[Tuple[int, int, bool, str], ...], *layers: Any
+    name: Optional[str], device_name: str, found: Tuple[Tuple[int, bool, bool, str], ...], *layers: Any
 ) -> Tuple[str, int, bool, bool]:
     """Binds the layers, and registers the round. Runs once for a graph, while Dynamo traces.
 
     Args:
         name: the name of the round; ``None`` for a single layer.
         device_name: the device of the first input.
-        found: dimensions, channels, whether the dtype is a floating point one, and the device of each input.
+        found: dimensions, whether the number of channels is right, whether the dtype is a floating point one, and the
+            device of each input.
         layers: the layers.
 
     Collectives:
@@ -96,6 +102,7 @@ def _prepare(
     """
     first = layers[0]
     device = torch.device(device_name)
+    checks.refuse_transform(first._shown_name, first.process_group, first._channel)
     channel = first._bound_channel(device)
     reason = _why_not(layers, found, channel)
     if reason is not None:
@@ -118,14 +125,13 @@ def _prepare(
     return _Prepared(key, channel.world_size, False, True)
 
 
-def _why_not(layers: Sequence[Any], found: Sequence[Tuple[int, int, bool, str]], channel: Any) -> Optional[str]:
+def _why_not(layers: Sequence[Any], found: Sequence[Tuple[int, bool, bool, str]], channel: Any) -> Optional[str]:
     """Returns the reason why a round cannot be part of a graph, or ``None``."""
     if channel.checks_finite:
         return "statistics are checked for finite values (BAGUA_SYNCBN_CHECK=nonfinite)"
-    for layer, (dimensions, channels, is_float, device) in zip(layers, found):
+    for layer, (dimensions, has_channels, is_float, device) in zip(layers, found):
         accepted = layer._dimensions
-        right = dimensions >= 2 if accepted is None else dimensions in accepted
-        if not right or channels != layer.num_features or not is_float:
+        if not has_channels or not is_float or (accepted is not None and dimensions not in accepted):
             return "the input is invalid"
         if layer._running is not None:
             return "its running statistics are pooled over more ranks than it normalizes over (normalize_over)"
@@ -144,6 +150,8 @@ def _bind(references: Sequence[Any], name: Optional[str], device: torch.device) 
             "freed); compile the model again"
         )
     channel = layers[0]._bound_channel(device)
+    checks.check_join(layers[0]._shown_name)
+    checks.check_joined(layers[0], channel)
     point: SyncPoint = layers[0]._point
     if name is not None:
         point = sync_point(name, point.ordinal, tuple(layer.sync_name for layer in layers))
@@ -154,7 +162,7 @@ def _bind(references: Sequence[Any], name: Optional[str], device: torch.device) 
 def _observe(reference: Any, channel: Any, point: SyncPoint, before: int) -> None:
     layer = reference()
     if layer is not None and layer.tag is not None:
-        observe(layer.tag.roster, point, before, channel.rounds)
+        checks.observe(layer.tag.roster, point, before, channel.rounds)
 
 
 def _warn(name: str, reason: str) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "lerp_each_",
     "later_in_join",
     "lone_join",
+    "number_of_groups",
     "own_client",
     "saved_tensors_hooks",
     "sequence_of",
@@ -140,6 +141,11 @@ def traced_as_constant(function: _F) -> _F:
 def current_trace() -> Any:
     """Returns the context of the graph that Dynamo traces: one object for each graph."""
     return torch._guards.TracingContext.get()
+
+
+def number_of_groups() -> int:
+    """Returns the number of process groups. In a trace, it becomes a guard of the graph."""
+    return len(torch.distributed.distributed_c10d._pg_map)
 
 
 def inside_compiled(module: Any) -> Any:

@@ -16,7 +16,7 @@ from .comm.channel import Channel
 from .comm.finished import END, STEP, FinishedRank, announce
 from .comm.transport import source_group
 from .comm.wire import sync_point
-from .compat import hand_over_divisor, uncompiled
+from .compat import hand_over_divisor, inside_compiled, uncompiled
 from .convert import sync_batchnorm_layers
 from .graph.module_state import FORWARD
 from .layer import SyncBatchNorm
@@ -245,11 +245,12 @@ _joinables: weakref.WeakKeyDictionary[nn.Module, _SyncBatchNormJoinable] = weakr
 
 
 def _wrapper_of(model: nn.Module) -> Optional[DistributedDataParallel]:
-    """Returns the ``DistributedDataParallel`` of a model; ``None`` without one."""
+    """Returns the ``DistributedDataParallel`` of a model, compiled or not; ``None`` without one."""
+    model = inside_compiled(model)
     if isinstance(model, DistributedDataParallel):
         return model
     for part in gc.get_objects():  # the model has no reference to it
-        if issubclass(type(part), DistributedDataParallel) and part._modules.get("module") is model:
+        if issubclass(type(part), DistributedDataParallel) and inside_compiled(part._modules.get("module")) is model:
             return part  # type: ignore[no-any-return]
     return None
 

@@ -54,7 +54,7 @@ def train_captured(forward: Any, module: nn.Module, args: Tuple[Any, ...], kwarg
     trace_time(_keep_values, values)
     name = _choose(forward, template, torch.is_grad_enabled())
     choice = None if name is None else getattr(forward, name)
-    if choice is None or not _is_unchanged(module, choice):
+    if choice is None or not _is_unchanged(module, choice, values) or choice.function is None:
         return type(module).forward(module, *args, **kwargs)
     return pytree.tree_unflatten(list(choice.function(module, *values)), choice.outputs)
 
@@ -63,18 +63,23 @@ class _Choice:
     """A graph for the compiler.
 
     Attributes:
-        function: the regrouped code, a function of the module and the values of a call; returns the leaves.
+        function: the regrouped code, a function of the module and the values of a call; returns the leaves. ``None``
+            if the module's own forward runs.
         outputs: the structure of the output.
         modes: the path and the mode of each submodule.
         attributes: path of a submodule, name and value of each attribute that the forward has read.
         absent: path of a submodule and name of each attribute that the forward has looked for and not found.
         parts: the names of the children of each submodule that has some.
+        values: shape and strides of each tensor, and each number of the call; ``None`` if the choice does not depend
+            on them.
     """
 
-    def __init__(self, module: nn.Module, variant: Variant) -> None:
-        assert variant.run is not None
-        self.function: Callable[..., Any] = variant.run.by_path()
-        self.outputs: Any = variant.run.outputs
+    def __init__(self, module: nn.Module, variant: Variant, examples: Sequence[Any]) -> None:
+        run = variant.run
+        self.function: Optional[Callable[..., Any]] = None if run is None else run.by_path()
+        self.outputs: Any = None if run is None else run.outputs
+        depends = variant.shapes is not None or variant.needed_shapes
+        self.values = [_shape_or_number(value) for value in examples] if depends else None
         paths = [path for path, _ in module.named_modules(remove_duplicate=True)]
         self.modes = [(path, part.training) for path, part in zip(paths, module.modules())]
         read = [(paths[index], *rest) for index, *rest in variant.guard.expected_attributes]
@@ -83,8 +88,16 @@ class _Choice:
         self.parts = [(path, tuple(part._modules)) for path, part in zip(paths, module.modules()) if part._modules]
 
 
-def _is_unchanged(module: nn.Module, choice: _Choice) -> bool:
+def _shape_or_number(value: Any) -> Any:
+    return (tuple(value.shape), value.stride()) if isinstance(value, Tensor) else value
+
+
+def _is_unchanged(module: nn.Module, choice: _Choice, values: Sequence[Any]) -> bool:
     """Returns ``True``, in a trace. What it reads becomes a guard of the graph."""
+    if choice.values is not None:
+        for value, expected in zip(values, choice.values):
+            if _shape_or_number(value) != expected:
+                return False
     for path, training in choice.modes:
         if module.get_submodule(path).training != training:
             return False
@@ -175,13 +188,21 @@ def _choose(forward: Any, template: Any, grad_enabled: bool) -> Optional[str]:
         if variant is None or variant.run is None:
             if variant is not None and variant.needed_shapes:
                 forward.check_failure(variant, layer)
+                return _attribute(forward, variant, examples)
             return None
         if not variant.verified and not forward.agree(variant, layer, examples):
             return None
-    # An attribute of its own for each graph: a graph is guarded by what it reads, but not by a list that grows.
+    return _attribute(forward, variant, examples)
+
+
+def _attribute(forward: Any, variant: Variant, examples: Sequence[Any]) -> str:
+    """Returns the name of the attribute with the choice of ``variant``.
+
+    Each choice has its own: a graph is guarded by what it reads, but not by a list that grows.
+    """
     name = f"{CHOICE}{variant.number}"
     if not hasattr(forward, name):
-        setattr(forward, name, _Choice(module, variant))
+        setattr(forward, name, _Choice(forward.module, variant, examples))
     return name
 
 

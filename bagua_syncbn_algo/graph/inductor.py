@@ -33,6 +33,10 @@ from ..ops.operators import LAUNCH, WAIT, site_of, sites_without_overlap
 
 __all__ = ["RoundsPass", "install"]
 
+# Each round, also those with an effect, which are arguments of `with_effects`.
+_LAUNCHES = (LAUNCH, torch.ops.bagua_syncbn.launch_kept.default)
+_WAITS = (WAIT, torch.ops.bagua_syncbn.wait_kept.default)
+_WITH_EFFECTS: Any = torch.ops.higher_order.with_effects
 _CONVOLUTION = torch.ops.aten.convolution_backward.default
 _PRODUCTS = (torch.ops.aten.mm.default,)
 _VIEWS = tuple(
@@ -77,7 +81,7 @@ class RoundsPass(CustomGraphPass):
         """Changes a graph in place. A graph without rounds is left as it is."""
         for other in self.others:
             other(graph)
-        if not any(node.target is LAUNCH for node in graph.nodes):
+        if not any(_operator(node) in _LAUNCHES for node in graph.nodes):
             return
         tangents = [node for node in graph.nodes if node.op == "placeholder" and "tangents" in str(node.target)]
         _keep_statistics(graph)
@@ -99,24 +103,36 @@ class RoundsPass(CustomGraphPass):
         return tuple(found)
 
 
+def _operator(node: fx.Node) -> Any:
+    """Returns the operator of a node, also of one with an effect."""
+    return node.args[1] if node.target is _WITH_EFFECTS else node.target
+
+
+def _position(node: fx.Node, name: str) -> int:
+    """Returns the position of an argument of a launch or a wait. An effect has a token and the operator before."""
+    names = [each.name for each in _operator(node)._schema.arguments]
+    return names.index(name) + (2 if node.target is _WITH_EFFECTS else 0)
+
+
 def _argument(node: fx.Node, name: str) -> Any:
     """Returns an argument of a launch or a wait."""
-    names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]
-    return node.kwargs[name] if name in node.kwargs else node.args[names.index(name)]
+    return node.kwargs[name] if name in node.kwargs else node.args[_position(node, name)]
 
 
 def _come_after(node: fx.Node, tensors: Sequence[fx.Node]) -> None:
     """Makes a launch or a wait come after the computation of tensors."""
-    names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]
     before: List[Any] = list(_argument(node, "after"))
     before.extend(tensor for tensor in tensors if tensor not in before)
-    node.update_arg(names.index("after"), before)
+    node.update_arg(_position(node, "after"), before)
     # The arguments of the traced call. Inductor would cut the list of tensors to the length that it had then.
     node.meta.pop("eager_input_vals", None)
 
 
 def _wait_of(launch: fx.Node) -> Optional[fx.Node]:
-    return next((user for user in launch.users if user.target is WAIT), None)
+    users = list(launch.users)
+    if launch.target is _WITH_EFFECTS:  # returns a token, and the handle
+        users = [user for item in users if item.target is operator.getitem for user in item.users]
+    return next((user for user in users if _operator(user) in _WAITS), None)
 
 
 def _item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
@@ -135,7 +151,7 @@ def _rounds_by_phase(graph: fx.Graph, by_phase: bool) -> List[List[Tuple[fx.Node
     """Returns launch and wait of all rounds in graph order: all in one list, or one list for each phase."""
     found: Dict[Any, List[Tuple[fx.Node, fx.Node]]] = {}
     for node in graph.nodes:
-        wait = _wait_of(node) if node.target is LAUNCH else None
+        wait = _wait_of(node) if _operator(node) in _LAUNCHES else None
         if wait is not None:
             found.setdefault(_argument(node, "phase") if by_phase else None, []).append((node, wait))
     return list(found.values())
@@ -158,7 +174,7 @@ def _chain(graph: fx.Graph, rounds: Sequence[Tuple[fx.Node, fx.Node]]) -> None:
     for (_, wait), (launch, _) in zip(rounds, rounds[1:]):
         if position[wait] < position[launch]:
             # The payloads: the counts of a backward round have no elements.
-            _come_after(launch, [_item(graph, wait, 1)])
+            _come_after(launch, [_item(graph, wait, 2 if wait.target is _WITH_EFFECTS else 1)])
 
 
 def _positions(graph: fx.Graph) -> Dict[fx.Node, int]:

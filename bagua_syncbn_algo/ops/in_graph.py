@@ -25,6 +25,7 @@ class InGraphRound(NamedTuple):
     outputs: Tuple[Tensor, ...]
     means: Sequence[Tensor]  # of all ranks, (C,) for each layer
     variances: Sequence[Tensor]  # unbiased
+    counted: Tensor  # 1, or 0 in a recomputation, which does not move the running statistics
 
 
 def in_graph_round(
@@ -57,7 +58,8 @@ def in_graph_round(
         payload = torch.cat([*(each[0].to(widest) for each in local), *(each[1].to(widest) for each in local)])
         launch, wait = operators_for(elements)
         handle = launch(payload, elements, [], key, FORWARD)
-        counts, moments = wait(handle, [], ranks, len(inputs), 2 * sum(features), key, FORWARD)
+        counted, moments = wait(handle, [], ranks, len(inputs), 2 * sum(features), key, FORWARD)
+        counts, counted = counted[:-1], counted[-1, 0]
         mean, variance, per_channel = _merge(counts, moments, features)
         unbiased = variance * (per_channel / (per_channel - 1)).to(widest)
         totals = counts.sum(0).double()
@@ -66,7 +68,12 @@ def in_graph_round(
         invstds = [(each + added).rsqrt().to(dtype) for each, added, dtype in zip(variances, eps, dtypes)]
     tensors = _distinct([tensor for row in zip(inputs, weights, biases) for tensor in row])
     outputs = _Normalize.apply(key, ranks, widest, totals, *tensors, *merged_means, *invstds)  # type: ignore[no-untyped-call]
-    return InGraphRound(outputs, means, unbiased_parts)
+    # As in eager mode, an output without a gradient does not lead to further rounds in backward.
+    outputs = tuple(
+        output if any(each is not None and each.requires_grad for each in row) else output.detach()
+        for output, *row in zip(outputs, inputs, weights, biases)
+    )
+    return InGraphRound(outputs, means, unbiased_parts, counted)
 
 
 def _distinct(tensors: Sequence[Optional[Tensor]]) -> List[Optional[Tensor]]:
@@ -199,24 +206,20 @@ def _input_gradient(
 
 
 @torch.no_grad()
-def move_running_statistics_in_graph(layer: Any, mean: Tensor, variance: Tensor) -> None:
+def move_running_statistics_in_graph(layer: Any, mean: Tensor, variance: Tensor, counted: Tensor) -> None:
     """Moves the running statistics of a layer, as :func:`.running_stats.move_running_statistics`.
 
     Args:
         layer: the layer.
         mean: the mean of all ranks, shape ``(C,)``.
         variance: the unbiased variance.
+        counted: 1, or 0 to leave everything as it is.
     """
     if not layer.track_running_stats or layer.running_mean is None:
         return
-    layer.num_batches_tracked.add_(1)
-    momentum = layer.momentum
+    layer.num_batches_tracked.add_(counted)
+    momentum = 1 / layer.num_batches_tracked.to(mean.dtype) if layer.momentum is None else layer.momentum
+    weight = counted.to(mean.dtype) * momentum
     for buffer, value in ((layer.running_mean, mean), (layer.running_var, variance)):
-        if momentum is None:  # the cumulative average
-            weight = layer.num_batches_tracked.to(value.dtype).reciprocal()
-            buffer.copy_(torch.lerp(buffer.to(value.dtype), value, weight))
-        elif buffer.dtype == value.dtype:
-            buffer.lerp_(value, momentum)
-        else:
-            # The arithmetic has the dtype of the statistics; a half-precision buffer is rounded once.
-            buffer.copy_(torch.lerp(buffer.to(value.dtype), value, momentum))
+        # The arithmetic has the dtype of the statistics; a half-precision buffer is rounded once.
+        buffer.copy_(torch.lerp(buffer.to(value.dtype), value, weight))

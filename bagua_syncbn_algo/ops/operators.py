@@ -11,14 +11,13 @@ copies its message, because a compiler reuses memory, and `wait` returns new ten
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict, deque
-from typing import Any, Callable, Deque, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from ..comm.wire import FORWARD, SyncPoint
-from ..compat import keep_operator
+from ..compat import graph_task, keep_operator
 from .exact import constant, require_two_values
 
 __all__ = ["LAUNCH", "WAIT", "Site", "add_site", "operators_for", "site_of", "sites_without_overlap"]
@@ -42,7 +41,7 @@ class Site:
         overlap: bool = True,
     ) -> None:
         self.layers, self.bind, self.after_launch, self.overlap = layers, bind, after_launch, overlap
-        self.pending: Dict[int, Deque[_Pending]] = defaultdict(deque)  # by phase
+        self.pending: Dict[Tuple[str, int], _Pending] = {}  # by key and phase
         self._keys: List[str] = []
         self._trace: Callable[[], Any] = lambda: None
         self._uses = 0
@@ -113,7 +112,8 @@ def _launch(payload: Tensor, elements: Sequence[int], after: Sequence[Tensor], k
     parts = [payload]
     if phase == FORWARD:
         parts = [constant(tuple(map(int, elements)), torch.int64, payload.device), payload]
-    site.pending[phase].append(_Pending(channel.launch(point, phase, parts), elements))
+    # A round of a step that has failed before its wait may be there still: the new one takes its place.
+    site.pending[key, phase] = _Pending(channel.launch(point, phase, parts), elements)
     if phase == FORWARD:
         site.after_launch(channel, point, before)
     return payload.new_empty(0)
@@ -124,28 +124,25 @@ def _wait(
 ) -> Tuple[Tensor, Tensor]:
     """Waits for a round; see the schema below."""
     site = site_of(key)
-    if not site.pending[phase]:
+    pending = site.pending.pop((key, phase), None)
+    if pending is None:
         raise RuntimeError(
             f"expected a launched round of {key} to wait for (got none: the compiler has repeated the wait alone); "
             "keep the result of the operator bagua_syncbn::wait in the policy of activation checkpointing"
         )
-    pending = site.pending[phase].popleft()
-    try:
-        gathered = pending.arrived()
-    except Exception:
-        for rounds in site.pending.values():
-            rounds.clear()  # the step is lost
-        raise
+    gathered = pending.arrived()
     found = len(gathered[-1])
     if found != ranks:
         raise RuntimeError(
             f"expected {ranks} ranks at {key}, as in the step that was compiled (got {found}); call "
             "torch._dynamo.reset() after a change of the process group"
         )
-    if phase == FORWARD:
-        require_two_values(pending.elements, gathered[0], site.layers)
-    counts = gathered[0].clone() if phase == FORWARD else handle.new_empty((ranks, 0), dtype=torch.int64)
-    return counts, gathered[-1].clone()
+    if phase != FORWARD:
+        return handle.new_empty((ranks + 1, 0), dtype=torch.int64), gathered[-1].clone()
+    require_two_values(pending.elements, gathered[0], site.layers)
+    # In backward, this forward is a recomputation of activation checkpointing around the graph.
+    counted = constant((int(graph_task() == -1),) * layers, torch.int64, handle.device)
+    return torch.cat([gathered[0], counted[None]]), gathered[-1].clone()
 
 
 def _fake_launch(payload: Tensor, elements: Any, after: Any, key: str, phase: int) -> Tensor:
@@ -156,12 +153,12 @@ def _fake_wait(
     handle: Tensor, after: Any, ranks: int, layers: int, length: Any, key: str, phase: int
 ) -> Tuple[Tensor, Tensor]:
     counts = layers if phase == FORWARD else 0
-    return handle.new_empty((ranks, counts), dtype=torch.int64), handle.new_empty((ranks, length))
+    return handle.new_empty((ranks + 1, counts), dtype=torch.int64), handle.new_empty((ranks, length))
 
 
 # payload: the statistics of this rank. elements: per channel, of each layer. after: tensors that must be computed
-# before, which are not read. handle: the result of `launch`. The result of `wait`: the elements on each rank, shape
-# (W, L), and the payloads, (W, length).
+# before, which are not read. handle: the result of `launch`. The result of `wait`: the elements on each rank and, in
+# the last row, whether the running statistics count this batch, shape (W + 1, L); and the payloads, (W, length).
 _library = torch.library.Library("bagua_syncbn", "DEF")
 # Messages have one dimension, and the tensors of `after` are not read: their layout is the compiler's choice. Without
 # the tag it would copy a weight gradient to the strides of the traced call.
