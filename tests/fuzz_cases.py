@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 # -- the random case ---------------------------------------------------------------------------------------------------
 
 HOSTS = ("DDP", "DDP unused", "with_bagua", "none")
-KINDS = ("join", "wrap", "restart", "checks", "compiled")
+KINDS = ("join", "wrap", "restart", "checks", "compiled", "resizes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Case:
     changes: Tuple[str, ...]  # before each step: nothing, wrap (the model again), restart (the process group)
     checks: bool  # whether statistics that are not finite are an error
     compiled: bool  # whether torch.compile captures the model
+    resizes: bool  # whether each step has inputs of another size, on which the forward depends
 
     @classmethod
     def of(cls, seed: int) -> Case:
@@ -113,6 +114,12 @@ class Case:
             steps = tuple(Step((forward(more, active),), "sum", False, None) for active in actives)
         starts = {sum(map(max, epochs[:i])) for i in range(len(epochs))} or set(range(len(steps)))
         changes = [more.choices(["", "wrap", "restart"], [80, 12, 8])[0] for _ in steps]
+        overlap = coalesce and choose.random() < 0.7
+        spatial = choose.choice([(), (5,), (4, 4), (4, 4)])
+        # DDP requires a trainable parameter, and an exception in a backward hook requires a backward.
+        frozen = choose.choice(["none", "none", "some", "some" if ddp or breaking else "all"])
+        input_gradient = choose.random() < 0.4
+        repeats = choose.randrange(world) if choose.random() < 0.25 else -1
         plain = not (breaking or omits or epochs or any(c is not None for c in checkpoints))
         return cls(
             seed=seed,
@@ -120,20 +127,20 @@ class Case:
             host=host,
             normalize_over=mode,
             coalesce=coalesce,
-            overlap=coalesce and choose.random() < 0.7,
-            spatial=choose.choice([(), (5,), (4, 4), (4, 4)]),
+            overlap=overlap,
+            spatial=spatial,
             heads=heads,
             stages=stages,
             checkpoints=checkpoints,
-            # DDP requires a trainable parameter, and an exception in a backward hook requires a backward.
-            frozen=choose.choice(["none", "none", "some", "some" if ddp or breaking else "all"]),
-            input_gradient=choose.random() < 0.4,
-            repeats=choose.randrange(world) if choose.random() < 0.25 else -1,
+            frozen=frozen,
+            input_gradient=input_gradient,
+            repeats=repeats,
             steps=steps,
             epochs=epochs,
             changes=tuple(change if i and i in starts else "" for i, change in enumerate(changes)),
             checks=more.random() < 0.15,
             compiled=plain and mode == "world" and more.random() < 0.15,
+            resizes=bool(spatial) and repeats < 0 and more.random() < 0.2,
         )
 
     @property
@@ -144,7 +151,7 @@ class Case:
     @property
     def kinds(self) -> List[str]:
         """The members of ``KINDS`` that the case has."""
-        found = {"join": bool(self.epochs), "checks": self.checks, "compiled": self.compiled}
+        found = {"join": bool(self.epochs), "checks": self.checks, "compiled": self.compiled, "resizes": self.resizes}
         return [kind for kind in KINDS if found.get(kind, kind in self.changes)]
 
     def active(self, step: int) -> Tuple[bool, ...]:
@@ -164,11 +171,12 @@ class Case:
     def inputs(self, step: int, forward: int) -> List[Tensor]:
         """Returns the batches of all ranks."""
         batches = []
+        spatial = [size + step % 3 for size in self.spatial] if self.resizes else self.spatial
         for rank, rows in enumerate(self.steps[step].forwards[forward].rows):
             repeats = rank == self.repeats
             key = (self.seed, rank) if repeats else (self.seed, rank, step, forward)
             generator = torch.Generator().manual_seed(hash(key) % 2**31)
-            x = torch.randn(4, 3, *self.spatial, generator=generator, dtype=torch.float64)
+            x = torch.randn(4, 3, *spatial, generator=generator, dtype=torch.float64)
             batches.append((x * (1 + 0.5 * rank) + 0.3 * rank)[: min(rows, 4)].clone())
         return batches
 
@@ -252,6 +260,18 @@ class Shared(nn.Module):
         return y
 
 
+class Sized(nn.Module):
+    """A forward that depends on the size of its input: its numbers, and the order of its layers."""
+
+    def __init__(self, choose: random.Random, channels: int, dim: int) -> None:
+        super().__init__()
+        self.first, self.second = Unit(choose, channels, channels, dim), Unit(choose, channels, channels, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(self.second(x)) if x.shape[-1] % 2 else self.second(self.first(x))
+        return y / int(x.shape[-1])  # type: ignore[no-any-return]
+
+
 class Stage(nn.Module):
     """A part of the model that may be checkpointed."""
 
@@ -286,6 +306,8 @@ class RandomNet(nn.Module):
             lambda: Branches(choose, channels, dim),
             lambda: Shared(choose, channels, dim),
         ]
+        if case.resizes:
+            kinds = [lambda: Sized(choose, channels, dim), *kinds[1:3]]
         self.stages = nn.ModuleList(Stage(choose.choice(kinds)(), reentrant) for reentrant in case.checkpoints)
         self.heads = nn.ModuleList(
             nn.Sequential(*(Unit(choose, channels, channels, dim) for _ in range(choose.randint(0, 2))))

@@ -252,8 +252,9 @@ class CoalescedForward:
             :meth:`agree`.
         """
         variant.needed_shapes = False
-        if any(each.verified and each.shapes is not None for each in self._variants):
-            reason = variant.failure or "has no rounds to share"
+        # Without layers that can share a round, the forward runs layer by layer, in the order of its own rounds.
+        if variant.failure is not None and any(each.verified and each.shapes is not None for each in self._variants):
+            reason = variant.failure
             error = SyncBatchNormError(
                 f"expected a forward of {self.name} that can be regrouped for every shape of its inputs, as for those "
                 f"before (got inputs for which it {reason}); convert the model with coalesce=False, or make "

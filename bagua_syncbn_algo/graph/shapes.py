@@ -95,7 +95,8 @@ class FakeValues:
         if missing:
             return UNKNOWN
         try:
-            with self._computing(), self._mode:
+            # Without gradients: activation checkpointing around the call counts the tensors that are saved.
+            with self._computing(), torch.no_grad(), self._mode:
                 return function(*args, **kwargs)
         except Exception:  # an operator without a rule for fake tensors, or one that reads elements
             return UNKNOWN

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import run_threads
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bagua_syncbn_algo import convert_sync_batchnorm, plan_of, report, sync_batchnorm_layers
 from bagua_syncbn_algo.graph import forward as forward_module
@@ -61,6 +62,14 @@ class Chosen(Pair):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.both(x if x.shape[-1] < 7 else -x) if x.shape[0] > 1 else x
+
+
+class Sequential(Pair):
+    """Two dependent layers for large inputs, which cannot share a round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.both(x) if x.shape[-1] < 7 else self.b(self.a(x) * x)
+        return y
 
 
 class Elements(Pair):
@@ -118,6 +127,35 @@ def test_a_forward_that_asks_for_shapes_is_coalesced(name: str) -> None:
     for rounds, _, model in trained(MODELS[name](), [SIZES, SIZES]):
         assert rounds == [1] * len(SIZES)
         assert report(model).as_planned or plan_of(model).rounds_forward == 1
+
+
+@pytest.mark.multirank
+def test_a_shape_without_rounds_to_share_runs_layer_by_layer() -> None:
+    """Catches an error for a shape for which no layers are independent, although all ranks have it."""
+    for rounds, _, _ in trained(Sequential(), [[6, 8, 6, 9], [6, 8, 6, 9]]):
+        assert rounds == [1, 2, 1, 2]
+
+
+@pytest.mark.multirank
+def test_checkpointing_does_not_count_the_tensors_of_a_trace() -> None:
+    """Catches a trace with shapes whose operations save tensors: the recomputation saves fewer, which is an error."""
+
+    def body(rank: int, group: Any) -> List[Tensor]:
+        torch.manual_seed(0)
+        reference = Padded()
+        found = []
+        for checkpoints in (False, True):
+            model = convert_sync_batchnorm(copy.deepcopy(reference), group)
+            for x in images[rank]:
+                leaf = x.clone().requires_grad_()
+                y = checkpoint(model, leaf, use_reentrant=False) if checkpoints else model(leaf)
+                y.square().sum().backward()
+                found.append(leaf.grad)
+        return found
+
+    images = [[torch.randn(2, 3, size, size) for size in (6, 7, 6)] for _ in range(2)]
+    for found in run_threads(2, body):
+        assert all(map(torch.equal, found[:3], found[3:]))
 
 
 @pytest.mark.multirank
