@@ -86,6 +86,7 @@ class _SyncBatchNormJoinable(Joinable):
         self._model = weakref.ref(model)
         self._entering = False
         self._ddp: Optional[weakref.ref[Any]] = None
+        self._wrappers: List[weakref.ref[Any]] = []
         self._hook: Any = None
         self._channels: List[Channel] = []
 
@@ -100,10 +101,10 @@ class _SyncBatchNormJoinable(Joinable):
                 f"expected a model inside of DistributedDataParallel (got {type(model).__name__} after with_bagua, "
                 "whose gradients are not part of Join); give all ranks the same number of batches"
             )
-        wrapper = _wrapper_of(model)
-        self._ddp = None if wrapper is None else weakref.ref(wrapper)
-        if wrapper is not None:
-            _disable(wrapper)  # the configuration of an earlier context
+        self._wrappers = [weakref.ref(wrapper) for wrapper in _wrappers_of(model)]
+        self._ddp = self._wrappers[-1] if self._wrappers else None
+        for wrapper in self._wrappers:
+            _disable(wrapper())  # the configuration of an earlier context
         self._entering = True
         return _Hook(self)
 
@@ -132,6 +133,10 @@ class _SyncBatchNormJoinable(Joinable):
         return sync_batchnorm_layers(model)
 
     def _enter(self) -> None:
+        for reference in self._wrappers:  # one of them; the others are former ones that have not been freed
+            wrapper = reference()
+            if wrapper is not None and wrapper._join_config.enable:
+                self._ddp = reference
         ddp = None if self._ddp is None else self._ddp()
         # The configurations of all joinables are set before the first process group is read.
         others = [each for each in _joinables.values() if each._entering and each._join_config.enable]
@@ -244,15 +249,14 @@ class _Hook(JoinHook):
 _joinables: weakref.WeakKeyDictionary[nn.Module, _SyncBatchNormJoinable] = weakref.WeakKeyDictionary()
 
 
-def _wrapper_of(model: nn.Module) -> Optional[DistributedDataParallel]:
-    """Returns the ``DistributedDataParallel`` of a model, compiled or not; ``None`` without one."""
+def _wrappers_of(model: nn.Module) -> List[DistributedDataParallel]:
+    """Returns the ``DistributedDataParallel`` objects of a model, compiled or not."""
     model = inside_compiled(model)
     if isinstance(model, DistributedDataParallel):
-        return model
-    for part in gc.get_objects():  # the model has no reference to it
-        if issubclass(type(part), DistributedDataParallel) and inside_compiled(part._modules.get("module")) is model:
-            return part  # type: ignore[no-any-return]
-    return None
+        return [model]
+    # The model has no reference to them.
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    return [each for each in wrappers if inside_compiled(each._modules.get("module")) is model]
 
 
 def _disable(joinable: Any) -> None:

@@ -171,6 +171,29 @@ def test_another_model_or_world_after_an_epoch_without_batches(in_two_worlds: bo
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def train_with_two_wrappers(rank: int, used: int) -> Dict[str, Tensor]:
+    dist.init_process_group("gloo")
+    model = convert_sync_batchnorm(fresh_model())
+    wrappers = [DistributedDataParallel(model, broadcast_buffers=False) for _ in range(2)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with Join([sync_batch_norm_joinable(model), wrappers[used]]):
+        for step in range((3, 1)[rank]):
+            optimizer.zero_grad()
+            loss_of(wrappers[used](batch(rank, step))).backward()
+            optimizer.step()
+    return state_of(model)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_former_wrapper_of_the_model(used: int) -> None:
+    """Catches a joinable that takes a former DistributedDataParallel of its model for the one in the list."""
+    wanted = reference([(3, 1)])
+    for found in run_processes(2, train_with_two_wrappers, used):
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.multirank
 def test_three_ranks_end_one_after_the_other() -> None:
     """Catches two threads that answer at different rounds; buffers are broadcast before each forward."""
