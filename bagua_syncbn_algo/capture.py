@@ -100,6 +100,9 @@ def _prepare(
     Collectives:
         Those of an eager round that binds its layers.
     """
+    trace = current_trace()
+    if trace is None:  # the code after a graph break, which Dynamo no longer compiles
+        return _Prepared("", 1, False, False)
     first = layers[0]
     device = torch.device(device_name)
     checks.refuse_transform(first._shown_name, first.process_group, first._channel)
@@ -121,7 +124,7 @@ def _prepare(
     if identity not in kept:
         references = [weakref.ref(layer) for layer in layers]
         kept[identity] = Site(names, partial(_bind, references, name), partial(_observe, references[0]), overlap)
-    key = kept[identity].next_key(names[0] if name is None else name, current_trace())
+    key = kept[identity].next_key(names[0] if name is None else name, trace)
     return _Prepared(key, channel.world_size, False, True)
 
 

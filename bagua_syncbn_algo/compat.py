@@ -139,8 +139,8 @@ def traced_as_constant(function: _F) -> _F:
 
 
 def current_trace() -> Any:
-    """Returns the context of the graph that Dynamo traces: one object for each graph."""
-    return torch._guards.TracingContext.get()
+    """Returns the context of the graph that Dynamo traces, one object for each graph; ``None`` outside of a trace."""
+    return torch._guards.TracingContext.try_get()
 
 
 def number_of_groups() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import itertools
@@ -9,7 +10,7 @@ import random
 import sys
 import types
 from collections import OrderedDict, deque
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ __all__ = [
     "clean_copy",
     "has_own_forward",
     "hooks_of",
+    "importing",
     "is_foreign",
     "plain_copy",
     "preserved_random_states",
@@ -307,3 +309,21 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)  # the original is inherited
         else:
             setattr(owner, name, own)
+
+
+def importing(import_module: Callable[..., Any], check: Callable[..., bool]) -> Callable[..., Any]:
+    """Returns a replacement for ``__import__`` in a block that replaces ``isinstance``.
+
+    Dynamo keeps the identities of builtin functions when it is imported, as a forward may do. If that was a replaced
+    ``isinstance``, every call of the original one would break the graphs of this process.
+
+    Args:
+        import_module: the original ``__import__``.
+        check: the original ``isinstance``, which imported code gets.
+    """
+
+    def imported(*args: Any, **kwargs: Any) -> Any:
+        with replaced(builtins, "isinstance", check):
+            return import_module(*args, **kwargs)
+
+    return imported

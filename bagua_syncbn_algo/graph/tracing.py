@@ -34,6 +34,7 @@ from .module_state import (
     clean_copy,
     has_own_forward,
     hooks_of,
+    importing,
     plain_copy,
     preserved_random_states,
     replaced,
@@ -384,6 +385,7 @@ class _Tracer(fx.Tracer):
             stack.enter_context(replaced(torch.autograd.Function, "apply", classmethod(apply)))
             stack.enter_context(replaced(SyncBatchNorm, "forward", normalize))
             stack.enter_context(replaced(nn.Module, "__getattribute__", read))
+            stack.enter_context(replaced(builtins, "__import__", importing(builtins.__import__, builtins.isinstance)))
             stack.enter_context(replaced(builtins, "isinstance", checking_types(builtins.isinstance)))
             yield
 

@@ -201,3 +201,30 @@ def test_one_warning_before_torch_2_6() -> None:
     found = subprocess.run([sys.executable, "-c", _OLD], capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr[-2000:]
     assert "torch 2.6" in found.stdout and "got 2.5.1" in found.stdout, found.stdout
+
+
+_IMPORTING = """
+import sys
+import torch
+from torch import nn
+from bagua_syncbn_algo import convert_sync_batchnorm, plan_of
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    def forward(self, x):
+        import torch._dynamo
+        return self.a(x) + self.b(x) if isinstance(x, torch.Tensor) else x
+assert "torch._dynamo" not in sys.modules
+assert plan_of(convert_sync_batchnorm(Net())).rounds_forward == 1
+assert "torch._dynamo" in sys.modules
+def function(x):
+    return x + 1 if isinstance(x, (torch.Tensor, nn.Parameter)) and isinstance(len(sys.argv), int) else x
+torch.compile(function, backend="eager", fullgraph=True)(torch.ones(2))
+"""
+
+
+def test_an_import_of_the_compiler_while_a_forward_is_traced() -> None:
+    """Catches a compiler that is imported while ``isinstance`` is replaced: then each call of it breaks a graph."""
+    found = subprocess.run([sys.executable, "-c", _IMPORTING], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr[-2000:]
