@@ -36,7 +36,7 @@ SEED ?= 0
 fuzz: $(VENV)/.test ## random models and training loops against one process; 15 minutes at most
 	$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
 
-soak: $(VENV)/.test ## 14,000 steps on 4 ranks: memory, descriptors, threads, two equal runs; 15 minutes at most
+soak: $(VENV)/.test ## 20,000 steps on 4 ranks: memory, descriptors, threads, two equal runs; 15 minutes at most
 	timeout 900 $(BIN)/python benchmarks/soak.py
 
 # Some faults only: make faults ONLY=SIGKILL

@@ -3,7 +3,7 @@
 Four gloo ranks with one thread each train a small model under DistributedDataParallel, and with ``with_bagua``. Batches
 differ in size over ranks and steps, and some are empty. Some steps accumulate gradients, some run an evaluation first.
 The program fails if resident memory grows by more than 2 % after step 500, if a rank holds more descriptors, threads or
-Python objects, if ranks have different parameters or buffers, or if a second run, of 2,000 steps, has other values.
+Python objects, if ranks have different parameters or buffers, or if a second run has other values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ GROWTH = 0.02  # of resident memory, between the two windows of samples
 OBJECTS_A_STEP = 0.05  # Python objects; a leak of one object has at least 1
 SAMPLES, WINDOW = 100, 10  # of a run, and of each of its two windows
 STATES = 20  # of a run: hashes of parameters and buffers
-REPEATED = 0.4  # the share of the steps that the second run repeats
 SIZES = (6, 8, 11)  # heights and widths of images
 CLASSES = 10
 PAGE = Path(__file__).parent.parent / "docs" / "faults.md"
@@ -152,8 +151,8 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def run_rank(rank: int, host: str, steps: int, ranks: int, repeats: bool = False) -> List[Dict[str, Any]]:
-    """Trains ``steps`` steps, or a share of them as the second run; returns the reports of all ranks.
+def run_rank(rank: int, host: str, steps: int, ranks: int) -> List[Dict[str, Any]]:
+    """Trains ``steps`` steps; returns the reports of all ranks.
 
     Collectives:
         Those of training. One all-gather of objects at the end.
@@ -173,11 +172,11 @@ def run_rank(rank: int, host: str, steps: int, ranks: int, repeats: bool = False
     with record_rounds() as rounds:
         train_step(model, optimizer, 0, rank, ranks)
     plan: Any = plan_of(inner)
-    first, interval, until = start_of(steps), max(1, steps // SAMPLES), int(steps * REPEATED) if repeats else steps
+    first, interval = start_of(steps), max(1, steps // SAMPLES)
     states: List[Tuple[int, str, str]] = []
     samples: List[Tuple[int, ...]] = []  # plain tuples of numbers, which the garbage collector does not track
     began = time.perf_counter()
-    for number in range(1, until):
+    for number in range(1, steps):
         train_step(model, optimizer, number, rank, ranks)
         if number == first // 2:
             gc.collect()
@@ -362,10 +361,7 @@ def main() -> None:
         parser.error(f"expected at least {6 * WINDOW} steps (got {options.steps}); increase --steps")
     table, rows = Table(*HEADING), []
     for host in options.host or HOSTS:
-        first, again = (
-            run_ranks(run_rank, host, options.steps, options.ranks, repeats, ranks=options.ranks)
-            for repeats in (False, True)
-        )
+        first, again = (run_ranks(run_rank, host, options.steps, options.ranks, ranks=options.ranks) for _ in range(2))
         rows.append(row_of(host, options.steps, first, again))
         table.add_row(*cells(rows[-1]))
     Console(width=140).print(table)
