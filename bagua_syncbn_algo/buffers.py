@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Sequence
 
 from .comm.errors import SyncBatchNormError, first_line
-from .host import bagua
+from .host import bagua, explaining
 
 __all__ = ["broadcast_buffers", "message_bucket", "running_error"]
 
@@ -25,12 +24,11 @@ def broadcast_buffers(layers: Sequence[Any], group: Any) -> None:
         One broadcast for each buffer. Every rank of ``group`` must call.
     """
     communicator = group.get_global_communicator()
-    explaining = getattr(communicator, "explaining", None)  # not in upstream, whose broadcast does not raise
     for layer in layers:
         for name, buffer in layer._buffers.items():
             if buffer is not None:
                 where = f"{layer.sync_name}.{name}"
-                with contextlib.nullcontext() if explaining is None else explaining(where, "broadcast buffers"):
+                with explaining(communicator, where, "broadcast buffers"):
                     bagua.communication.broadcast(buffer, src=0, comm=communicator)
 
 

@@ -40,9 +40,11 @@ def normalize_captured(
     """
     found = []
     for layer, input in zip(layers, inputs):
+        is_valid = False
         # A branch, which Dynamo guards: the number of channels may be symbolic.
-        right = 1 if input.dim() >= 2 and input.shape[1] == layer.num_features else 0
-        found.append((input.dim(), right == 1, input.is_floating_point(), str(input.device)))
+        if input.is_floating_point() and input.dim() >= 2 and input.shape[1] == layer.num_features:
+            is_valid = True
+        found.append((input.dim(), is_valid, str(input.device)))
     key, ranks, local, fits = _prepare(name, str(inputs[0].device), tuple(found), *layers)
     if not fits:
         return eager()
@@ -86,15 +88,14 @@ class _Prepared(NamedTuple):
 
 @traced_as_constant
 def _prepare(
-    name: Optional[str], device_name: str, found: Tuple[Tuple[int, bool, bool, str], ...], *layers: Any
+    name: Optional[str], device_name: str, found: Tuple[Tuple[int, bool, str], ...], *layers: Any
 ) -> Tuple[str, int, bool, bool]:
     """Binds the layers, and registers the round. Runs once for a graph, while Dynamo traces.
 
     Args:
         name: the name of the round; ``None`` for a single layer.
         device_name: the device of the first input.
-        found: dimensions, whether the number of channels is right, whether the dtype is a floating point one, and the
-            device of each input.
+        found: dimensions, whether channels and dtype are valid, and the device of each input.
         layers: the layers.
 
     Collectives:
@@ -128,19 +129,19 @@ def _prepare(
     return _Prepared(key, channel.world_size, False, True)
 
 
-def _why_not(layers: Sequence[Any], found: Sequence[Tuple[int, bool, bool, str]], channel: Any) -> Optional[str]:
+def _why_not(layers: Sequence[Any], found: Sequence[Tuple[int, bool, str]], channel: Any) -> Optional[str]:
     """Returns the reason why a round cannot be part of a graph, or ``None``."""
     if channel.checks_finite:
         return "statistics are checked for finite values (BAGUA_SYNCBN_CHECK=nonfinite)"
-    for layer, (dimensions, has_channels, is_float, device) in zip(layers, found):
+    for layer, (dimensions, is_valid, device) in zip(layers, found):
         accepted = layer._dimensions
-        if not has_channels or not is_float or (accepted is not None and dimensions not in accepted):
+        if not is_valid or (accepted is not None and dimensions not in accepted):
             return "the input is invalid"
         if layer._running is not None:
             return "its running statistics are pooled over more ranks than it normalizes over (normalize_over)"
         if layer._empty_shards and channel.local:
             return "it accepts an empty batch on one rank"
-        if device != found[0][3] or not layer.training or layer._bound_channel(torch.device(device)) is not channel:
+        if device != found[0][2] or not layer.training or layer._bound_channel(torch.device(device)) is not channel:
             return "its layers cannot share a round"
     return None
 

@@ -7,7 +7,7 @@ import importlib
 import logging
 import weakref
 from datetime import timedelta
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
 
 import torch
 
@@ -17,7 +17,7 @@ from .comm.transport import state_of_channels
 from .config import SyncBatchNormConfig
 from .embedded.streams import CpuStreams, CudaStreams
 
-__all__ = ["agree_on_groups", "bagua", "is_upstream", "statistics_group", "streams"]
+__all__ = ["agree_on_groups", "bagua", "explaining", "is_upstream", "statistics_group", "streams"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,19 @@ def streams() -> CpuStreams:
 _groups: Dict[Tuple[str, Tuple[int, ...], Optional[float]], Tuple[Callable[[], Any], Any]] = {}
 
 
+def explaining(communicator: Any, where: str, purpose: str) -> ContextManager[None]:
+    """Returns a context that describes a failed collective; it does nothing in upstream, which explains no errors.
+
+    Args:
+        communicator: the communicator of the collective.
+        where: the place in the model, for the error.
+        purpose: what the ranks do together.
+    """
+    if not hasattr(communicator, "explaining"):
+        return contextlib.nullcontext()
+    return communicator.explaining(where, purpose)  # type: ignore[no-any-return]
+
+
 def agree_on_groups(process_group: Any, device: torch.device, ranks_per_group: int) -> None:
     """Makes the next calls of :func:`statistics_group` create groups if an exchange over one of them has failed.
 
@@ -97,9 +110,7 @@ def agree_on_groups(process_group: Any, device: torch.device, ranks_per_group: i
         own[0] += failed
         own[1] += frames if members == ranks else 0
     rows = torch.empty(communicator.nranks() * len(own), dtype=torch.int64, device=device)
-    # Upstream's communicator explains no errors.
-    explaining = getattr(communicator, "explaining", lambda *unused: contextlib.nullcontext())
-    with explaining("the agreement on process groups", "agree on process groups for statistics"):
+    with explaining(communicator, "the agreement on process groups", "agree on process groups for statistics"):
         bagua.communication.allgather(torch.tensor(own, dtype=torch.int64, device=device), rows, communicator)
     found = rows.view(-1, len(own)).tolist()
     if any(size != ranks_per_group for _, _, size in found):

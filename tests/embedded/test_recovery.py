@@ -169,6 +169,17 @@ def test_no_rank_steps_on_incomplete_gradients() -> None:
     assert "expected a complete backward pass before optimizer.step" in refused
 
 
+def _error_of_a_step(model: Any, optimizer: Any, step: int, rank: int) -> str:
+    """Runs a training step; returns the text of its error, and an empty text without one."""
+    try:
+        optimizer.zero_grad()
+        model(shard(step, rank).float()).sum().backward()
+        optimizer.step()
+    except (RuntimeError, ZeroDivisionError) as error:
+        return str(error)
+    return ""
+
+
 def _error_after_the_step(rank: int) -> List[str]:
     """Raises an error in rank 1's own code at the very end of its backward, after the other rank has continued."""
     bagua.init_process_group()
@@ -192,13 +203,7 @@ def _error_after_the_step(rank: int) -> List[str]:
         implementation.init_post_backward_hook = failing if step == 1 and rank == 1 else hook_of
         if step == 3:
             model.with_bagua([optimizer], bagua.algorithms.gradient_allreduce.GradientAllReduceAlgorithm())
-        try:
-            optimizer.zero_grad()
-            model(shard(step, rank).float()).sum().backward()
-            optimizer.step()
-            errors.append("")
-        except (RuntimeError, ZeroDivisionError) as error:
-            errors.append(str(error))
+        errors.append(_error_of_a_step(model, optimizer, step, rank))
     return errors
 
 
@@ -226,13 +231,7 @@ def _error_in_the_optimizer(rank: int) -> List[str]:
             fails.remove()
         if step == 2:
             model.with_bagua([optimizer], algorithm)
-        try:
-            optimizer.zero_grad()
-            model(shard(step, rank).float()).sum().backward()
-            optimizer.step()
-            errors.append("")
-        except (RuntimeError, ZeroDivisionError) as error:
-            errors.append(str(error))
+        errors.append(_error_of_a_step(model, optimizer, step, rank))
     return errors
 
 
