@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _INTERVAL = 1.0  # seconds between two looks at the latest round
 _LATE_SHARE = 0.5  # of the timeout, after which a round is late
+_ANSWER_SHARE = 0.75  # of the timeout, after which a late round is reported without the ranks that have not answered
 
 
 _monitors: weakref.WeakSet[RoundMonitor] = weakref.WeakSet()
@@ -51,7 +52,7 @@ class RoundMonitor:
         self, label: str, rank: int, ranks: List[int], store: Any, timeout: float, interval: float = _INTERVAL
     ) -> None:
         self._prefix, self._rank, self._ranks, self._store = f"{label}/late", rank, ranks, own_client(store)
-        self._late, self._interval = timeout * _LATE_SHARE, interval
+        self._late, self._last, self._interval = timeout * _LATE_SHARE, timeout * _ANSWER_SHARE, interval
         self._where, self._since = "the start", time.monotonic()
         self._work: Any = None
         self._rounds = self._asked = self._reported = 0
@@ -105,16 +106,20 @@ class RoundMonitor:
                 f"{self._prefix}/{self._rank}", f"{question}\n{self._where}: it {state}, {waited:.0f} s ago"
             )
             self._answered = question
-        elif late and self._reported != round_:  # the other ranks have had an interval to answer
-            self._reported = round_
-            self._log(question, waited)
+        elif late and self._reported != round_:
+            positions = self._positions(question)
+            # A rank of a busy machine answers late: "does not answer" needs more than one interval.
+            if len(positions) == len(self._ranks) or waited > self._last:
+                self._reported = round_
+                self._log(positions, waited)
 
     def _question(self) -> str:
         """Returns the latest question of any rank; an answer to an earlier one may be that of a terminated rank."""
         key = f"{self._prefix}/asked"
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
-    def _log(self, question: str, waited: float) -> None:
+    def _positions(self, question: str) -> Dict[int, str]:
+        """Returns the position of each global rank that has answered the question."""
         positions: Dict[int, str] = {}
         for index, rank in enumerate(self._ranks):
             key = f"{self._prefix}/{index}"
@@ -122,6 +127,9 @@ class RoundMonitor:
                 answered, position = self._store.get(key).decode().split("\n")
                 if answered == question:
                     positions[rank] = position
+        return positions
+
+    def _log(self, positions: Dict[int, str], waited: float) -> None:
         known = "; ".join(f"rank {rank} at {where}" for rank, where in sorted(positions.items()))
         missing = [str(rank) for rank in self._ranks if rank not in positions]
         key = f"{self._prefix}/error"

@@ -107,6 +107,21 @@ def test_the_thread_ends_with_the_monitor() -> None:
     assert not thread.is_alive()
 
 
+def test_a_rank_has_time_to_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches "does not answer" about a rank whose thread is merely late: the report waits for 0.75 of the timeout."""
+    first, second = monitors(dist.HashStore(), timeout=1e3)
+    first._late = 0.01
+    first.watch("Net.bn1 (forward)", FakeWork())
+    time.sleep(0.05)
+    for _ in range(5):
+        first.look()
+    assert not caplog.records
+    second.look()
+    first.look()
+    assert "rank 6 at the start: it has sent its statistics there" in caplog.text
+    assert "rank 6 does not answer" not in caplog.text
+
+
 @pytest.mark.multirank
 def test_ranks_report_each_other_over_gloo(caplog: pytest.LogCaptureFixture) -> None:
     """Catches keys that differ between ranks: rank 0 waits in a real collective that rank 1 enters late."""
@@ -115,11 +130,14 @@ def test_ranks_report_each_other_over_gloo(caplog: pytest.LogCaptureFixture) -> 
     def body(rank: int, group: Any) -> None:
         import torch
 
-        monitor = RoundMonitor("gloo", rank, [0, 1], store, 0.2, interval=0.05)
+        monitor = RoundMonitor("gloo", rank, [0, 1], store, 1e3, interval=0.05)
+        monitor._late = 0.1
         tensors = [torch.zeros(2) for _ in range(2)]
         if rank == 1:
             monitor.watch("Net.bn0 (forward)", FakeWork(completed=True))
-            time.sleep(0.6)
+            deadline = time.monotonic() + 20
+            while not caplog.records and time.monotonic() < deadline:
+                time.sleep(0.05)
         work = group.allgather([tensors], [torch.ones(2)])
         monitor.watch("Net.bn1 (forward)", work)
         work.wait()
