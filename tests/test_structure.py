@@ -35,7 +35,6 @@ ORDER = [
     "comm.finished",
     "comm.local",
     "comm.transport",
-    "comm.operators",
     "ops",
     "ops.recompute",
     "ops.deferred",
