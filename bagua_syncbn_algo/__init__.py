@@ -1,4 +1,4 @@
-"""Synchronized batch normalization as a Bagua algorithm."""
+"""Synchronized batch normalization, as a Bagua algorithm and under ``DistributedDataParallel``."""
 
 from __future__ import annotations
 

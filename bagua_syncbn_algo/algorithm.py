@@ -42,8 +42,8 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
     Args:
         inner: the algorithm that trains the parameters: an instance or a registered name. Default: gradient all-reduce.
         normalize_over: the ranks that normalize together: ``"world"`` (all ranks: exact synchronized BatchNorm),
-            ``"node"`` (the ranks of a node, ``LOCAL_WORLD_SIZE``), a number of consecutive ranks, or ``"rank"`` (each
-            rank separately, with PyTorch's own kernels).
+            ``"node"`` (``LOCAL_WORLD_SIZE`` ranks), a number of consecutive ranks, or ``"rank"`` (each rank separately,
+            with PyTorch's own kernels). Only :func:`enable_sync_batchnorm` reads ``BAGUA_SYNCBN_NORMALIZE_OVER``.
         timeout: the number of seconds that a rank waits for the statistics of the other ranks. Default:
             ``BAGUA_SYNCBN_TIMEOUT``, else the timeout of the default group. It has no effect under upstream Bagua.
         check: ``"nonfinite"`` to raise an error that names the first layer and rank whose statistics or gradient sums
@@ -53,8 +53,8 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
     Raises:
         TypeError: if ``inner`` is not an algorithm, is wrapped already, or is an instance with ``inner_arguments``.
         KeyError: if ``inner`` is a name that is not registered.
-        ValueError: if ``normalize_over``, ``timeout`` or ``check`` is invalid, or ``inner`` is asynchronous model
-            averaging.
+        ValueError: if ``normalize_over``, ``timeout``, ``check`` or a ``BAGUA_SYNCBN_*`` environment variable is
+            invalid, or ``inner`` is asynchronous model averaging.
 
     Example::
 

@@ -21,6 +21,8 @@ _MOST_DIGITS = 9  # of a number of ranks
 class SyncBatchNormConfig:
     """The configuration of synchronized batch normalization.
 
+    ``host`` and ``triton`` take effect from the environment only, not in a configuration that a caller creates.
+
     Attributes:
         enabled: whether ``enable_sync_batchnorm`` has an effect (``BAGUA_SYNCBN=0|1``).
         host: the Bagua that runs the algorithm (``BAGUA_SYNCBN_HOST=auto|upstream|embedded``).

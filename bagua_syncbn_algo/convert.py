@@ -42,7 +42,7 @@ _M = TypeVar("_M", bound=nn.Module)
 class SyncBatchNormAct(SyncBatchNorm):
     """Synchronized batch normalization, followed by dropout and an activation, as in timm's ``BatchNormAct2d``.
 
-    It is no ``torch.nn.BatchNorm2d``: code that replaces such layers would remove the activation.
+    It is not a ``torch.nn.BatchNorm2d``: code that replaces such layers would remove the activation.
 
     Attributes:
         drop: the dropout module; ``torch.nn.Identity`` for none.
@@ -60,8 +60,14 @@ class SyncBatchNormAct(SyncBatchNorm):
 class BatchNormNd(_BatchNorm):
     """Batch normalization over inputs ``(N, C, ...)`` with at least 2 dimensions.
 
-    :func:`revert_sync_batchnorm` replaces layers of the class :class:`SyncBatchNorm` that were not converted with this
-    class.
+    :func:`revert_sync_batchnorm` creates this class in place of a :class:`SyncBatchNorm` that no conversion created.
+
+    Shape:
+        - Input: :math:`(N, C, *)`, where :math:`*` is any number of dimensions
+        - Output: the same shape
+
+    Raises:
+        ValueError: in forward, if the input has fewer than 2 dimensions.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -129,8 +135,8 @@ def convert_sync_batchnorm(
             ``None`` for all ranks.
         coalesce: whether layers that do not depend on each other share a round of statistics, where the forward can be
             traced. Default: ``BAGUA_SYNCBN_COALESCE``, or ``True`` if it is not set. A log message and
-            :func:`plan_of` show the rounds. Tracing reads each plain attribute that controls the forward once: convert
-            again after you change such an attribute.
+            :func:`plan_of` show the rounds. Plain attributes that the forward reads (numbers, strings, functions and
+            containers of these) may change later. Convert again after you change another object that it reads.
         overlap: whether backward rounds overlap with the weight gradients of convolutions and linear layers, where the
             forward was traced. Default: ``BAGUA_SYNCBN_OVERLAP``, or ``True`` if it is not set. Gradients stay bitwise
             the same, except for a weight that autocast casts once for several forwards. A backward with

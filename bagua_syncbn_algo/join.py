@@ -37,7 +37,7 @@ def sync_batch_norm_joinable(model: nn.Module) -> Joinable:
     statistics are updated on all ranks. A rank may have no batch at all.
 
     The joinable must be the first one, and the ``DistributedDataParallel`` of the model must be in the same list. The
-    other ranks call each forward through it. Each forward has one more message, which tells that it begins. On CUDA,
+    other ranks call each forward through it. Each forward has one more message, which announces it. On CUDA,
     statistics are merged without the fused kernels inside of the context.
 
     Args:
@@ -55,10 +55,12 @@ def sync_batch_norm_joinable(model: nn.Module) -> Joinable:
 
     Example::
 
-        ddp = DistributedDataParallel(convert_sync_batchnorm(model))
+        ddp = DistributedDataParallel(convert_sync_batchnorm(model), broadcast_buffers=False)
         with Join([sync_batch_norm_joinable(model), ddp]):
             for input, target in loader:
+                optimizer.zero_grad()
                 loss(ddp(input), target).backward()
+                optimizer.step()
     """
     layers = sync_batchnorm_layers(model)
     if not layers:

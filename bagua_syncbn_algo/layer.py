@@ -71,8 +71,8 @@ class SyncBatchNorm(_BatchNorm):
 
     Raises:
         ValueError: if ``process_group`` is a ``DeviceMesh`` of several dimensions. In forward, if the input has fewer
-            than 2 dimensions, a number of channels other than ``num_features``, or no floating point dtype; or if there
-            is at most one value per channel to normalize.
+            than 2 dimensions, a number of channels other than ``num_features``, or a dtype that is not floating point;
+            or if there is at most one value per channel to normalize.
         RuntimeError: from ``torch.jit.script``; in a training forward over several ranks inside a transform of
             ``torch.func``; in a third derivative.
         SyncBatchNormError: if another rank failed, is at another layer, or did not arrive before the timeout.
@@ -81,8 +81,8 @@ class SyncBatchNorm(_BatchNorm):
         Training forward: one all-gather of ``8 + 2C·itemsize`` payload bytes per rank; none in a recomputation by
         activation checkpointing. Backward: one all-gather of ``(1 + 2C)·itemsize`` payload bytes, if the input requires
         a gradient. Second derivative: one all-gather of ``8 + 56C`` payload bytes. ``itemsize`` is 4, or 8 for float64
-        inputs. The first training forward also creates the statistics
-        group, unless an algorithm has bound the layer. Every rank of the process group must call.
+        inputs. The first training forward also creates the statistics group, unless an algorithm has bound the layer.
+        Every rank of the process group must call.
 
     .. note::
         Ranks identify a layer by its tag, and an untagged layer by the order of its first use.

@@ -118,7 +118,11 @@ def plan_of(model: nn.Module) -> SyncPlan:
     A layer outside of all regrouped modules counts as one round for each of its calls in the latest step.
 
     Args:
-        model: a converted model, also inside a wrapper such as ``DistributedDataParallel``.
+        model: a converted model, also inside a wrapper such as ``DistributedDataParallel``. The plan of a model without
+            synchronized layers is empty.
+
+    Collectives:
+        None.
     """
     search = _PlanSearch(model)
     search.visit(model, "")

@@ -14,14 +14,23 @@ __all__ = ["PlannedRound", "Prediction", "SyncPlan", "text_table"]
 
 @dataclass(frozen=True)
 class PlannedRound:
-    """A round of statistics, and the layers whose statistics are sent in one message."""
+    """A round of statistics, and the layers whose statistics are sent in one message.
 
-    region: str  # path of the regrouped module that runs the round; "" for the model itself or no such module
-    level: int  # dependency level inside the region, from 1; 0 for a layer outside of all regions
-    layers: Tuple[str, ...]  # qualified names in program order; a layer that is called twice occurs twice
-    features: Tuple[int, ...]  # number of channels of each of `layers`
-    backward: bool = True  # whether any input requires a gradient, so that backward has a round too
-    overlapped_with: Tuple[str, ...] = ()  # layers whose weight gradients overlap with the backward round
+    Attributes:
+        region: the path of the regrouped module that runs the round; empty for the model itself or no such module.
+        level: the dependency level inside the region, from 1; 0 for a layer outside of all regions.
+        layers: the qualified names in program order; a layer that is called twice occurs twice.
+        features: the number of channels of each of ``layers``.
+        backward: whether any input requires a gradient, so that backward has a round too.
+        overlapped_with: the layers whose weight gradients overlap with the backward round.
+    """
+
+    region: str
+    level: int
+    layers: Tuple[str, ...]
+    features: Tuple[int, ...]
+    backward: bool = True
+    overlapped_with: Tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -42,21 +51,34 @@ class PlannedRound:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Modelled communication time of one training step, in seconds."""
+    """Modelled communication time of one training step, in seconds.
 
-    upstream: float  # upstream Bagua's SyncBatchNorm: 3 all-gathers and 2 all-reduces for each layer
-    per_layer: float  # for each layer, one all-gather in forward and one in backward
-    planned: float  # for each round of the plan, one all-gather in forward and one in backward
+    Attributes:
+        upstream: upstream Bagua's SyncBatchNorm: 3 all-gathers and 2 all-reduces for each layer.
+        per_layer: for each layer, one all-gather in forward and one in backward.
+        planned: for each round of the plan, one all-gather in forward and one in backward.
+    """
+
+    upstream: float
+    per_layer: float
+    planned: float
 
 
 @dataclass(frozen=True)
 class SyncPlan:
-    """The rounds of a model's training step."""
+    """The rounds of a model's training step.
 
-    model: str  # class name of the model
+    Attributes:
+        model: the class name of the model.
+        rounds: the rounds; those of layers outside of all regrouped modules come last.
+        skipped: the modules and layers that are not coalesced, with the reason.
+        unsplit: the layers and modules whose weight gradients cannot overlap with rounds, with the reason.
+    """
+
+    model: str
     rounds: Tuple[PlannedRound, ...] = ()
-    skipped: Tuple[Tuple[str, str], ...] = ()  # modules and layers that are not coalesced, with the reason
-    unsplit: Tuple[Tuple[str, str], ...] = ()  # layers and modules with weight gradients not deferred, and why
+    skipped: Tuple[Tuple[str, str], ...] = ()
+    unsplit: Tuple[Tuple[str, str], ...] = ()
 
     @property
     def layers(self) -> int:
