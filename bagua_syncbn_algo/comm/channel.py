@@ -19,7 +19,7 @@ from .errors import exchange_positions
 from .monitor import RoundMonitor
 from .pending import PendingGather
 from .recorder import active
-from .report import FIRST_USE, Told, first_difference, header_error, require_one_state
+from .report import FIRST_USE, Told, error_text, first_difference, header_error, require_one_state
 from .ring import HeaderRings
 from .turns import Turns
 from .version import VersionCheck
@@ -258,7 +258,7 @@ class Channel:
         Collectives:
             One all-gather of ``capacity`` bytes per rank, in place of :meth:`exchange`. It may be in flight on return.
         """
-        text = f"{type(error).__name__}: {error}".encode()[: self.capacity - HEADER_BYTES]
+        text = error_text(error, self.capacity - HEADER_BYTES)
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
         with contextlib.suppress(SyncBatchNormError):  # the caller raises this rank's own error
             self._send(point, phase, FAULT, [payload])

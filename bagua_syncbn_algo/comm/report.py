@@ -12,6 +12,7 @@ __all__ = [
     "CHECK",
     "FIRST_USE",
     "Told",
+    "error_text",
     "first_difference",
     "header_error",
     "reporting_errors",
@@ -64,6 +65,12 @@ class Told(NamedTuple):
         """Returns what :meth:`text` has encoded."""
         position, _, remarks = text.partition("\0")
         return cls(position, remarks)
+
+
+def error_text(error: BaseException, most: int) -> bytes:
+    """Returns class and message of an error as at most ``most`` bytes. A longer text ends with an ellipsis."""
+    text = f"{type(error).__name__}: {error}".encode()
+    return text if len(text) <= most else text[: most - 3] + b"..."
 
 
 def header_error(

@@ -20,6 +20,7 @@ from bagua_syncbn_algo.comm import pending as pending_module
 from bagua_syncbn_algo.comm import transport
 from bagua_syncbn_algo.comm.channel import Channel
 from bagua_syncbn_algo.comm.local import SINGLE_PROCESS
+from bagua_syncbn_algo.comm.report import error_text
 from bagua_syncbn_algo.comm.transport import TorchChannel, channel_of
 from bagua_syncbn_algo.comm.wire import BACKWARD, FORWARD, HEADER_BYTES, Roster, SyncPoint, sync_point
 from bagua_syncbn_algo.compat import ALLGATHER_ON_CURRENT_STREAM
@@ -248,6 +249,13 @@ def test_a_fault_after_the_exchange_reaches_all(mocker: Any) -> None:
     good, bad = run_threads(2, body, errors=True)
     assert isinstance(bad, MemoryError)
     assert isinstance(good, SyncBatchNormError) and "(got its error: MemoryError: no memory left)" in str(good)
+
+
+def test_a_long_error_ends_with_an_ellipsis() -> None:
+    """Catches the text of another rank's error that ends in the middle of a word, as if it were complete."""
+    error = ValueError("x" * 100)
+    assert error_text(error, 20) == b"ValueError: xxxxx..."
+    assert error_text(error, 112) == b"ValueError: " + b"x" * 100
 
 
 @pytest.mark.multirank
