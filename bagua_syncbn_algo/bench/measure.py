@@ -77,7 +77,7 @@ def run_ranks(body: Callable[..., Any], *arguments: Any, ranks: int = RANKS) -> 
     """Runs ``body(rank, *arguments)`` on rank processes with the environment of a launcher and one thread each.
 
     Args:
-        body: a function at module level, which initialises the process group.
+        body: a function at module level, which initializes the process group.
         *arguments: its arguments after the rank.
         ranks: the number of processes.
 

@@ -124,15 +124,15 @@ def streams() -> CpuStreams:
 
 
 def init_process_group(store: Optional[Any] = None) -> None:
-    """Initialises ``torch.distributed`` (NCCL where CUDA is available, else gloo) and Bagua's default group.
+    """Initializes ``torch.distributed`` (NCCL where CUDA is available, else gloo) and Bagua's default group.
 
-    A ``torch.distributed`` process group that is already initialised is kept.
+    A ``torch.distributed`` process group that is already initialized is kept.
 
     Args:
         store: a key-value store that all ranks can reach; ``None`` to use the launcher's environment variables.
 
     Raises:
-        RuntimeError: if the default group is already initialised.
+        RuntimeError: if the default group is already initialized.
 
     Collectives:
         Creates one or two process groups. Every rank must call.
@@ -164,7 +164,7 @@ def is_initialized() -> bool:
 def _get_default_group() -> BaguaProcessGroup:
     if not is_initialized():
         raise RuntimeError(
-            "expected an initialised process group (got none); call bagua.init_process_group() first, in a process "
+            "expected an initialized process group (got none); call bagua.init_process_group() first, in a process "
             "started by torchrun or another launcher"
         )
     assert _default_group is not None

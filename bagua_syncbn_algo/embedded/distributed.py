@@ -40,7 +40,7 @@ class BaguaModule:
 
         Raises:
             TypeError: if ``algorithm`` is not an algorithm, or ``optimizers`` is not a list or tuple.
-            RuntimeError: if no process group is initialised, or the ranks have different parameters.
+            RuntimeError: if no process group is initialized, or the ranks have different parameters.
             NotImplementedError: if a submodule has sparse gradients.
 
         Collectives:

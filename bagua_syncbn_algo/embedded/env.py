@@ -1,4 +1,4 @@
-"""Ranks and sizes: from ``torch.distributed`` if it is initialised, else from the launcher's environment variables."""
+"""Ranks and sizes: from ``torch.distributed`` if it is initialized, else from the launcher's environment variables."""
 
 from __future__ import annotations
 

@@ -523,7 +523,7 @@ def _errors(rank: int) -> Any:
             texts[name] = f"{type(error).__name__}: {error}"
 
     model = net()
-    expect("not initialised", lambda: model.with_bagua([], gradient_allreduce()))
+    expect("not initialized", lambda: model.with_bagua([], gradient_allreduce()))
     bagua.init_process_group()
     expect("no algorithm", lambda: model.with_bagua([], "gradient_allreduce"))
     expect("no list", lambda: model.with_bagua(torch.optim.SGD(model.parameters(), lr=1.0), gradient_allreduce()))
@@ -549,7 +549,7 @@ def test_errors_say_what_was_expected() -> None:
     """Catches wrong usage that surfaces as an AttributeError, an assertion or a hang."""
     (texts,) = run_processes(1, _errors, env={"BAGUA_DEFAULT_BUCKET_SIZE": "1"})
     for name, start in {
-        "not initialised": "RuntimeError: expected an initialised process group (got none)",
+        "not initialized": "RuntimeError: expected an initialized process group (got none)",
         "no algorithm": "TypeError: expected a Bagua algorithm (got 'gradient_allreduce')",
         "no list": "TypeError: expected a list of optimizers (got SGD)",
         "unknown": 'KeyError: "expected one of the algorithms gradient_allreduce, sync_batchnorm (got',
