@@ -16,7 +16,7 @@ from .comm.local import SINGLE_PROCESS
 from .comm.recorder import RoundRecord, active
 from .comm.transport import BaguaChannel, bagua_channel
 from .comm.wire import BACKWARD, FORWARD, Roster, sync_point
-from .config import SyncBatchNormConfig, check_normalize_over
+from .config import SyncBatchNormConfig
 from .convert import convert_sync_batchnorm, tag_sync_batchnorm, warn_unconverted
 from .graph.coalesce import plan_of
 from .host import agree_on_groups, bagua, statistics_group, streams
@@ -43,7 +43,7 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
         inner: the algorithm that trains the parameters: an instance or a registered name. Default: gradient all-reduce.
         normalize_over: the ranks that normalize together: ``"world"`` (all ranks: exact synchronized BatchNorm),
             ``"node"`` (``LOCAL_WORLD_SIZE`` ranks), a number of consecutive ranks, or ``"rank"`` (each rank separately,
-            with PyTorch's own kernels). Only :func:`enable_sync_batchnorm` reads ``BAGUA_SYNCBN_NORMALIZE_OVER``.
+            with PyTorch's own kernels). Default: ``BAGUA_SYNCBN_NORMALIZE_OVER``, else ``"world"``.
         timeout: the number of seconds that a rank waits for the statistics of the other ranks. Default:
             ``BAGUA_SYNCBN_TIMEOUT``, else the timeout of the default group. It has no effect under upstream Bagua.
         check: ``"nonfinite"`` to raise an error that names the first layer and rank whose statistics or gradient sums
@@ -66,12 +66,11 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
         self,
         inner: Union[str, Any, None] = None,
         *,
-        normalize_over: Union[str, int] = "world",
+        normalize_over: Union[str, int, None] = None,
         timeout: Optional[float] = None,
         check: Optional[str] = None,
         **inner_arguments: Any,
     ) -> None:
-        check_normalize_over(normalize_over, "normalize_over")
         algorithm: Any = "gradient_allreduce" if inner is None else inner
         if isinstance(algorithm, str):
             algorithm = Algorithm.init(algorithm, **inner_arguments)
@@ -93,11 +92,10 @@ class SyncBatchNormAlgorithm(Algorithm):  # type: ignore[misc, valid-type]
                 "numbers of steps and would exchange statistics of different steps); use another algorithm, or "
                 "BatchNorm without synchronization"
             )
-        self.inner, self.normalize_over = algorithm, normalize_over
-        given: Dict[str, Any] = {
-            name: value for name, value in (("timeout", timeout), ("check", check)) if value is not None
-        }
+        given: Dict[str, Any] = {"normalize_over": normalize_over, "timeout": timeout, "check": check}
+        given = {name: value for name, value in given.items() if value is not None}
         config = replace(SyncBatchNormConfig.from_env(), **given)
+        self.inner, self.normalize_over = algorithm, config.normalize_over
         self.timeout, self.check = config.timeout, config.check
 
     def reify(self, process_group: Any) -> SyncBatchNormAlgorithmImpl:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Mapping, Optional, Union
 
-__all__ = ["SyncBatchNormConfig", "check_normalize_over"]
+__all__ = ["SyncBatchNormConfig"]
 
 _PREFIX = "BAGUA_SYNCBN"
 _BOOLEANS = {"0": False, "1": True}
@@ -56,7 +56,7 @@ class SyncBatchNormConfig:
                 raise ValueError(f"expected {name} to be True or False (got {getattr(self, name)!r}); pass a bool")
         if self.host not in _HOSTS:
             raise ValueError(f"expected host to be one of {', '.join(_HOSTS)} (got {self.host!r}); pass one of them")
-        check_normalize_over(self.normalize_over, "normalize_over")
+        _check_normalize_over(self.normalize_over, "normalize_over")
         if self.timeout is not None and not _is_timeout(self.timeout):
             raise ValueError(
                 f"expected timeout to be a positive number of seconds (got {_shortened(self.timeout)}); "
@@ -108,7 +108,7 @@ class SyncBatchNormConfig:
         scope = environ.get(f"{_PREFIX}_NORMALIZE_OVER", "world")
         is_number = scope.isascii() and scope.isdecimal() and len(scope) <= _MOST_DIGITS
         normalize_over: Union[str, int] = int(scope) if is_number else scope
-        check_normalize_over(normalize_over, f"{_PREFIX}_NORMALIZE_OVER")
+        _check_normalize_over(normalize_over, f"{_PREFIX}_NORMALIZE_OVER")
         text = environ.get(f"{_PREFIX}_TIMEOUT")
         try:
             timeout = None if text is None else float(text)
@@ -134,7 +134,7 @@ def _shortened(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}... of {len(text)} characters"
 
 
-def check_normalize_over(value: object, name: str) -> None:
+def _check_normalize_over(value: object, name: str) -> None:
     """Raises an error if ``value`` does not specify a set of ranks.
 
     Args:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from bagua_syncbn_algo import SyncBatchNormConfig
+from bagua_syncbn_algo import SyncBatchNormAlgorithm, SyncBatchNormConfig
 
 
 def test_defaults_and_environment() -> None:
@@ -74,3 +74,14 @@ def test_frozen() -> None:
     """Catches a configuration that changes while it is in use."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         SyncBatchNormConfig().enabled = False  # type: ignore[misc]
+
+
+def test_the_algorithm_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a variable that ``enable_sync_batchnorm`` reads and ``SyncBatchNormAlgorithm`` ignores."""
+    monkeypatch.setenv("BAGUA_SYNCBN_NORMALIZE_OVER", "2")
+    monkeypatch.setenv("BAGUA_SYNCBN_TIMEOUT", "7")
+    monkeypatch.setenv("BAGUA_SYNCBN_CHECK", "nonfinite")
+    found = SyncBatchNormAlgorithm()
+    assert (found.normalize_over, found.timeout, found.check) == (2, 7.0, "nonfinite")
+    given = SyncBatchNormAlgorithm(normalize_over="world", timeout=3.0, check="none")
+    assert (given.normalize_over, given.timeout, given.check) == ("world", 3.0, "none")
