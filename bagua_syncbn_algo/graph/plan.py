@@ -159,7 +159,7 @@ class SyncPlan:
 
     @property
     def rounds_overlapped(self) -> int:
-        """Number of backward rounds that overlap with weight gradients."""
+        """Number of backward rounds that overlap with weight gradients; layers too small to overlap count too."""
         return sum(planned.backward and bool(planned.overlapped_with) for planned in self.rounds)
 
     def agreement(self) -> Tuple[Tuple[str, Tuple[int, ...]], ...]:
