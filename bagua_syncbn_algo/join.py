@@ -88,6 +88,7 @@ class _SyncBatchNormJoinable(Joinable):
         self._ddp: Optional[weakref.ref[Any]] = None
         self._wrappers: List[weakref.ref[Any]] = []
         self._hook: Any = None
+        self._direct_hook: Any = None
         self._channels: List[Channel] = []
 
     # -- Joinable -------------------------------------------------------------------------------------------------
@@ -165,6 +166,8 @@ class _SyncBatchNormJoinable(Joinable):
             channel.joining = weakref.WeakSet(self._layers)
         called: Any = self._model() if ddp is None else ddp
         self._hook = called.register_forward_pre_hook(self._before_forward)
+        if ddp is not None:
+            self._direct_hook = inside_compiled(ddp.module).register_forward_pre_hook(self._refuse_direct_call)
 
     def _leave(self) -> None:
         """Disables a context whose constructor raises an error."""
@@ -176,6 +179,7 @@ class _SyncBatchNormJoinable(Joinable):
     @uncompiled
     def _before_forward(self, module: nn.Module, arguments: Any) -> None:
         """Tells ranks whose data have ended that a forward begins, before any of its collectives."""
+        self._remove_direct_hook()
         work = Join.notify_join_context(self)
         ddp = None if self._ddp is None else self._ddp()
         if work is not None and ddp is not None:
@@ -185,9 +189,27 @@ class _SyncBatchNormJoinable(Joinable):
         for channel in self._channels:
             announce(channel, STEP)
 
+    def _refuse_direct_call(self, module: nn.Module, arguments: Any) -> None:
+        """Raises an error in a training forward that a rank whose data have ended would not answer.
+
+        Such a rank learns from a forward of ``DistributedDataParallel`` that the others still train, and then answers
+        all rounds. In a loop whose first forward is a direct one, it would not learn it in time.
+        """
+        if module.training:
+            raise RuntimeError(
+                f"expected the first training forward inside of Join by DistributedDataParallel (got a direct call of "
+                f"{type(module).__name__}, which ranks whose data have ended do not know of); call ddp(input)"
+            )
+
+    def _remove_direct_hook(self) -> None:
+        if self._direct_hook is not None:
+            self._direct_hook.remove()
+        self._direct_hook = None
+
     def close(self) -> None:
         """Ends the context on this rank."""
         _disable(self)
+        self._remove_direct_hook()
         if self._hook is not None:
             self._hook.remove()
         self._hook = None

@@ -462,6 +462,40 @@ def test_a_rank_without_any_batch_ends_without_the_joinable() -> None:
     assert bare
 
 
+def train_directly(rank: int) -> Tuple[str, Dict[str, Tensor]]:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=10))
+    model = convert_sync_batchnorm(fresh_model())
+    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+    message = ""
+    try:
+        with Join([sync_batch_norm_joinable(model), ddp]):
+            for index in range(1 + rank):
+                loss_of(model(batch(rank, index))).backward()
+    except RuntimeError as error:
+        message = str(error)
+    model.zero_grad()
+    with Join([sync_batch_norm_joinable(model), ddp]):
+        for index in range(1 + rank):
+            model.eval()
+            model(batch(rank, index))
+            model.train()
+            loss_of(ddp(batch(rank, index))).backward()
+            with torch.no_grad():
+                model(batch(rank, index))
+    return message, state_of(model)
+
+
+@pytest.mark.multirank
+def test_a_model_that_is_called_directly_is_refused() -> None:
+    """Catches a rank that waits for one whose data have ended, and a refusal of evaluation or of later direct calls."""
+    found = run_processes(2, train_directly)
+    for message, state in found:
+        assert message.startswith("expected the first training forward inside of Join by DistributedDataParallel")
+        assert state["head.1.num_batches_tracked"] == 4
+        for name, value in state.items():
+            assert torch.equal(value, found[0][1][name]), name
+
+
 def test_models_without_layers_are_refused() -> None:
     """Catches a joinable that answers no rounds, because the model was not converted or its layers have no tags."""
     with pytest.raises(ValueError, match="convert it with convert_sync_batchnorm"):
