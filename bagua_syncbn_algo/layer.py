@@ -70,6 +70,7 @@ class SyncBatchNorm(_BatchNorm):
         - Output: :math:`(N, C, *)` (same shape, dtype and memory format as the input)
 
     Raises:
+        TypeError: if ``process_group`` is no process group, such as a list of ranks.
         ValueError: if ``process_group`` is a ``DeviceMesh`` of several dimensions. In forward, if the input has fewer
             than 2 dimensions, a number of channels other than ``num_features``, or no floating point dtype; or if there
             is at most one value per channel to normalize.

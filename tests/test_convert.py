@@ -319,6 +319,16 @@ def test_torchs_conversion_of_converted_layers_is_noticed(nested: bool) -> None:
     assert len(sync_batchnorm_layers(net)) == 2
 
 
+@pytest.mark.parametrize("group", [[0, 1], "world", 2, torch.tensor([0, 1])], ids=str)
+def test_a_list_of_ranks_is_no_process_group(group: Any) -> None:
+    """Catches an error in the middle of the conversion, such as that a list is not hashable."""
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    for build in (lambda: convert_sync_batchnorm(model, group), lambda: SyncBatchNorm(2, process_group=group)):
+        with pytest.raises(TypeError, match=r"expected a process group or None .*torch.distributed.new_group\(ranks\)"):
+            build()
+    assert type(model[0]) is nn.BatchNorm1d
+
+
 def _meshes(rank: int) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
