@@ -562,6 +562,7 @@ def test_errors_say_what_was_expected() -> None:
         "second": "RuntimeError: expected one gradient per backward for ",
     }.items():
         assert texts.get(name, "no error").startswith(start), (name, texts.get(name))
+    assert texts["rename"].endswith("call with_bagua on copy.deepcopy(model)")
 
 
 def _broken_backward(rank: int) -> Any:
