@@ -13,7 +13,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
 from .comm.channel import Channel
-from .comm.finished import END, STEP, FinishedRank, announce
+from .comm.finished import END, STEP, FinishedRank, JoinedLayers, announce
 from .comm.transport import source_group
 from .comm.wire import sync_point
 from .compat import hand_over_divisor, inside_compiled, uncompiled
@@ -88,7 +88,6 @@ class _SyncBatchNormJoinable(Joinable):
         self._ddp: Optional[weakref.ref[Any]] = None
         self._wrappers: List[weakref.ref[Any]] = []
         self._hook: Any = None
-        self._direct_hook: Any = None
         self._channels: List[Channel] = []
 
     # -- Joinable -------------------------------------------------------------------------------------------------
@@ -163,11 +162,9 @@ class _SyncBatchNormJoinable(Joinable):
         channels = {id(channel): channel for channel in (layer._bound_channel() for layer in self._layers)}
         self._channels = [channel for channel in channels.values() if not channel.local]
         for channel in self._channels:
-            channel.joining = weakref.WeakSet(self._layers)
+            channel.joining = JoinedLayers(self._layers)
         called: Any = self._model() if ddp is None else ddp
         self._hook = called.register_forward_pre_hook(self._before_forward)
-        if ddp is not None:
-            self._direct_hook = inside_compiled(ddp.module).register_forward_pre_hook(self._refuse_direct_call)
 
     def _leave(self) -> None:
         """Disables a context whose constructor raises an error."""
@@ -179,7 +176,6 @@ class _SyncBatchNormJoinable(Joinable):
     @uncompiled
     def _before_forward(self, module: nn.Module, arguments: Any) -> None:
         """Tells ranks whose data have ended that a forward begins, before any of its collectives."""
-        self._remove_direct_hook()
         work = Join.notify_join_context(self)
         ddp = None if self._ddp is None else self._ddp()
         if work is not None and ddp is not None:
@@ -187,29 +183,12 @@ class _SyncBatchNormJoinable(Joinable):
         elif work is not None:
             work.wait()
         for channel in self._channels:
+            channel.joining.begun = True  # type: ignore[attr-defined]
             announce(channel, STEP)
-
-    def _refuse_direct_call(self, module: nn.Module, arguments: Any) -> None:
-        """Raises an error in a training forward that a rank whose data have ended would not answer.
-
-        Such a rank learns from a forward of ``DistributedDataParallel`` that the others still train, and then answers
-        all rounds. In a loop whose first forward is a direct one, it would not learn it in time.
-        """
-        if module.training:
-            raise RuntimeError(
-                f"expected the first training forward inside of Join by DistributedDataParallel (got a direct call of "
-                f"{type(module).__name__}, which ranks whose data have ended do not know of); call ddp(input)"
-            )
-
-    def _remove_direct_hook(self) -> None:
-        if self._direct_hook is not None:
-            self._direct_hook.remove()
-        self._direct_hook = None
 
     def close(self) -> None:
         """Ends the context on this rank."""
         _disable(self)
-        self._remove_direct_hook()
         if self._hook is not None:
             self._hook.remove()
         self._hook = None

@@ -367,6 +367,7 @@ def _batch_norm_eager(
     checks.refuse_transform(first._shown_name, first.process_group, first._channel)
     checks.check_join(first._shown_name)
     channel = first._bound_channel(inputs[0].device)
+    checks.check_begun(first, channel)
     if len(layers) > 1 and not checks.can_share(layers, inputs, channel):
         # Not `layer(input)`: the caller runs the hooks, and the operations that a subclass adds to the normalization.
         return tuple(SyncBatchNorm.forward(layer, input) for layer, input in zip(layers, inputs))

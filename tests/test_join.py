@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -475,6 +476,7 @@ def train_directly(rank: int) -> Tuple[str, Dict[str, Tensor]]:
         message = str(error)
     model.zero_grad()
     with Join([sync_batch_norm_joinable(model), ddp]):
+        replica = copy.deepcopy(model)
         for index in range(1 + rank):
             model.eval()
             model(batch(rank, index))
@@ -482,12 +484,13 @@ def train_directly(rank: int) -> Tuple[str, Dict[str, Tensor]]:
             loss_of(ddp(batch(rank, index))).backward()
             with torch.no_grad():
                 model(batch(rank, index))
+    replica(batch(rank, 0))
     return message, state_of(model)
 
 
 @pytest.mark.multirank
 def test_a_model_that_is_called_directly_is_refused() -> None:
-    """Catches a rank that waits for one whose data have ended, and a refusal of evaluation or of later direct calls."""
+    """Catches a rank that waits for one without data, and a refusal of evaluation, copies or later direct calls."""
     found = run_processes(2, train_directly)
     for message, state in found:
         assert message.startswith("expected the first training forward inside of Join by DistributedDataParallel")
