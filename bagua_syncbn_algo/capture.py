@@ -155,6 +155,7 @@ def _bind(references: Sequence[Any], name: Optional[str], device: torch.device) 
         )
     channel = layers[0]._bound_channel(device)
     checks.check_join(layers[0]._shown_name)
+    checks.check_begun(layers[0], channel)
     checks.check_joined(layers[0], channel)
     point: SyncPoint = layers[0]._point
     if name is not None:

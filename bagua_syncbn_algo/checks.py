@@ -14,6 +14,7 @@ from .compat import inside_transform, later_in_join, lone_join
 
 __all__ = [
     "can_share",
+    "check_begun",
     "check_channels",
     "check_dimensions",
     "check_join",
@@ -79,6 +80,23 @@ def check_joined(layer: Any, channel: Channel) -> None:
             f"expected layers of the joinable's model in training inside of Join (got {layer._shown_name} of another "
             "model in the list); put the models in one module, wrap it in one DistributedDataParallel, call it for "
             "every forward, and use its joinable"
+        )
+
+
+def check_begun(layer: Any, channel: Channel) -> None:
+    """Checks that ranks whose data have ended know of a forward inside of ``Join``: else they do not answer rounds.
+
+    Args:
+        layer: the layer, or the first one of a round.
+        channel: its channel.
+
+    Raises:
+        RuntimeError: if no forward of ``DistributedDataParallel`` has begun since the context was entered.
+    """
+    if not getattr(channel.joining, "begun", True) and layer in channel.joining:
+        raise RuntimeError(
+            "expected the first training forward inside of Join by DistributedDataParallel (got a direct call that "
+            f"reaches {layer._shown_name}, which ranks whose data have ended do not know of); call ddp(input)"
         )
 
 

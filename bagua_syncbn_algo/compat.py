@@ -26,6 +26,7 @@ __all__ = [
     "graph_task",
     "hand_over_divisor",
     "inside_compiled",
+    "inside_fake_mode",
     "inside_transform",
     "is_tracing",
     "keep_operator",
@@ -141,6 +142,15 @@ def traced_as_constant(function: _F) -> _F:
 def current_trace() -> Any:
     """Returns the context of the graph that Dynamo traces, one object for each graph; ``None`` outside of a trace."""
     return torch._guards.TracingContext.try_get()
+
+
+def inside_fake_mode() -> bool:
+    """Returns whether tensors have no values here, as in ``FakeTensorMode``; ``False`` while Dynamo traces."""
+    number = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+    if number() == 0 or current_trace() is not None:
+        return False
+    detect = getattr(torch._guards, "detect_fake_mode", lambda: None)
+    return detect() is not None
 
 
 def number_of_groups() -> int:

@@ -152,7 +152,8 @@ def convert_sync_batchnorm(
         ValueError: if a lazy layer is not initialized; if ``process_group`` is a ``DeviceMesh`` of several dimensions,
             such as ``mesh`` in place of ``mesh["dp"]``; if ``overlap=True`` and ``coalesce=False``; if a
             ``BAGUA_SYNCBN_*`` environment variable is invalid.
-        TypeError: if a BatchNorm subclass overrides ``forward`` and is not registered (:func:`register_conversion`).
+        TypeError: if a BatchNorm subclass overrides ``forward`` and is not registered (:func:`register_conversion`);
+            if ``process_group`` is no process group, such as a list of ranks.
 
     Collectives:
         None.

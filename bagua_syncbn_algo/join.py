@@ -13,7 +13,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
 from .comm.channel import Channel
-from .comm.finished import END, STEP, FinishedRank, announce
+from .comm.finished import END, STEP, FinishedRank, JoinedLayers, announce
 from .comm.transport import source_group
 from .comm.wire import sync_point
 from .compat import hand_over_divisor, inside_compiled, uncompiled
@@ -164,7 +164,7 @@ class _SyncBatchNormJoinable(Joinable):
         channels = {id(channel): channel for channel in (layer._bound_channel() for layer in self._layers)}
         self._channels = [channel for channel in channels.values() if not channel.local]
         for channel in self._channels:
-            channel.joining = weakref.WeakSet(self._layers)
+            channel.joining = JoinedLayers(self._layers)
         called: Any = self._model() if ddp is None else ddp
         self._hook = called.register_forward_pre_hook(self._before_forward)
 
@@ -185,6 +185,7 @@ class _SyncBatchNormJoinable(Joinable):
         elif work is not None:
             work.wait()
         for channel in self._channels:
+            channel.joining.begun = True  # type: ignore[attr-defined]
             announce(channel, STEP)
 
     def close(self) -> None:

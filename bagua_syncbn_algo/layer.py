@@ -18,7 +18,7 @@ from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
 from .comm.transport import channel_of, source_group
 from .comm.wire import FORWARD, Roster, SyncPoint, SyncTag, sync_point
-from .compat import is_tracing, uncompiled
+from .compat import inside_fake_mode, is_tracing, uncompiled
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
 from .ops.moments import GlobalMoments, LocalMoments, has_fused_kernels, statistics_dtype
@@ -70,6 +70,7 @@ class SyncBatchNorm(_BatchNorm):
         - Output: :math:`(N, C, *)` (same shape, dtype and memory format as the input)
 
     Raises:
+        TypeError: if ``process_group`` is no process group, such as a list of ranks.
         ValueError: if ``process_group`` is a ``DeviceMesh`` of several dimensions. In forward, if the input has fewer
             than 2 dimensions, a number of channels other than ``num_features``, or a dtype that is not floating point;
             or if there is at most one value per channel to normalize.
@@ -187,7 +188,8 @@ class SyncBatchNorm(_BatchNorm):
             The first call: those of :func:`channel_of` and :meth:`Channel.join`.
         """
         source = source_group(self.process_group)
-        if source is None:
+        # Tensors without values cannot be sent, and other ranks need not run such a forward.
+        if source is None or inside_fake_mode() or getattr(device or self.device, "type", "") == "meta":
             return SINGLE_PROCESS
         if self._channel is None or self._channel_source is None or self._channel_source() is not source:
             device = device or self.device
@@ -365,6 +367,7 @@ def _batch_norm_eager(
     checks.refuse_transform(first._shown_name, first.process_group, first._channel)
     checks.check_join(first._shown_name)
     channel = first._bound_channel(inputs[0].device)
+    checks.check_begun(first, channel)
     if len(layers) > 1 and not checks.can_share(layers, inputs, channel):
         # Not `layer(input)`: the caller runs the hooks, and the operations that a subclass adds to the normalization.
         return tuple(SyncBatchNorm.forward(layer, input) for layer, input in zip(layers, inputs))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_processes, run_threads
 from torch import Tensor, nn
 
@@ -317,6 +318,47 @@ def test_torchs_conversion_of_converted_layers_is_noticed(nested: bool) -> None:
         net(x)  # warned once
         convert_sync_batchnorm(net)(x)  # the remedy
     assert len(sync_batchnorm_layers(net)) == 2
+
+
+@pytest.mark.parametrize("group", [[0, 1], "world", 2, torch.tensor([0, 1])], ids=str)
+def test_a_list_of_ranks_is_no_process_group(group: Any) -> None:
+    """Catches an error in the middle of the conversion, such as that a list is not hashable."""
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    for build in (lambda: convert_sync_batchnorm(model, group), lambda: SyncBatchNorm(2, process_group=group)):
+        with pytest.raises(TypeError, match=r"expected a process group or None .*torch.distributed.new_group\(ranks\)"):
+            build()
+    assert type(model[0]) is nn.BatchNorm1d
+
+
+def _without_values(rank: int) -> Any:
+    from torch._subclasses import FakeTensorMode
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    dist.init_process_group("gloo")
+    shapes = []
+    with FakeTensorMode():
+        for model in (convert_sync_batchnorm(build()), convert_sync_batchnorm(build(), coalesce=False)):
+            output = model(torch.randn(2 + rank, 3, 5, 5))
+            output.sum().backward()
+            shapes.append(tuple(output.shape))
+    with torch.device("meta"):
+        model = convert_sync_batchnorm(build())
+    if rank == 0:  # a rank may look at shapes alone
+        shapes.append(tuple(model(torch.empty(2, 3, 5, 5, device="meta")).shape))
+    torch.manual_seed(0)
+    model = convert_sync_batchnorm(build())
+    model(torch.randn(2, 3, 5, 5)).sum().backward()
+    return shapes, model[1].running_mean
+
+
+@pytest.mark.multirank
+def test_tensors_without_values_are_not_sent() -> None:
+    """Catches a fake tensor in a message or in a random generator: each ended the process."""
+    (first, mean), (second, other) = run_processes(2, _without_values)
+    assert first == [(2, 4, 5, 5)] * 3 and second == [(3, 4, 5, 5)] * 2
+    assert torch.equal(mean, other) and mean.any()
 
 
 def _meshes(rank: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -460,6 +461,42 @@ def test_a_rank_without_any_batch_ends_without_the_joinable() -> None:
     message, bare = run_processes(2, train_without_the_joinable, (2, 0), False, True)
     assert "use Join([sync_batch_norm_joinable(model), ddp])" in message
     assert bare
+
+
+def train_directly(rank: int) -> Tuple[str, Dict[str, Tensor]]:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=10))
+    model = convert_sync_batchnorm(fresh_model())
+    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+    message = ""
+    try:
+        with Join([sync_batch_norm_joinable(model), ddp]):
+            for index in range(1 + rank):
+                loss_of(model(batch(rank, index))).backward()
+    except RuntimeError as error:
+        message = str(error)
+    model.zero_grad()
+    with Join([sync_batch_norm_joinable(model), ddp]):
+        replica = copy.deepcopy(model)
+        for index in range(1 + rank):
+            model.eval()
+            model(batch(rank, index))
+            model.train()
+            loss_of(ddp(batch(rank, index))).backward()
+            with torch.no_grad():
+                model(batch(rank, index))
+    replica(batch(rank, 0))
+    return message, state_of(model)
+
+
+@pytest.mark.multirank
+def test_a_model_that_is_called_directly_is_refused() -> None:
+    """Catches a rank that waits for one without data, and a refusal of evaluation, copies or later direct calls."""
+    found = run_processes(2, train_directly)
+    for message, state in found:
+        assert message.startswith("expected the first training forward inside of Join by DistributedDataParallel")
+        assert state["head.1.num_batches_tracked"] == 4
+        for name, value in state.items():
+            assert torch.equal(value, found[0][1][name]), name
 
 
 def test_models_without_layers_are_refused() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import weakref
 from typing import Any, Callable, ContextManager, Iterable, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -39,7 +40,7 @@ from .wire import (
     sync_point,
 )
 
-__all__ = ["END", "STEP", "FinishedRank", "announce"]
+__all__ = ["END", "STEP", "FinishedRank", "JoinedLayers", "announce"]
 
 STEP, END = sync_point("the start of a forward inside of Join"), sync_point("the end of Join")
 _EMPTY = sync_point("no layer: its data have ended")
@@ -54,6 +55,15 @@ def announce(channel: Channel, point: SyncPoint) -> None:
     """
     channel.register(point)
     channel.exchange(point, JOIN, [torch.zeros(1, dtype=torch.int64, device=channel.device)])
+
+
+class JoinedLayers(weakref.WeakSet):  # type: ignore[type-arg]
+    """The layers of a model inside of ``Join``, and whether the other ranks know of a forward.
+
+    A rank whose data have ended learns from the first forward that others still train, and then answers all rounds.
+    """
+
+    begun = False
 
 
 class _Update(NamedTuple):

@@ -70,11 +70,20 @@ def group_of(process_group: Optional[Any]) -> Optional[Any]:
     """Returns the process group of a ``DeviceMesh`` of one dimension; any other argument unchanged.
 
     Raises:
+        TypeError: if the argument is no group, such as a list of ranks.
         ValueError: if the mesh has several dimensions.
     """
     # Looked up, not imported: before torch 2.2 there is no such module, and an object of the class has imported it.
     mesh_class = getattr(sys.modules.get("torch.distributed.device_mesh"), "DeviceMesh", None)
     if mesh_class is None or not isinstance(process_group, mesh_class):
+        # A rank that is not in a group has a value of another type, which the first forward refuses.
+        others = (None, getattr(getattr(dist, "GroupMember", None), "NON_GROUP_MEMBER", None))
+        is_group = all(hasattr(process_group, method) for method in ("rank", "size"))
+        if not is_group and not any(process_group is other for other in others):
+            raise TypeError(
+                f"expected a process group or None as process_group (got {process_group!r}); pass e.g. the result of "
+                "torch.distributed.new_group(ranks), which all ranks must call"
+            )
         return process_group
     mesh: Any = process_group
     if mesh.ndim != 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.wire import digest
-from ..compat import graph_task, will_run
+from ..compat import graph_task, uncompiled, will_run
 from .agreement import Agreement, Report
 from .bucket import BaguaBucket
 from .communication import BaguaProcessGroup, allgather, broadcast, broadcast_object, get_backend, streams
@@ -104,11 +104,26 @@ class BaguaDistributedDataParallel:
         ignored = set(self.parameters_to_ignore)
         return [(name, p) for name, p in self.module.named_parameters() if name not in ignored]
 
+    def _current_accumulators(self) -> List[Tuple[nn.Parameter, Any]]:
+        """Returns each parameter with the node that accumulates into its ``grad``; ``None`` if it is frozen.
+
+        The node is another one after the dtype or device of the parameter has changed, even if it has changed back.
+        """
+        with torch.inference_mode(False), torch.enable_grad():  # else there is no node; the forward may be without
+            views: Any = [(p, p.expand_as(p) if p.requires_grad else None) for _, p in self._parameters()]
+        return [(p, None if view is None else view.grad_fn.next_functions[0][0]) for p, view in views]
+
+    @uncompiled  # nodes of autograd cannot be part of a graph
+    def _parameters_changed(self) -> bool:
+        current = self._current_accumulators()
+        pairs = zip(current, self._accumulators)
+        return len(current) != len(self._accumulators) or any(a is not c or b is not d for (a, b), (c, d) in pairs)
+
     # -- initialization -------------------------------------------------------------------------------------------
 
     def _bagua_init_algorithm(self) -> None:
         self._communicated = dict(self.bagua_build_params())
-        self._trainable = [(p, p.requires_grad) for _, p in self._parameters()]
+        self._accumulators = self._current_accumulators()
         self._check_same_parameters()
         self._bagua_broadcast_parameters()
         self._bagua_tensors = self.bagua_algorithm.init_tensors(self)
@@ -173,6 +188,7 @@ class BaguaDistributedDataParallel:
         _remove_all(self._parameter_hooks)
         # A weak reference: a native autograd node owns the hook, so gc could not detect the reference cycle.
         self_reference = weakref.ref(self)
+        nodes = dict(self._accumulators)
         for name, parameter in self.bagua_build_params():
 
             def hook(*unused: Any, name: str = name, parameter: nn.Parameter = parameter) -> None:
@@ -181,10 +197,8 @@ class BaguaDistributedDataParallel:
                     ddp._on_gradient(name, parameter)
 
             # The node that accumulates into `parameter.grad` runs when the gradient is complete.
-            node: Any = parameter.expand_as(parameter).grad_fn
-            accumulator = node.next_functions[0][0]
-            handle = accumulator.register_hook(hook)
-            self._parameter_hooks.append(_NodeHook(handle, accumulator))
+            node = nodes[parameter]
+            self._parameter_hooks.append(_NodeHook(node.register_hook(hook), node))
 
     def _register_optimizer_hooks(self) -> None:
         _remove_all(self._optimizer_hooks)
@@ -222,8 +236,8 @@ class BaguaDistributedDataParallel:
         if module.training:
             self.bagua_train_step_counter += 1
         reset = self.bagua_algorithm.need_reset()
-        # Freezing or unfreezing a parameter changes the buckets.
-        if module.training and (reset or any(p.requires_grad != before for p, before in self._trainable)):
+        # A parameter that is frozen, unfrozen, moved, converted, replaced or added changes the buckets and hooks.
+        if module.training and (reset or self._parameters_changed()):
             self._bagua_init_algorithm()
         if module.training:
             self.bagua_algorithm.init_forward_pre_hook(self)(input)

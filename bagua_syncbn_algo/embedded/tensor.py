@@ -64,7 +64,8 @@ class BaguaTensor:
         ):
             raise ValueError(
                 f"expected a registered tensor to keep its name (got {name!r} of {module_name!r} for "
-                f"{self.bagua_tensor_name!r} of {self.bagua_module_name!r}); register another tensor"
+                f"{self.bagua_tensor_name!r} of {self.bagua_module_name!r}); register another tensor. Parameters keep "
+                "their names and model after with_bagua: to move them, call with_bagua on copy.deepcopy(model)"
             )
         self.bagua_tensor_name = name if name is not None else ""
         self.bagua_module_name = module_name

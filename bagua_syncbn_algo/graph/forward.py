@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_join
+from ..checks import check_begun, check_join
 from ..comm.channel import Channel
 from ..comm.report import CHECK
 from ..comm.wire import FORWARD, Roster, SyncBatchNormError, digest
@@ -353,6 +353,7 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
         check_join(layer._shown_name)  # before a rank without data would have to create the channel, too
     if layer is None or inside_transform() or layer._bound_channel().local or has_global_hooks():
         return original(module, *args, **kwargs)
+    check_begun(layer, layer._bound_channel())
     forward.follow(layer._bound_channel())
     forward.count_call()
     if not forward.path and layer.tag is not None:

@@ -21,6 +21,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..compat import inside_fake_mode
 from ..layer import SyncBatchNorm
 from .call_pattern import CallPattern
 from .module_state import (
@@ -100,6 +101,10 @@ def trace(module: nn.Module, pattern: CallPattern, values: Optional[Sequence[Any
     Collectives:
         None.
     """
+    if (
+        inside_fake_mode()
+    ):  # states of random generators are tensors: without values, their restoration ends the process
+        raise UntraceableError("is traced inside of FakeTensorMode")
     for attempt in range(_MAX_ATTEMPTS):
         with contextlib.suppress(_RandomDrawError):
             return _trace(module, pattern, values, last=attempt == _MAX_ATTEMPTS - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from datetime import timedelta
@@ -242,6 +244,38 @@ def test_two_versions_in_one_job() -> None:
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def _forked(rank: int) -> Tuple[str, Tensor]:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=10))
+    layer = SyncBatchNorm(3)
+    layer(torch.arange(12.0).view(4, 3) + rank)
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends this process if it waits
+        text = "no error"
+        try:
+            layer(torch.ones(4, 3))
+        except Exception as error:
+            text = str(error)
+        os.write(sender, text.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    layer(torch.arange(12.0).view(4, 3) * rank)  # the messages of this process are in order
+    return os.read(receiver, 10000).decode(), layer.running_mean
+
+
+@pytest.mark.multirank
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_is_refused() -> None:
+    """Catches a training forward in a worker of a DataLoader: it waits for ever, as no thread receives messages."""
+    (first, mean), (second, other) = run_processes(2, _forked)
+    for text in (first, second):
+        assert text.startswith(
+            "expected statistics to be exchanged by the process of the rank (got one that was forked"
+        )
+    assert torch.equal(mean, other) and mean.any()
 
 
 @pytest.mark.multirank

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 import torch
@@ -562,6 +562,7 @@ def test_errors_say_what_was_expected() -> None:
         "second": "RuntimeError: expected one gradient per backward for ",
     }.items():
         assert texts.get(name, "no error").startswith(start), (name, texts.get(name))
+    assert texts["rename"].endswith("call with_bagua on copy.deepcopy(model)")
 
 
 def _broken_backward(rank: int) -> Any:
@@ -645,6 +646,61 @@ def test_parameters_frozen_and_thawed_after_with_bagua() -> None:
     """Catches a bucket that waits for a frozen parameter (then no gradient is sent), or an unfrozen one left local."""
     for seen in run_processes(2, _frozen_and_thawed):
         assert all(all(step) for step in seen), seen
+
+
+def _converted(model: nn.Module) -> None:
+    model.double()
+    model.float()
+
+
+def _reloaded(model: nn.Module) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def _extended(model: Any) -> None:
+    torch.manual_seed(1)
+    model.append(nn.Linear(3, 3))
+
+
+def _changed_after_with_bagua(rank: int, change: Callable[[Any], None]) -> Any:
+    bagua.init_process_group()
+    model, reference = net(), net()
+    model.with_bagua([], gradient_allreduce())
+    model(batch(0, rank)[0]).sum().backward()
+    for candidate in (model, reference):
+        change(candidate)
+        candidate.zero_grad(set_to_none=True)
+    model(batch(0, rank)[0]).sum().backward()
+    (reference(torch.cat([batch(0, r)[0] for r in range(2)])).sum() / 2).backward()
+    pairs = zip(model.named_parameters(), reference.parameters())
+    return [name for (name, a), b in pairs if not torch.allclose(a.grad, b.grad, atol=1e-6)]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("change", [_converted, _reloaded, _extended])
+def test_parameters_changed_after_with_bagua(change: Callable[[Any], None]) -> None:
+    """Catches gradients that stay local without an error, because the parameter has another node or is another one."""
+    for differing in run_processes(2, _changed_after_with_bagua, change):
+        assert differing == []
+
+
+def _frozen_without_gradients(rank: int) -> Any:
+    bagua.init_process_group()
+    model = net()
+    model.with_bagua([], gradient_allreduce())
+    for mode, index in ((torch.no_grad, 0), (torch.inference_mode, 2)):
+        model[index].requires_grad_(False)
+        with mode():
+            model(batch(0, rank)[0])
+    model(batch(0, rank)[0]).sum().backward()
+    return model[4].weight.grad
+
+
+@pytest.mark.multirank
+def test_a_forward_without_gradients_after_freezing() -> None:
+    """Catches hooks on gradients that are registered in no_grad, where parameters have no node to accumulate into."""
+    first, second = run_processes(2, _frozen_without_gradients)
+    assert torch.equal(first, second)
 
 
 def _copies(rank: int) -> Any:
