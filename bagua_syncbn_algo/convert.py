@@ -253,6 +253,7 @@ def tag_sync_batchnorm(module: nn.Module) -> List[SyncBatchNorm]:
         tuple((name, layer.num_features) for name, (_, layer) in zip(names, named)),
         plan.agreement(),
         max((layer.itemsize for _, layer in named), default=4),
+        tuple(f", eps={layer.eps}, momentum={layer.momentum}" for _, layer in named),
         remarks=Remarks(module),
         state=State([layer for _, layer in named]),
     )

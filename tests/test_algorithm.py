@@ -167,7 +167,7 @@ def test_ranks_with_different_layer_counts_at_with_bagua() -> None:
     """Catches ranks with different models that hang at the first layer of only one rank."""
     for text in run_processes(2, _different_models, errors=True):
         assert "expected the same synchronized layers and rounds on every rank (got 2 on rank 0, 3 on rank 1" in text
-        assert "number 2: nothing on rank 0, Sequential.9.1 with 2 features on rank 1" in text
+        assert "number 2: nothing on rank 0, Sequential.9.1 with 2 features, eps=1e-05, momentum=0.1 on rank 1" in text
 
 
 def _warnings(rank: int) -> Any:

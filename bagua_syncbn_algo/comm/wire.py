@@ -112,6 +112,7 @@ class Roster:
         layers: the qualified name and ``num_features`` of each layer, in the order of the model.
         rounds: for each round a line of text that names its layers, and their ``num_features``.
         itemsize: the bytes per statistic: 4, or 8 if any layer has float64 parameters.
+        settings: for each layer, a text with its other settings that must be equal on all ranks; empty if unknown.
         observer: records the rounds of these layers on this rank.
         remarks: returns lines about the model on this rank that explain a difference to other ranks.
         state: returns the digest of the running statistics of the layers with a process group; 0 if it is unknown.
@@ -120,6 +121,7 @@ class Roster:
     layers: Tuple[Tuple[str, int], ...] = ()
     rounds: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()
     itemsize: int = 4
+    settings: Tuple[str, ...] = ()
     observer: StepObserver = field(default_factory=StepObserver, repr=False)
     remarks: Callable[[], Sequence[str]] = field(default=tuple, repr=False)
     state: Callable[[Any], int] = field(default=_no_state, repr=False)
@@ -140,7 +142,8 @@ class Roster:
 
     def text(self) -> bytes:
         """Returns one line for each layer and round, for the comparison between ranks."""
-        layers = [f"{name} with {features} features" for name, features in self.layers]
+        settings = self.settings or ("",) * len(self.layers)
+        layers = [f"{name} with {features} features{more}" for (name, features), more in zip(self.layers, settings)]
         return "\n".join([*layers, *(line for line, _ in self.rounds)]).encode()
 
 

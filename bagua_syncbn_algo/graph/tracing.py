@@ -101,9 +101,7 @@ def trace(module: nn.Module, pattern: CallPattern, values: Optional[Sequence[Any
     Collectives:
         None.
     """
-    if (
-        inside_fake_mode()
-    ):  # states of random generators are tensors: without values, their restoration ends the process
+    if inside_fake_mode():  # the states of random generators are tensors, whose restoration would end the process
         raise UntraceableError("is traced inside of FakeTensorMode")
     for attempt in range(_MAX_ATTEMPTS):
         with contextlib.suppress(_RandomDrawError):

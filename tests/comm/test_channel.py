@@ -466,8 +466,9 @@ def test_the_layer_tells_its_device(mocker: Any) -> None:
     SyncBatchNorm(3)._bound_channel(torch.device("cuda", 1))
     channel.use_device.assert_called_once_with(torch.device("cuda", 1))
     channel.reset_mock()
-    SyncBatchNorm(3, device="meta")._bound_channel()
-    channel.use_device.assert_called_once_with(torch.device("meta"))
+    mocker.patch.object(SyncBatchNorm, "device", torch.device("cuda", 2))  # of the parameters
+    SyncBatchNorm(3)._bound_channel()
+    channel.use_device.assert_called_once_with(torch.device("cuda", 2))
 
 
 @pytest.mark.multirank

@@ -76,6 +76,7 @@ ONE_RANK_DIFFERS = [
     Fault("has modules in another order", change="other order", step=0),
     Fault("has other initial weights", EXACT, EXACT, change="other weights", step=0),
     Fault("has other initial running statistics", NAMED, EXACT, change="other buffers", step=0),
+    Fault("has another momentum", change="other momentum", step=0, says="momentum=0.1"),
     Fault("has another optimizer state", "", EXACT, change="optimizer state", step=0),
     Fault("has a forward hook", change="hook", step=0, says="forward hook"),
     Fault("runs one more training forward", ddp=BARE, change="two forwards", says=r"Net\.\w+ \((forward|backward)\)"),

@@ -134,6 +134,8 @@ class Job:
         )
         if change == "other buffers":
             self.net.one.running_mean.fill_(3.0)  # type: ignore[union-attr]
+        if change == "other momentum":
+            self.net.one.momentum = 0.3
         if change == "frozen weight":
             self.net.mix.weight.requires_grad_(False)
         if change == "hook":
