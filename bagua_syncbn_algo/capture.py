@@ -1,4 +1,4 @@
-"""The training forward of a round as ``torch.compile`` captures it.
+"""The training forward of a round as ``torch.compile`` captures it, and a layer as ``torch.fx`` does.
 
 Dynamo follows :func:`normalize_captured`. What an eager forward decides in each call, :func:`_prepare` decides once,
 while the graph is traced: it binds the layers to their channel and checks that the round can be part of a graph.
@@ -24,7 +24,7 @@ if CAPTURES_ROUNDS:
     from .ops.in_graph import in_graph_round, move_running_statistics_in_graph
     from .ops.operators import Site
 
-__all__ = ["normalize_captured"]
+__all__ = ["fx_node", "normalize_captured"]
 
 
 def normalize_captured(
@@ -176,3 +176,20 @@ def _warn(name: str, reason: str) -> None:
         "runs eagerly, with a graph break",
         stacklevel=2,
     )
+
+
+def fx_node(layer: Any, input: Any, plain: Callable[..., Tensor]) -> Any:
+    """Returns a layer as one node of a graph of ``torch.fx``, which takes only layers of ``torch.nn`` as leaves.
+
+    Args:
+        layer: the layer.
+        input: the proxy of its input.
+        plain: the forward of the class without the operations of a subclass.
+    """
+    tracer = input.tracer
+    path = tracer.path_of_module(layer)
+    if type(layer).forward is plain:
+        return tracer.create_proxy("call_module", path, (input,), {})
+    # A subclass adds operations, which the tracer follows.
+    itself = tracer.create_proxy("get_attr", path, (), {})
+    return tracer.create_proxy("call_function", plain, (itself, input), {})

@@ -5,12 +5,14 @@ Each description states the first version that has the function, or the result i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
-from typing import Any, Callable, List, Optional, TypeVar
+from typing import Any, Callable, ContextManager, List, Optional, TypeVar
 
 import torch
+import torch.utils._python_dispatch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,6 +43,7 @@ __all__ = [
     "traced_as_constant",
     "uncompiled",
     "will_run",
+    "without_modes",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -89,6 +92,17 @@ _top_hooks: Optional[Callable[[bool], Any]] = getattr(torch._C._autograd, "_top_
 def saved_tensors_hooks() -> Optional[Any]:
     """Returns the current hooks for saved tensors; ``None`` without hooks, and in versions without the function."""
     return None if _top_hooks is None else _top_hooks(True)
+
+
+def without_modes() -> ContextManager[Any]:
+    """Returns a context in which dispatch modes see no operators; one without an effect before torch 2.0.
+
+    Selective activation checkpointing (torch 2.4) is such a mode. It expects the operators of the recomputation in the
+    first forward, in the same order.
+    """
+    number = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+    disabled = getattr(torch.utils._python_dispatch, "_disable_current_modes", contextlib.nullcontext)
+    return contextlib.nullcontext() if number() == 0 else disabled()
 
 
 def sequence_of(node: Any) -> int:

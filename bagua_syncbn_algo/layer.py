@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import checks
-from .capture import normalize_captured
+from .capture import fx_node, normalize_captured
 from .comm.channel import Channel
 from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
 from .comm.transport import channel_of, source_group
 from .comm.wire import FORWARD, Roster, SyncPoint, SyncTag, sync_point
-from .compat import inside_fake_mode, is_tracing, uncompiled
+from .compat import inside_fake_mode, is_tracing, uncompiled, without_modes
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
 from .ops.moments import GlobalMoments, LocalMoments, has_fused_kernels, statistics_dtype
@@ -192,19 +192,22 @@ class SyncBatchNorm(_BatchNorm):
         if source is None or inside_fake_mode() or getattr(device or self.device, "type", "") == "meta":
             return SINGLE_PROCESS
         if self._channel is None or self._channel_source is None or self._channel_source() is not source:
-            device = device or self.device
-            channel = channel_of(self.process_group, device)
-            if device is not None:
-                channel.use_device(device)
-            if self.tag is None:
-                channel.join(_NO_ROSTER)
-                point = sync_point(channel.anonymous_name(self.num_features))
-            else:
-                roster, state = self.tag.roster, partial(self.tag.roster.state, self.process_group)
-                point = sync_point(self.tag.name, channel.join(roster, self.itemsize, state))
-            self.bind(channel, point)
+            with without_modes():
+                self._bind_to_group(device or self.device)
         assert self._channel is not None
         return self._channel
+
+    def _bind_to_group(self, device: Optional[torch.device]) -> None:
+        channel = channel_of(self.process_group, device)
+        if device is not None:
+            channel.use_device(device)
+        if self.tag is None:
+            channel.join(_NO_ROSTER)
+            point = sync_point(channel.anonymous_name(self.num_features))
+        else:
+            roster, state = self.tag.roster, partial(self.tag.roster.state, self.process_group)
+            point = sync_point(self.tag.name, channel.join(roster, self.itemsize, state))
+        self.bind(channel, point)
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -217,7 +220,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if issubclass(type(input), fx.Proxy):
-            return _fx_node(self, input)  # type: ignore[no-any-return]
+            return fx_node(self, input, SyncBatchNorm.forward)  # type: ignore[no-any-return]
         if not self.training:
             self._check_input(input)
             return self._local_batch_norm(input, self.running_mean is None and self.running_var is None)
@@ -244,12 +247,13 @@ class SyncBatchNorm(_BatchNorm):
         running_mean, running_var = (self.running_mean, self.running_var) if uses_buffers else (None, None)
         if self.training and running_mean is not None and running_var is not None:
             assert self.num_batches_tracked is not None
-            if update:
-                self.num_batches_tracked.add_(1)
-                momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            else:
-                # Copies, not None: activation checkpointing compares the number of saved tensors.
-                running_mean, running_var = running_mean.clone(), running_var.clone()
+            with without_modes():
+                if update:
+                    self.num_batches_tracked.add_(1)
+                    momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                else:
+                    # Copies, not None: activation checkpointing compares the number of saved tensors.
+                    running_mean, running_var = running_mean.clone(), running_var.clone()
         return F.batch_norm(
             input, running_mean, running_var, self.weight, self.bias, batch_statistics, momentum, self.eps
         )
@@ -261,18 +265,20 @@ class SyncBatchNorm(_BatchNorm):
             return self._local_batch_norm(input, True)  # raises ValueError
         dtype = statistics_dtype(input.dtype)
         pooled = update and running.collects
-        slot = running.slot(self, dtype) if pooled else Slot.of(self, dtype, input.device)
+        with without_modes():  # a recomputation runs other operators
+            slot = running.slot(self, dtype) if pooled else Slot.of(self, dtype, input.device)
         if count == 0:  # native kernels must not be called on an empty shard
             output = input.clone()
         else:
             # With momentum 1, the kernel writes the statistics of the batch to the given buffers.
             weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
             output = F.batch_norm(input, slot.mean, slot.variance, weight, bias, True, 1.0, self.eps)
-        if pooled:
-            running.add(slot, count)
-        elif update:  # the slot of an empty shard contains zeros
-            local = LocalMoments(count, slot.mean, slot.variance * ((count - 1) / max(count, 1)))
-            running.merge(self, self._point, local)
+        with without_modes():
+            if pooled:
+                running.add(slot, count)
+            elif update:  # the slot of an empty shard contains zeros
+                local = LocalMoments(count, slot.mean, slot.variance * ((count - 1) / max(count, 1)))
+                running.merge(self, self._point, local)
         return output
 
     @torch.no_grad()
@@ -309,17 +315,6 @@ class SyncBatchNorm(_BatchNorm):
         from .convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
-
-
-def _fx_node(layer: SyncBatchNorm, input: Any) -> Any:
-    """Returns the layer as one node of a graph of ``torch.fx``, which takes only layers of ``torch.nn`` as leaves."""
-    tracer = input.tracer
-    path = tracer.path_of_module(layer)
-    if type(layer).forward is SyncBatchNorm.forward:
-        return tracer.create_proxy("call_module", path, (input,), {})
-    # A subclass adds operations, which the tracer follows.
-    itself = tracer.create_proxy("get_attr", path, (), {})
-    return tracer.create_proxy("call_function", SyncBatchNorm.forward, (itself, input), {})
 
 
 def batch_norm_coalesced(

@@ -25,7 +25,7 @@ from ..checks import check_begun, check_join
 from ..comm.channel import Channel
 from ..comm.report import CHECK
 from ..comm.wire import FORWARD, Roster, SyncBatchNormError, digest
-from ..compat import inside_transform, is_tracing, saved_tensors_hooks, uncompiled
+from ..compat import inside_transform, is_tracing, saved_tensors_hooks, uncompiled, without_modes
 from ..layer import SyncBatchNorm
 from ..ops.recompute import inside_backward
 from .call_pattern import CallPattern
@@ -358,13 +358,15 @@ def _train(forward: CoalescedForward, args: Sequence[Any], kwargs: Dict[str, Any
     forward.count_call()
     if not forward.path and layer.tag is not None:
         layer.tag.roster.observer.start()
-    pattern, tensors = CallPattern.of(args, kwargs)
-    variant = None if pattern is None else forward.variant(pattern, tensors)
-    if variant is None or variant.run is None:
-        if variant is not None and variant.needed_shapes and not inside_backward():
-            forward.check_failure(variant, layer)
-        return original(module, *args, **kwargs)
-    if not variant.verified and (inside_backward() or not forward.agree(variant, layer, tensors)):
+    with without_modes():  # a recomputation neither traces nor checks
+        pattern, tensors = CallPattern.of(args, kwargs)
+        variant = None if pattern is None else forward.variant(pattern, tensors)
+        if variant is not None and not inside_backward():
+            if variant.run is None and variant.needed_shapes:
+                forward.check_failure(variant, layer)
+            elif variant.run is not None and not variant.verified:
+                forward.agree(variant, layer, tensors)
+    if variant is None or variant.run is None or not variant.verified:
         return original(module, *args, **kwargs)
     # Not where activation checkpointing may have saved the tensors of the former graph, or recomputes them.
     may_change = torch.is_grad_enabled() and saved_tensors_hooks() is None and not inside_backward()

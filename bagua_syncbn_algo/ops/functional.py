@@ -33,6 +33,7 @@ from ..comm.channel import Channel
 from ..comm.groups import yield_core
 from ..comm.report import reporting_errors
 from ..comm.wire import BACKWARD, FORWARD, SyncPoint
+from ..compat import without_modes
 from .deferred import DeferredGrad, OverlapCandidates, refuse_second_derivative
 from .exact import ExactStatistics, GradientSums, constant, launch_exact, local_or_empty
 from .fused import Buffers, FusedLocal, FusedStatistics, can_fuse, launch_fused, local_statistics
@@ -127,18 +128,20 @@ def sync_batch_norm(
         names = [member.name for member in members]
         with reporting_errors(channel, point, FORWARD):
             wait: Callable[[], Statistics]
-            if fuses and buffers is not None:
-                wait = launch_fused(local, channel, point, names, eps, buffers)
-            else:
-                wait = launch_exact(local, channel, point, names, eps)
+            with without_modes():
+                if fuses and buffers is not None:
+                    wait = launch_fused(local, channel, point, names, eps, buffers)
+                else:
+                    wait = launch_exact(local, channel, point, names, eps)
             finish = defer(False)
-        statistics = wait()
-        if owners:
-            saved = SavedStatistics(local, statistics)
-        if update is not None and isinstance(statistics, ExactStatistics):
-            # In the caller's gradient mode, which decides whether running statistics are pooled.
-            with reporting_errors(channel, point, FORWARD):
-                update(local, statistics)
+        with without_modes():
+            statistics = wait()
+            if owners:
+                saved = SavedStatistics(local, statistics)
+            if update is not None and isinstance(statistics, ExactStatistics):
+                # In the caller's gradient mode, which decides whether running statistics are pooled.
+                with reporting_errors(channel, point, FORWARD):
+                    update(local, statistics)
         # An error from here on reaches the other ranks in the next exchange.
         reporting: ContextManager[None] = reporting_errors(channel, point, FORWARD)
     else:

@@ -25,13 +25,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from ..compat import current_node, graph_task, saved_tensors_hooks, sequence_of
+from ..compat import current_node, graph_task, saved_tensors_hooks, sequence_of, without_modes
 from .moments import LocalMoments
 
 __all__ = ["RecomputeCache", "SavedStatistics", "inside_backward", "recomputation_owners"]
 
 # Relative. A recomputation repeats the same arithmetic. Moments of other batches of up to 10⁸ elements differ by more.
 _TOLERANCE = 1e-4
+# Forwards without a graph, as those of frozen layers, that are kept under one hook. A checkpointed region has a hook of
+# its own, and runs a layer fewer times. A hook such as that of `save_on_cpu` may be the same for a whole training.
+_MOST_WITHOUT_GRAPH = 16
 
 
 def inside_backward() -> bool:
@@ -44,10 +47,16 @@ def recomputation_owners() -> List[Any]:
 
     The list is empty in a forward that cannot be recomputed. The objects support weak references.
     """
-    if not torch.is_grad_enabled():
-        return list(_enclosing_functions())
-    hooks = saved_tensors_hooks()
-    return [] if hooks is None else [hooks[1]]
+    owners, hooks = list(_enclosing_functions()), saved_tensors_hooks()
+    return owners if hooks is None or not _can_own(hooks[1]) else [*owners, hooks[1]]
+
+
+def _can_own(hook: Any) -> bool:
+    """Returns whether entries of a dictionary can end with ``hook``. Built-in functions cannot recompute a forward."""
+    try:
+        return ref(hook) is not None and hash(hook) is not None
+    except TypeError:
+        return False
 
 
 def _enclosing_functions() -> Iterator[Any]:
@@ -57,9 +66,12 @@ def _enclosing_functions() -> Iterator[Any]:
     its context, which is the node.
     """
     frame = sys._getframe(1)
+    # Reading a frame's local variables keeps them until the frame ends. Inside a Function, gradients are rarely enabled,
+    # and every module has a `forward` with `self`.
+    other = "self" if torch.is_grad_enabled() else ""
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
+        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != other:
             first = frame.f_locals.get(code.co_varnames[0])
             if isinstance(first, BackwardCFunction):
                 yield first
@@ -136,7 +148,7 @@ class RecomputeCache:
         for owner in owners:
             earlier = self._saved.get(owner, [])
             if not isinstance(owner, BackwardCFunction):  # hooks may be reused in many steps
-                earlier = [each for each in earlier if not each.node_is_freed]
+                earlier = _possibly_needed(earlier)
             self._saved[owner] = [*earlier, statistics]
 
     def match(self, local: Sequence[LocalMoments]) -> Optional[SavedStatistics]:
@@ -153,11 +165,11 @@ class RecomputeCache:
             return None
         node = current_node()
         own = self._saved.get(node, ()) if isinstance(node, BackwardCFunction) else ()  # other nodes own no statistics
-        candidates = _matching(own, local)
-        if not candidates:
-            candidates = _matching(self._all(), local)
-            if len(candidates) > 1 and node is not None:
-                candidates = self._region_of(node, candidates)
+        # Selective checkpointing expects the operators of the first forward, which compares nothing.
+        with without_modes():
+            candidates = _matching(own, local) or _matching(self._all(), local)
+        if len(candidates) > 1 and node is not None and candidates[0] not in own:
+            candidates = self._region_of(node, candidates)
         if not candidates:
             return None
         chosen = min(candidates, key=lambda statistics: statistics.uses)  # the first of the least used
@@ -178,6 +190,13 @@ class RecomputeCache:
         """Returns all statistics without duplicates, the latest first."""
         unique = {id(each): each for saved in list(self._saved.values()) for each in saved}
         return sorted(unique.values(), key=lambda statistics: statistics.sequence, reverse=True)
+
+
+def _possibly_needed(saved: Sequence[SavedStatistics]) -> List[SavedStatistics]:
+    """Returns the statistics whose graph exists, and the latest ones of forwards without a graph."""
+    alive = [each for each in saved if not each.node_is_freed]
+    latest = {id(each) for each in [each for each in alive if each.node is None][-_MOST_WITHOUT_GRAPH:]}
+    return [each for each in alive if each.node is not None or id(each) in latest]
 
 
 def _matching(saved: Sequence[SavedStatistics], local: Sequence[LocalMoments]) -> List[SavedStatistics]:

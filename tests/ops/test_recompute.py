@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from typing import Any, Callable, List, Tuple
 
 import pytest
 import torch
-from ranks import run_threads
+import torch.utils.checkpoint as checkpoint_module
+from ranks import run_processes, run_threads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from bagua_syncbn_algo import SyncBatchNorm, convert_sync_batchnorm, sync_batchnorm_layers
+import bagua_syncbn_algo.ops.recompute as recompute
+from bagua_syncbn_algo import (
+    SyncBatchNorm,
+    SyncBatchNormAlgorithm,
+    bagua,
+    convert_sync_batchnorm,
+    sync_batchnorm_layers,
+)
 
 pytestmark = [
     pytest.mark.multirank,
@@ -274,3 +283,166 @@ def test_hooks_that_serve_many_steps_keep_one_forward() -> None:
         return len(norm._recompute_cache)
 
     assert run_threads(2, body) == [1, 1]
+
+
+def test_hooks_of_a_whole_training_keep_few_forwards_without_a_graph() -> None:
+    """Catches statistics of every step of a frozen layer, whose forwards have no autograd node that ends."""
+    x = torch.randn(2, 5, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        norm = SyncBatchNorm(3, process_group=group).requires_grad_(False)
+        with torch.autograd.graph.save_on_cpu():
+            for step in range(40):
+                norm(x[rank] + step)
+                with torch.no_grad():
+                    norm(x[rank] - step)
+            return len(norm._recompute_cache)
+
+    assert run_threads(2, body) == [recompute._MOST_WITHOUT_GRAPH + 1] * 2
+
+
+def test_hooks_that_cannot_be_referenced() -> None:
+    """Catches an error about weak references to a built-in function, after the running statistics have moved."""
+    x = torch.randn(2, 5, 3)
+
+    def body(rank: int, group: Any) -> Any:
+        norm = SyncBatchNorm(3, process_group=group)
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.double, torch.Tensor.float):
+            loss = norm(x[rank].clone().requires_grad_()).pow(2).sum()
+        loss.backward()
+        return len(norm._recompute_cache), int(norm.num_batches_tracked)  # type: ignore[arg-type]
+
+    assert run_threads(2, body) == [(0, 1)] * 2
+
+
+class Modes(nn.Module):
+    """A region that sets the gradient mode of a part itself."""
+
+    def __init__(self, mode: Callable[[], Any]) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.mode():
+            h = self.norm(self.first(x))
+        return torch.tanh(self.last(h) + self.first(x))
+
+
+@pytest.mark.parametrize("reentrant", VARIANTS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("coalesce", [True, False])
+def test_regions_that_set_the_gradient_mode(mode: Any, reentrant: bool, coalesce: bool) -> None:
+    """Catches a recomputation that is not recognized because the region runs with or without gradients itself."""
+    check(
+        Modes(mode),
+        batches(3, False),
+        lambda model, x: (
+            checkpoint(model, x, use_reentrant=reentrant) if isinstance(model.norm, SyncBatchNorm) else model(x)
+        ),
+        coalesce=coalesce,
+    )
+
+
+class Convolutions(nn.Module):
+    """Layers between operators that a policy may save."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3)
+        self.norm, self.other = nn.BatchNorm2d(4, **options), nn.BatchNorm2d(4, **options)
+        self.factor = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x)).relu()
+        h = (self.other(self.second(h)).relu().sqrt() + torch.cat([h, h], 1)[:, :4, 1:-1, 1:-1].clone()).mean((2, 3))
+        return h.sum(0).pow(2) * self.factor * h / (1 + h.square())
+
+
+SAVED = [
+    ("convolution.default",),
+    ("mul.Tensor", "sum.dim_IntList"),
+    ("pow.Tensor_Scalar", "sqrt.default", "clone.default", "cat.default"),
+    ("add.Tensor", "div.Tensor", "_to_copy.default", "zeros.default", "add_.Tensor"),
+]
+
+
+def selective(model: nn.Module, x: Tensor, saved: Any) -> Any:
+    """Runs a model with selective activation checkpointing."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        is_saved = str(operator).replace("aten.", "") in saved
+        return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+
+has_policies = pytest.mark.skipif(not hasattr(checkpoint_module, "CheckpointPolicy"), reason="torch 2.4 has policies")
+
+
+def compare_selective(model: nn.Module, saved: Any, x: Tensor) -> int:
+    """Compares two steps with and without checkpointing; returns the number of batches that were counted."""
+    twin = copy.deepcopy(model)
+    for _ in range(2):
+        for each, run in ((model, lambda m: selective(m, x, saved)), (twin, lambda m: m(x))):
+            each.zero_grad()
+            run(each).sum().backward()
+        for ours, theirs in zip(model.parameters(), twin.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(model.buffers(), twin.buffers()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    return int(model.norm.num_batches_tracked)  # type: ignore[union-attr, arg-type]
+
+
+def images_of(rank: int) -> Tensor:
+    return torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+
+
+@has_policies
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("coalesce", [True, False])
+@pytest.mark.parametrize("world", [1, 2])
+def test_selective_checkpointing(saved: Any, coalesce: bool, world: int) -> None:
+    """Catches operators of only the first forward, or only the recomputation, among those that a policy saves.
+
+    The tolerance of 1e-9 is far above the rounding of float64 sums in another order.
+    """
+    torch.manual_seed(0)
+    model = Convolutions(momentum=None if world == 1 else 0.1).double()
+
+    def body(rank: int, group: Any) -> int:
+        mine = convert_sync_batchnorm(copy.deepcopy(model), group if world > 1 else None, coalesce=coalesce)
+        return compare_selective(mine, saved, images_of(rank))
+
+    assert run_threads(world, body) == [2] * world
+
+
+def _selective_per_rank(rank: int) -> List[int]:
+    bagua.init_process_group()
+    counted = []
+    for saved in SAVED:
+        torch.manual_seed(0)
+        base = Convolutions().double()
+        models: Any = [convert_sync_batchnorm(copy.deepcopy(base)) for _ in range(2)]
+        for model in models:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            model.with_bagua([optimizer], SyncBatchNormAlgorithm(normalize_over="rank"))
+        x = images_of(rank)
+        for _ in range(2):
+            losses = [selective(models[0], x, saved).sum(), models[1](x).sum()]
+            for loss in losses:
+                loss.backward()
+        for ours, theirs in zip(models[0].state_dict().values(), models[1].state_dict().values()):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        for ours, theirs in zip(models[0].parameters(), models[1].parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+        counted.append(int(models[0].norm.num_batches_tracked))
+    return counted
+
+
+@has_policies
+def test_selective_checkpointing_where_each_rank_normalizes_alone() -> None:
+    """Catches the pool of running statistics among the operators that a policy saves."""
+    assert run_processes(2, _selective_per_rank) == [[2] * len(SAVED)] * 2
