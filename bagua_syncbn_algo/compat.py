@@ -248,7 +248,7 @@ def lerp_each_(tensors: List[Tensor], ends: List[Tensor], weight: float) -> None
 
 
 _BATCH_NORM_OUT: Any = torch.ops.aten.native_batch_norm.out if hasattr(torch, "_foreach_lerp_") else None
-_NO_STATISTICS = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_NO_STATISTICS = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 def batch_norm_into(out: Tensor, *arguments: Any) -> Tensor:

@@ -237,7 +237,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def _local_batch_norm(self, input: Tensor, batch_statistics: bool, update: bool = False) -> Tensor:
         """Normalizes with PyTorch's kernels, by the statistics of this rank's batch or the running statistics."""
-        if batch_statistics and input.numel() <= input.shape[1]:
+        is_empty = not self.training and input.numel() == 0  # which nn.BatchNorm accepts, too
+        if batch_statistics and input.numel() <= input.shape[1] and not is_empty:
             raise ValueError(
                 f"expected more than 1 value per channel at {self._shown_name} (got input of shape "
                 f"{tuple(input.shape)} on one rank); use a larger batch or call eval()"

@@ -20,7 +20,9 @@ def is_act_style(layer: _BatchNorm) -> bool:
     modes = {part: part.training for part in layer.modules()}
     parameters, buffers = dict(layer._parameters), dict(layer._buffers)
     features = layer.num_features
-    like = next((tensor for tensor in (layer.weight, layer.running_mean) if tensor is not None), torch.empty(0))
+    like = next(
+        (tensor for tensor in (layer.weight, layer.running_mean) if tensor is not None), torch.empty(0, device="cpu")
+    )
     if like.is_meta:
         return True  # meta tensors have no values for a trial run
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from typing import Any
+from typing import Any, List
 
 import pytest
 import torch
-from ranks import run_threads
+from ranks import run_processes, run_threads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,9 @@ from bagua_syncbn_algo import (
     SyncBatchNorm1d,
     SyncBatchNorm2d,
     SyncBatchNorm3d,
+    SyncBatchNormAlgorithm,
     SyncBatchNormError,
+    bagua,
     convert_sync_batchnorm,
     revert_sync_batchnorm,
 )
@@ -59,6 +61,15 @@ def test_batches_tracked_is_updated_in_place() -> None:
     held = layer.num_batches_tracked
     layer(torch.randn(2, 3, 4))
     assert held is not None and held.item() == 1
+
+
+def test_evaluation_of_an_empty_batch_without_running_statistics() -> None:
+    """Catches an error where nn.BatchNorm returns an empty output, as for a detector without regions."""
+    x = torch.randn(0, 3, 4, 4)
+    for layer in (SyncBatchNorm(3, track_running_stats=False), nn.BatchNorm2d(3, track_running_stats=False)):
+        assert layer.eval()(x).shape == x.shape
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        SyncBatchNorm(3, track_running_stats=False)(x)
 
 
 def test_evaluation_of_an_empty_batch() -> None:
@@ -395,3 +406,35 @@ def test_function_transforms_name_the_remedy(coalesce: bool) -> None:
 def test_repr_shows_the_options() -> None:
     """Catches a repr without the configuration of the layer."""
     assert repr(SyncBatchNorm(3, eps=0.5)) == repr(nn.BatchNorm2d(3, eps=0.5)).replace("BatchNorm2d", "SyncBatchNorm")
+
+
+def _with_another_default_device(rank: int, default: bool) -> List[Tensor]:
+    """Trains with all tensors on the CPU; the default device is one whose tensors have no values."""
+    bagua.init_process_group()
+    torch.manual_seed(0)
+    results = []
+    for over in ("world", "rank"):
+        base = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3))
+        model = convert_sync_batchnorm(base)
+        model.with_bagua([torch.optim.SGD(model.parameters(), lr=0.1)], SyncBatchNormAlgorithm(normalize_over=over))
+        results.append((model, [torch.randn(2 + rank, 2, 8, 8) for _ in range(2)]))
+    torch.set_default_device("meta" if default else "cpu")
+    try:
+        for model, batches in results:
+            for batch in batches:
+                model(batch).pow(3).sum().backward()
+        model, batches = results[0]
+        model(batches[0][:0] if rank else batches[0]).sum().backward()
+    finally:
+        torch.set_default_device("cpu")
+    return [value.detach() for model, _ in results for value in (*model.state_dict().values(), model[0].weight.grad)]
+
+
+@pytest.mark.multirank
+@pytest.mark.skipif(not hasattr(torch, "set_default_device"), reason="torch 2.0 has a default device")
+def test_the_default_device_has_no_effect() -> None:
+    """Catches tensors that are created without a device: messages, counts and caches would be on the default one."""
+    expected = run_processes(2, _with_another_default_device, False)
+    for found, wanted in zip(run_processes(2, _with_another_default_device, True), expected):
+        for ours, theirs in zip(found, wanted):
+            assert torch.equal(ours, theirs)

@@ -184,6 +184,17 @@ def run(code: str) -> str:
     ).stdout.strip()
 
 
+def test_tensors_are_created_on_a_stated_device() -> None:
+    """Catches a tensor on the device of ``torch.set_default_device``, such as a header in the memory of a GPU."""
+    factories = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent.name == "bench":  # creates inputs for models, which may be on the default device
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in factories}:
+                assert any(each.arg == "device" for each in node.keywords), f"{path}:{node.lineno}"
+
+
 def test_importing_patches_nothing_until_bagua_is_touched() -> None:
     """Catches an import that patches torch for users of the layer only."""
     code = "import torch, bagua_syncbn_algo as b; before = hasattr(torch.nn.Module, 'with_bagua'); b.SyncBatchNorm(3);"

@@ -312,10 +312,11 @@ class Channel:
                 self._version_check = None
             if length <= room:
                 return self._start(parts, length, point, phase, flags, length).wait
-            frames = [
-                self._start([chunk], chunk.numel(), point, phase, flags | index << FRAME_SHIFT, length)
-                for index, chunk in enumerate(torch.cat(list(parts)).split(room))
-            ]
+            frames: List[PendingGather] = []
+            for index, chunk in enumerate(torch.cat(list(parts)).split(room)):
+                if frames and frames[-1].has_failed():  # on all ranks; the wait raises the error, as for one frame
+                    break
+                frames.append(self._start([chunk], chunk.numel(), point, phase, flags | index << FRAME_SHIFT, length))
         return lambda: torch.cat([frame.wait() for frame in frames], dim=1)
 
     def _start(
@@ -335,8 +336,7 @@ class Channel:
         self.rounds += phase != JOIN
         self.frames += 1
         record = None if phase == JOIN else active()
-        layers = point.layers or (point.name,)
-        entry = None if record is None else record.launch(layers, PHASES[phase], message.numel())
+        entry = None if record is None else record.launch(point.layers or (point.name,), PHASES[phase], message.numel())
         self._slot, self._waits_at_once = slot, phase != BACKWARD
         self._in_flight = pending = PendingGather(self, header, point, phase, entry, slot is not None)
         if message.is_cuda:  # not on the CPU: gloo's Work keeps the saved-tensor hooks of its thread

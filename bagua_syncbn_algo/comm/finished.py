@@ -95,7 +95,7 @@ class FinishedRank:
         self._channel, self._rosters, self._find = channel, list(rosters), find
         self._events: queue.SimpleQueue[Union[_Update, SyncPoint, BaseException]] = queue.SimpleQueue()
         self._ended = False
-        self._zeros = torch.empty(0)
+        self._zeros = torch.empty(0, device="cpu")
         self._differing: Optional[int] = None  # the agreement whose texts the other ranks exchange next
         self._has_lengths = False  # whether their lengths have arrived
         threading.Thread(target=self._run, name="bagua_syncbn finished rank", daemon=True).start()

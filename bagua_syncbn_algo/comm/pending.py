@@ -100,6 +100,12 @@ class PendingGather:
             self._gathered = self._gathered.clone()
         return self._gathered[:, HEADER_BYTES:]
 
+    def has_failed(self) -> bool:
+        """Waits for the all-gather, keeps its result, and returns whether :meth:`wait` raises an error."""
+        with contextlib.suppress(SyncBatchNormError):
+            self.wait(keep=True)
+        return self._error is not None
+
     def _end(self, channel: Any) -> None:
         """Waits for the all-gather and checks the headers, once."""
         if self._done:

@@ -55,7 +55,8 @@ class _Half:
         self.slots = slots  # (K, W, capacity) uint8
         self.used = 0
         self.expected: List[_Expected] = []
-        self._headers = torch.empty((*slots.shape[:2], HEADER_BYTES), dtype=torch.uint8, pin_memory=slots.is_cuda)
+        shape = (*slots.shape[:2], HEADER_BYTES)
+        self._headers = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=slots.is_cuda)
         self._copied: Any = None  # the event after the copy to `_headers`
 
     def copy(self) -> None:
@@ -77,7 +78,7 @@ class _Half:
         if not copied.query():
             copied.synchronize()  # the host is more than a step ahead of the device
         found = self._headers.view(torch.int64)[[each.slot for each in expected]]
-        wanted = torch.tensor([each.words for each in expected]).unsqueeze(1)
+        wanted = torch.tensor([each.words for each in expected], device="cpu").unsqueeze(1)
         if torch.equal(found, wanted.expand_as(found)):
             return
         for each, rows in zip(expected, found.tolist()):

@@ -184,7 +184,7 @@ class HeaderCache:
         if header is None:
             with torch.inference_mode(False):  # the header outlives an inference_mode block of the caller
                 words = [point.key, phase, flags, length]
-                header = Header(words, torch.tensor(words).view(torch.uint8).to(device))
+                header = Header(words, torch.tensor(words, device="cpu").view(torch.uint8).to(device))
             if not flags & FAULT:
                 put_bounded(self._headers, key, header, self.keeps_all)
         return header

@@ -72,7 +72,7 @@ class Agreement:
         """
         self._steps += 1
         numbers = [self._model, self._steps, self._completed, optimizer_steps]
-        own = torch.tensor([*numbers, participates, interrupted, *counts])
+        own = torch.tensor([*numbers, participates, interrupted, *counts], device="cpu")
         rows = own.new_empty((self._size, own.numel()))
         # The place is taken before the wait, on all ranks in the same order.
         explaining = self._communicator.explaining(f"the end of step {self._steps} of {self._name}", "end the step")

@@ -283,7 +283,9 @@ def broadcast_object(obj: object, src: int = 0, comm: Optional[BaguaSingleCommun
     if comm.rank() == -1:
         return obj
     is_source = comm.rank() == src
-    payload = torch.frombuffer(bytearray(pack(obj)), dtype=torch.uint8) if is_source else torch.empty(0)
+    payload = torch.empty(0, device="cpu")
+    if is_source:
+        payload = torch.frombuffer(bytearray(pack(obj)), dtype=torch.uint8)
     on_cuda = isinstance(comm.streams, CudaStreams)
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     size = torch.tensor([payload.numel()], device=device)

@@ -128,7 +128,7 @@ def _decoded(tree: Any, memory: memoryview, device: Optional[torch.device]) -> A
         if start + size > len(memory):
             raise TypeError("of which the end is missing")
         tensor = torch.frombuffer(bytearray(memory[start : start + size]), dtype=_DTYPES[name]) if size else None
-        found = torch.empty(shape, dtype=_DTYPES[name]) if tensor is None else tensor.reshape(shape)
+        found = torch.empty(shape, dtype=_DTYPES[name], device="cpu") if tensor is None else tensor.reshape(shape)
         return found if device is None or not tree["cuda"] else found.to(device)
     if kind == "pickle":
         name, start, size = value

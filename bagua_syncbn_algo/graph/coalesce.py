@@ -231,4 +231,4 @@ def _expected_call(
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     # A tensor for each: two arguments that are one tensor make another kind of call.
-    return CallPattern.of([torch.empty(0) for _ in required], {})
+    return CallPattern.of([torch.empty(0, device="cpu") for _ in required], {})

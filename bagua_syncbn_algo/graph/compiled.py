@@ -212,7 +212,7 @@ def _example(value: Any) -> Any:
         return _hint(value)
     shape = [int(_hint(size)) for size in value.shape]
     if value.dtype.is_floating_point or value.dtype.is_complex:
-        example = torch.linspace(-2, 2, max(1, _product(shape))).sin_()[: _product(shape)].view(shape)
+        example = torch.linspace(-2, 2, max(1, _product(shape)), device="cpu").sin_()[: _product(shape)].view(shape)
         return example.to(value.device, value.dtype).requires_grad_(value.requires_grad)
     return torch.zeros(shape, dtype=value.dtype, device=value.device)
 

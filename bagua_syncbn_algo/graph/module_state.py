@@ -116,7 +116,8 @@ def _like(tensor: Tensor, memo: Dict[int, Any]) -> Tensor:
     """Returns a tensor with the properties of a parameter or buffer, which may be sharded, and with its full shape."""
     if id(tensor) not in memo:
         if isinstance(tensor, nn.Parameter) or not tensor.is_leaf:
-            values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+            generator = torch.Generator("cpu").manual_seed(tensor.numel())
+            values = torch.randn(tensor.shape, generator=generator, device="cpu")
             copied: Tensor = nn.Parameter(values.to(tensor.device, tensor.dtype), tensor.requires_grad)
         else:
             copied = tensor.detach().clone()

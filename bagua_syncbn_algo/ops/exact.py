@@ -176,11 +176,11 @@ def launch_exact(
     return lambda: ExactStatistics(arrived(), eps, [part.mean.dtype for part in local])
 
 
-@lru_cache(maxsize=65536)  # never evicted in practice: a captured graph reads it
+@lru_cache(maxsize=65536)  # a captured graph reads it, so none of few batch sizes may be evicted
 def constant(values: Tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns a tensor of Python numbers, which must not be written to."""
     with torch.inference_mode(False):  # the tensor outlives an inference_mode block that may be active
-        return to_device(torch.tensor(values, dtype=dtype), device)
+        return to_device(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -207,8 +207,9 @@ def _merge_each(
 def _counts(elements: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tuple[Tensor, Tensor]:
     """Returns the counts for the merge, in ``dtype``, and for backward, in int32. One copy moves both to the device."""
     with torch.inference_mode(False):  # the tensors outlive an inference_mode block that may be active
-        weights = torch.tensor([float(n) or _ALMOST_NOTHING for n in elements], dtype=dtype)
-        both = torch.cat([weights.view(torch.uint8), torch.tensor(elements, dtype=torch.int32).view(torch.uint8)])
+        weights = torch.tensor([float(n) or _ALMOST_NOTHING for n in elements], dtype=dtype, device="cpu")
+        counts = torch.tensor(elements, dtype=torch.int32, device="cpu")
+        both = torch.cat([weights.view(torch.uint8), counts.view(torch.uint8)])
         both = to_device(both, device)
         size = weights.numel() * weights.element_size()
         return both[:size].view(dtype), both[size:].view(torch.int32)

@@ -128,8 +128,9 @@ def _table(
     """Returns the table of integers ``(L, 5)`` and that of ``(eps, momentum)``. One copy moves both to the device."""
     with torch.inference_mode(False):  # the tensors outlive an inference_mode block that may be active
         starts = [sum(features[:index]) for index in range(len(features))]
-        table = torch.tensor([[*each[:2], *each[2]] for each in zip(starts, features, addresses)], dtype=torch.int64)
-        scalars = torch.tensor(list(zip(eps, momenta)), dtype=torch.float64)
+        rows = [[*each[:2], *each[2]] for each in zip(starts, features, addresses)]
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        scalars = torch.tensor(list(zip(eps, momenta)), dtype=torch.float64, device="cpu")
         both = to_device(torch.cat([table.flatten(), scalars.flatten().view(torch.int64)]), device)
         return both[: table.numel()], both[table.numel() :].view(torch.float64)
 
@@ -144,7 +145,9 @@ def check(device: torch.device) -> None:
     ramp = torch.arange(3 * 406, device=device, dtype=torch.float32).view(3, 406).sin().abs()
     counts = torch.tensor([[0, 0], [2, 5], [7, 1]], device=device)
     expected = merge_moments(counts, ramp, features)
-    wanted = expected.variance + torch.tensor(eps, device=device).repeat_interleave(torch.tensor(features).to(device))
+    wanted = expected.variance + torch.tensor(eps, device=device).repeat_interleave(
+        torch.tensor(features, device=device)
+    )
     found = merge(counts, ramp, features, eps, [None, None])
     close = torch.allclose(found.mean, expected.mean) and torch.allclose(found.invstd, wanted.rsqrt())
     if not close or not torch.equal(found.counts.long(), counts.t()):

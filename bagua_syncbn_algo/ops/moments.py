@@ -176,7 +176,7 @@ def weights_of(counts: Tensor, features: Tuple[int, ...]) -> Weights:
 @lru_cache(maxsize=1024)
 def _cached_weights(counts: Tuple[Tuple[int, ...], ...], features: Tuple[int, ...]) -> Weights:
     with torch.inference_mode(False):  # the tensors outlive an inference_mode block that may be active
-        return _weights(torch.tensor(counts), features)
+        return _weights(torch.tensor(counts, device="cpu"), features)
 
 
 def _weights(counts: Tensor, features: Tuple[int, ...]) -> Weights:
@@ -195,7 +195,7 @@ def _weights(counts: Tensor, features: Tuple[int, ...]) -> Weights:
 def layer_index(features: Tuple[int, ...], device: torch.device) -> Tensor:
     """Returns the index of the layer of each channel, shape ``(ΣC,)``: expands a value per layer to one per channel."""
     with torch.inference_mode(False):
-        return torch.repeat_interleave(torch.tensor(features)).to(device)
+        return torch.repeat_interleave(torch.tensor(features, device="cpu")).to(device)
 
 
 def merge_moments(counts: Tensor, moments: Tensor, features: Tuple[int, ...]) -> GlobalMoments:

@@ -66,8 +66,8 @@ def _enclosing_functions() -> Iterator[Any]:
     its context, which is the node.
     """
     frame = sys._getframe(1)
-    # Reading a frame's local variables keeps them until the frame ends. Inside a Function, gradients are rarely enabled,
-    # and every module has a `forward` with `self`.
+    # Reading a frame's local variables keeps them until the frame ends. Few Functions enable gradients, and each module
+    # has a `forward` with `self`.
     other = "self" if torch.is_grad_enabled() else ""
     while frame is not None:
         code = frame.f_code

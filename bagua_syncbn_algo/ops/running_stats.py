@@ -17,7 +17,7 @@ from torch import Tensor
 from ..comm.channel import Channel
 from ..comm.wire import SyncPoint
 from ..compat import lerp_each_
-from .exact import ExactStatistics, constant, launch_moments
+from .exact import ExactStatistics, constant, launch_moments, to_device
 from .fused import Buffers
 from .moments import LocalMoments, merge_moments, split_channels
 
@@ -79,7 +79,7 @@ class RunningPool:
         self._dtype, self._device = (torch.float64 if doubles else torch.float32), first.device
         self._features = features
         # The layer index of each channel. It expands a value per layer to one per channel.
-        self._layer_of = torch.repeat_interleave(torch.tensor(features)).to(self._device)
+        self._layer_of = torch.repeat_interleave(torch.tensor(features, device="cpu")).to(self._device)
         self.payload = torch.zeros(len(features) + sum(features), dtype=self._dtype, device=self._device)
         self._index = {id(layer): index for index, layer in enumerate(self.layers)}
         self._elements = [0] * len(features)
@@ -153,7 +153,8 @@ class RunningPool:
         elements, self._elements = self._elements, [0] * len(self._elements)
         # Factors from unbiased to biased variances.
         factors = [(n - 1) / n if n else 0.0 for n in elements]
-        per_layer = constant((*elements, *factors), self._dtype, self._device).view(2, -1)
+        # Not a constant: there are as many as sizes of batches.
+        per_layer = to_device(torch.tensor([elements, factors], dtype=self._dtype, device="cpu"), self._device)
         counts, factors_of = per_layer[:, self._layer_of]
         means, variances = self._moments[0].clone(), self._moments[1] * factors_of
         self._moments.zero_()  # a kernel with a momentum of 1 computes 0 · old + new: an old NaN would remain

@@ -161,6 +161,37 @@ def test_a_subgroup_of_the_world_names_global_ranks() -> None:
     assert first is not None and "expected rank 2 to send statistics" in first
 
 
+# -- rounds of several frames ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("fault", ["another width", "another layer"])
+@pytest.mark.parametrize("features", [500, 3000])
+def test_one_step_is_lost_after_a_caught_error(fault: str, features: int) -> None:
+    """Catches an error of a round of several messages that leaves one more message on a rank: all later steps fail."""
+
+    def body(rank: int, group: Any) -> List[str]:
+        wide, small = (SyncBatchNorm(each, process_group=group) for each in (features, 3))
+        outcomes = []
+        for step in range(5):
+            is_faulty = step == 2 and rank == 1
+            layer = small if is_faulty and fault == "another layer" else wide
+            x = torch.randn(3, layer.num_features - (is_faulty and layer is wide), requires_grad=True)
+            try:
+                layer(x).pow(3).sum().backward()
+                outcomes.append("ok")
+            except (SyncBatchNormError, ValueError) as error:
+                outcomes.append(type(error).__name__)
+        if features == 3000:
+            assert wide._bound_channel().frames > 2 * 4  # several in each round
+        return outcomes
+
+    first, second = run_threads(2, body)
+    own = "ValueError" if fault == "another width" else "SyncBatchNormError"
+    assert first == ["ok", "ok", "SyncBatchNormError", "ok", "ok"]
+    assert second == ["ok", "ok", own, "ok", "ok"]
+
+
 # -- corrupt headers ---------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from bagua_syncbn_algo import (
     record_rounds,
     sync_batchnorm_layers,
 )
+from bagua_syncbn_algo.ops.exact import constant
 
 ALL_MODES = ["world", "node", 2, "rank"]
 
@@ -419,3 +420,20 @@ def test_rank_mode_has_one_bucket_a_step() -> None:
             (("Probe.norm", "Probe.other", "Probe.frozen"), "running", step) for step in (1, 2)
         ]
         assert all(r["ordered"] and r["sane"] and r["bytes"] == 2 * 4 * (3 + 3 + 2 + 3) for r in rounds)
+
+
+def _sizes(rank: int) -> int:
+    bagua.init_process_group()
+    model = wrapped("rank")
+    before = 0
+    for step in range(12):
+        if step == 2:
+            before = constant.cache_info().currsize
+        model(torch.randn(4 + step, *shard(0, 0).shape[1:])).sum().backward()
+    return int(constant.cache_info().currsize - before)
+
+
+@pytest.mark.multirank
+def test_sizes_of_batches_are_not_kept() -> None:
+    """Catches a cache that grows by an entry of all layers for each size of a batch."""
+    assert run_processes(2, _sizes) == [0, 0]
