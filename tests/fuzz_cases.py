@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -11,12 +12,13 @@ import numpy
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # -- the random case ---------------------------------------------------------------------------------------------------
 
 HOSTS = ("DDP", "DDP unused", "with_bagua", "none")
-KINDS = ("join", "wrap", "restart", "checks", "compiled", "resizes")
+KINDS = ("join", "wrap", "restart", "checks", "compiled", "resizes", "saves")
+SAVED = ("addmm.default", "convolution.default", "mul.Tensor", "sum.dim_IntList", "add.Tensor", "sqrt.default", "cat.default")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Case:
     checks: bool  # whether statistics that are not finite are an error
     compiled: bool  # whether torch.compile captures the model
     resizes: bool  # whether each step has inputs of another size, on which the forward depends
+    saves: Tuple[str, ...]  # the operators whose results selective checkpointing keeps; empty for ordinary checkpointing
 
     @classmethod
     def of(cls, seed: int) -> Case:
@@ -141,6 +144,7 @@ class Case:
             checks=more.random() < 0.15,
             compiled=plain and mode == "world" and more.random() < 0.15,
             resizes=bool(spatial) and repeats < 0 and more.random() < 0.2,
+            saves=tuple(more.sample(SAVED, more.randint(1, 3))) if False in checkpoints and more.random() < 0.3 else (),
         )
 
     @property
@@ -152,6 +156,7 @@ class Case:
     def kinds(self) -> List[str]:
         """The members of ``KINDS`` that the case has."""
         found = {"join": bool(self.epochs), "checks": self.checks, "compiled": self.compiled, "resizes": self.resizes}
+        found["saves"] = bool(self.saves)
         return [kind for kind in KINDS if found.get(kind, kind in self.changes)]
 
     def active(self, step: int) -> Tuple[bool, ...]:
@@ -273,11 +278,12 @@ class Sized(nn.Module):
 
 
 class Stage(nn.Module):
-    """A part of the model that may be checkpointed."""
+    """A part of the model that may be checkpointed, and keep the results of some operators."""
 
-    def __init__(self, inner: nn.Module, use_reentrant: Optional[bool]) -> None:
+    def __init__(self, inner: nn.Module, use_reentrant: Optional[bool], saves: Sequence[str]) -> None:
         super().__init__()
         self.inner, self.use_reentrant, self.reference = inner, use_reentrant, False
+        self.saves = () if use_reentrant else saves
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor
@@ -287,9 +293,17 @@ class Stage(nn.Module):
             # A reentrant checkpoint runs its first forward without gradients, so statistics are merged at once.
             with Reference.merging_at_once(self.use_reentrant):
                 y = self.inner(x)
+        elif self.saves:
+            contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, self.saves))
+            y = checkpoint(self.inner, x, use_reentrant=False, context_fn=contexts)
         else:
             y = checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
         return y
+
+
+def _policy(saves: Sequence[str], context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+    is_saved = str(operator).replace("aten.", "") in saves
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class RandomNet(nn.Module):
@@ -308,7 +322,7 @@ class RandomNet(nn.Module):
         ]
         if case.resizes:
             kinds = [lambda: Sized(choose, channels, dim), *kinds[1:3]]
-        self.stages = nn.ModuleList(Stage(choose.choice(kinds)(), reentrant) for reentrant in case.checkpoints)
+        self.stages = nn.ModuleList(Stage(choose.choice(kinds)(), reentrant, case.saves) for reentrant in case.checkpoints)
         self.heads = nn.ModuleList(
             nn.Sequential(*(Unit(choose, channels, channels, dim) for _ in range(choose.randint(0, 2))))
             for _ in range(case.heads)
