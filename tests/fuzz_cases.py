@@ -18,7 +18,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 HOSTS = ("DDP", "DDP unused", "with_bagua", "none")
 KINDS = ("join", "wrap", "restart", "checks", "compiled", "resizes", "saves")
-SAVED = ("addmm.default", "convolution.default", "mul.Tensor", "sum.dim_IntList", "add.Tensor", "sqrt.default", "cat.default")
+SAVED = (
+    "addmm.default",
+    "convolution.default",
+    "mul.Tensor",
+    "sum.dim_IntList",
+    "add.Tensor",
+    "sqrt.default",
+    "cat.default",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +70,9 @@ class Case:
     checks: bool  # whether statistics that are not finite are an error
     compiled: bool  # whether torch.compile captures the model
     resizes: bool  # whether each step has inputs of another size, on which the forward depends
-    saves: Tuple[str, ...]  # the operators whose results selective checkpointing keeps; empty for ordinary checkpointing
+    saves: Tuple[
+        str, ...
+    ]  # the operators whose results selective checkpointing keeps; empty for ordinary checkpointing
 
     @classmethod
     def of(cls, seed: int) -> Case:
@@ -322,7 +332,9 @@ class RandomNet(nn.Module):
         ]
         if case.resizes:
             kinds = [lambda: Sized(choose, channels, dim), *kinds[1:3]]
-        self.stages = nn.ModuleList(Stage(choose.choice(kinds)(), reentrant, case.saves) for reentrant in case.checkpoints)
+        self.stages = nn.ModuleList(
+            Stage(choose.choice(kinds)(), reentrant, case.saves) for reentrant in case.checkpoints
+        )
         self.heads = nn.ModuleList(
             nn.Sequential(*(Unit(choose, channels, channels, dim) for _ in range(choose.randint(0, 2))))
             for _ in range(case.heads)
