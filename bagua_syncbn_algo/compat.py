@@ -98,11 +98,11 @@ def without_modes() -> ContextManager[Any]:
     """Returns a context in which dispatch modes see no operators; one without an effect before torch 2.0.
 
     Selective activation checkpointing (torch 2.4) is such a mode. It expects the operators of the recomputation in the
-    first forward, in the same order.
+    first forward, in the same order. Operators on fake tensors need their mode.
     """
     number = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
     disabled = getattr(torch.utils._python_dispatch, "_disable_current_modes", contextlib.nullcontext)
-    return contextlib.nullcontext() if number() == 0 else disabled()
+    return contextlib.nullcontext() if number() == 0 or inside_fake_mode() else disabled()
 
 
 def sequence_of(node: Any) -> int:

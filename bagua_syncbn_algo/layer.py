@@ -18,7 +18,7 @@ from .comm.groups import GroupReference, group_of
 from .comm.local import SINGLE_PROCESS
 from .comm.transport import channel_of, source_group
 from .comm.wire import FORWARD, Roster, SyncPoint, SyncTag, sync_point
-from .compat import inside_fake_mode, is_tracing, uncompiled, without_modes
+from .compat import is_tracing, uncompiled, without_modes
 from .ops.deferred import OverlapCandidates
 from .ops.functional import Member, sync_batch_norm
 from .ops.moments import GlobalMoments, LocalMoments, has_fused_kernels, statistics_dtype
@@ -188,8 +188,7 @@ class SyncBatchNorm(_BatchNorm):
             The first call: those of :func:`channel_of` and :meth:`Channel.join`.
         """
         source = source_group(self.process_group)
-        # Tensors without values cannot be sent, and other ranks need not run such a forward.
-        if source is None or inside_fake_mode() or getattr(device or self.device, "type", "") == "meta":
+        if source is None or getattr(device or self.device, "type", "") == "meta":  # without values: nothing to send
             return SINGLE_PROCESS
         if self._channel is None or self._channel_source is None or self._channel_source() is not source:
             with without_modes():

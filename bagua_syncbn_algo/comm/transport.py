@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..compat import ALLGATHER_ON_CURRENT_STREAM
+from ..compat import ALLGATHER_ON_CURRENT_STREAM, inside_fake_mode
 from ..config import SyncBatchNormConfig
 from .channel import Channel
 from .groups import (
@@ -252,8 +252,13 @@ _channels: Dict[Tuple[int, bool], Tuple[weakref.ref[Any], Channel]] = {}
 
 
 def source_group(process_group: Optional[Any]) -> Optional[Any]:
-    """Returns ``process_group``, or the current group of the world for ``None``; ``None`` without a world."""
-    return default_group() if process_group is None else process_group
+    """Returns ``process_group``, or the current group of the world for ``None``; ``None`` without a world.
+
+    Inside of ``FakeTensorMode`` it is ``None``, too, unless PyTorch simulates the group: tensors without values cannot be
+    sent, and the other ranks need not run such a forward.
+    """
+    group = default_group() if process_group is None else process_group
+    return None if group is not None and inside_fake_mode() and dist.get_backend(group) != "fake" else group
 
 
 def channel_of(process_group: Optional[Any], device: Optional[torch.device] = None) -> Channel:

@@ -8,8 +8,9 @@ every rank applies the same update.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
-from typing import Any, List, NamedTuple, Optional, Sequence
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -151,10 +152,7 @@ class RunningPool:
     def load(self) -> None:
         """Moves the pooled moments into the payload for the first all-reduce. The pool is empty afterwards."""
         elements, self._elements = self._elements, [0] * len(self._elements)
-        # Factors from unbiased to biased variances.
-        factors = [(n - 1) / n if n else 0.0 for n in elements]
-        # Not a constant: there are as many as sizes of batches.
-        per_layer = to_device(torch.tensor([elements, factors], dtype=self._dtype, device="cpu"), self._device)
+        per_layer = _counts_and_factors(tuple(elements), self._dtype, self._device)
         counts, factors_of = per_layer[:, self._layer_of]
         means, variances = self._moments[0].clone(), self._moments[1] * factors_of
         self._moments.zero_()  # a kernel with a momentum of 1 computes 0 · old + new: an old NaN would remain
@@ -260,6 +258,14 @@ def move_running_statistics(layers: Sequence[Any], mean: Tensor, variance: Tenso
         else:
             # The arithmetic has the dtype of the statistics; a half-precision buffer is rounded once.
             buffer.copy_(torch.lerp(buffer.to(value.dtype), value, weight))
+
+
+@functools.lru_cache(maxsize=256)  # an entry has all layers, and there may be as many as sizes of batches
+def _counts_and_factors(elements: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns the elements of each layer and the factor from unbiased to biased variances, shape ``(2, L)``."""
+    factors = [(n - 1) / n if n else 0.0 for n in elements]
+    with torch.inference_mode(False):  # the tensor outlives an inference_mode block that may be active
+        return to_device(torch.tensor([elements, factors], dtype=dtype, device="cpu"), device)
 
 
 @torch.no_grad()

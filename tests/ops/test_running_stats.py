@@ -435,5 +435,5 @@ def _sizes(rank: int) -> int:
 
 @pytest.mark.multirank
 def test_sizes_of_batches_are_not_kept() -> None:
-    """Catches a cache that grows by an entry of all layers for each size of a batch."""
+    """Catches a large cache that grows by an entry of all layers for each size of a batch."""
     assert run_processes(2, _sizes) == [0, 0]
