@@ -254,8 +254,8 @@ _channels: Dict[Tuple[int, bool], Tuple[weakref.ref[Any], Channel]] = {}
 def source_group(process_group: Optional[Any]) -> Optional[Any]:
     """Returns ``process_group``, or the current group of the world for ``None``; ``None`` without a world.
 
-    Inside of ``FakeTensorMode`` it is ``None``, too, unless PyTorch simulates the group: tensors without values cannot be
-    sent, and the other ranks need not run such a forward.
+    Inside of ``FakeTensorMode`` it is ``None``, too, unless PyTorch simulates the group. Tensors without values cannot
+    be sent, and the other ranks need not run such a forward.
     """
     group = default_group() if process_group is None else process_group
     return None if group is not None and inside_fake_mode() and dist.get_backend(group) != "fake" else group
